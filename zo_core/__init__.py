@@ -1,0 +1,49 @@
+"""Zeroth-order (forward-only) training: the engine under `hf_zo` and `lightning_zo`.
+
+It knows torch and nothing of any trainer.
+"""
+
+from .config import ZOConfig
+from .engine import ZeroOrder
+from .errors import ConfigError, LossError, ModelError, StateError, ZOError
+from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
+from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
+from .optimizer import ZOOptimizer
+from .records import Point, Probe, StepRecord
+from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
+from .targets import TARGETS, Slot, Target, Trainable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESTIMATORS",
+    "NOISES",
+    "RULES",
+    "TARGETS",
+    "ConfigError",
+    "Estimator",
+    "Fzoo",
+    "Gaussian",
+    "LossError",
+    "ModelError",
+    "Momentum",
+    "Noise",
+    "Point",
+    "Probe",
+    "Rademacher",
+    "Sgd",
+    "Sign",
+    "Slot",
+    "Spsa",
+    "StateError",
+    "StepRecord",
+    "Target",
+    "Torch",
+    "Trainable",
+    "UpdateRule",
+    "ZOConfig",
+    "ZOError",
+    "ZOOptimizer",
+    "ZeroOrder",
+    "derive_seed",
+]

@@ -1,0 +1,198 @@
+"""The settings of zeroth-order training: one validated, serialisable object."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from .errors import ConfigError
+from .estimators import ESTIMATORS, Estimator
+from .noise import NOISES, Noise
+from .registry import Registry
+from .rules import RULES, UpdateRule
+from .targets import TARGETS, Target
+
+BACKENDS = ("auto", "eager", "compile", "triton")
+
+
+@dataclass(frozen=True)
+class ZOConfig:
+    """What to measure, along which directions, and how to move.
+
+    Every component is a registered name, a dict ``{"name": ..., **fields}`` or an object; see
+    ``list(zo_core.NOISES)`` and its siblings for the names.
+
+    Attributes:
+        lr: learning rate; None takes the estimator's default (1e-6 for spsa, 5e-5 for fzoo).
+        eps: distance of the probes from the weights, in units of the noise; None takes the
+            estimator's default (1e-3 for spsa, 1e-4 for fzoo). PEFT adapters want more: 1e-2 for
+            LoRA, 1e-1 for prefix tuning.
+        num_probes: directions per step; None takes the estimator's default (1 for spsa, 8 for
+            fzoo). spsa runs two forwards per direction, fzoo one, and one more.
+        estimator: how losses become probes: "spsa" or "fzoo".
+        noise: distribution of the directions: "rademacher" or "gaussian".
+        rule: how probes move the weights: "sgd", "momentum", "sign" or "torch"; "auto" is "torch" if
+            an optimizer is passed, else "sgd".
+        target: what may move: "trainable".
+        weight_decay: decoupled weight decay, as in AdamW.
+        clip: largest absolute coefficient of a direction (for spsa the projected gradient), or None.
+        seed: seed of the directions; None takes the trainer's seed, and 0 in a bare loop.
+        dropout: run the probes with the modes the model has, so that dropout is on if it is in
+            training mode; all probes of a step then share their random numbers. BatchNorm statistics
+            stay frozen.
+        stochastic_rounding: round updates of 16-bit weights stochastically; without it most of them
+            are lost.
+        backend: who computes the noise: "eager" torch, "compile" (torch.compile: faster on CPU after
+            10 to 30 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The
+            values are the same to the last bit.
+    """
+
+    lr: float | None = None
+    eps: float | None = None
+    num_probes: int | None = None
+    estimator: str | dict[str, Any] | Estimator = "spsa"
+    noise: str | dict[str, Any] | Noise = "rademacher"
+    rule: str | dict[str, Any] | UpdateRule = "auto"
+    target: str | dict[str, Any] | Target = "trainable"
+    weight_decay: float = 0.0
+    clip: float | None = None
+    seed: int | None = None
+    dropout: bool = False
+    stochastic_rounding: bool = True
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        estimator = self._component("estimator", ESTIMATORS, problems)
+        self._component("noise", NOISES, problems)
+        self._component("target", TARGETS, problems)
+        if self.rule != "auto":
+            self._component("rule", RULES, problems)
+        self._number("lr", problems, lambda x: x >= 0, "a number of at least 0, for example 1e-6")
+        self._number("eps", problems, lambda x: x > 0, "a number above 0, for example 1e-3")
+        self._number("weight_decay", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
+        self._number("clip", problems, lambda x: x > 0, "a number above 0, or None for no clipping")
+        if estimator is not None and self.num_probes is not None:
+            least = estimator.min_probes
+            if not isinstance(self.num_probes, int) or isinstance(self.num_probes, bool) or self.num_probes < least:
+                problems.append(
+                    f"num_probes={self.num_probes!r} must be a whole number of at least {least} "
+                    f"with estimator {estimator.name!r}"
+                )
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            problems.append(f"seed={self.seed!r} must be a whole number, or None for the trainer's seed")
+        for name in ("dropout", "stochastic_rounding"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.backend not in BACKENDS:
+            problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
+        elif self.backend == "triton" and not has_triton():
+            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
+        if problems:
+            raise ConfigError(problems)
+
+    def _component(self, field: str, registry: Registry[Any], problems: list[str]) -> Any:
+        try:
+            return registry.resolve(getattr(self, field))
+        except ValueError as error:
+            problems.append(str(error))
+            return None
+
+    def _number(
+        self, field: str, problems: list[str], allowed: Callable[[float], bool], wanted: str, optional: bool = True
+    ) -> None:
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not allowed(value):
+            problems.append(f"{field}={value!r} must be {wanted}")
+
+    def resolve(self, *, has_optimizer: bool = False) -> Resolved:
+        """The components and numbers that the names and None stand for.
+
+        Raises:
+            ConfigError: the rule and the presence of an optimizer do not fit together.
+        """
+        estimator = ESTIMATORS.resolve(self.estimator)
+        name = ("torch" if has_optimizer else "sgd") if self.rule == "auto" else self.rule
+        rule = RULES.resolve(name)
+        if rule.wants_optimizer and not has_optimizer:
+            raise ConfigError(
+                [f"rule={rule.name!r} needs an optimizer; pass optimizer=torch.optim.AdamW(model.parameters(), lr=…)"]
+            )
+        if has_optimizer and not rule.wants_optimizer:
+            raise ConfigError(
+                [
+                    f"an optimizer was passed, but rule={rule.name!r} would ignore it; "
+                    "leave out one of them, or write rule='torch'"
+                ]
+            )
+        return Resolved(
+            estimator=estimator,
+            noise=NOISES.resolve(self.noise),
+            rule=rule,
+            target=TARGETS.resolve(self.target),
+            lr=estimator.default_lr if self.lr is None else float(self.lr),
+            eps=estimator.default_eps if self.eps is None else float(self.eps),
+            num_probes=estimator.default_num_probes if self.num_probes is None else self.num_probes,
+            backend=("triton" if has_triton() else "eager") if self.backend == "auto" else self.backend,
+        )
+
+    def replace(self, **changes: Any) -> ZOConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            ConfigError: a field is not known, or a value cannot work.
+        """
+        known = [field.name for field in fields(self)]
+        unknown = [name for name in changes if name not in known]
+        if unknown:
+            raise ConfigError([f"{name!r} is not a setting; the settings are {', '.join(known)}" for name in unknown])
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON or YAML; `from_dict` gives back an equal configuration."""
+        registries: dict[str, Registry[Any]] = {
+            "estimator": ESTIMATORS,
+            "noise": NOISES,
+            "rule": RULES,
+            "target": TARGETS,
+        }
+        result: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            registry = registries.get(field.name)
+            result[field.name] = value if registry is None or value == "auto" else registry.describe(
+                registry.resolve(value)
+            )
+        return result
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ZOConfig:
+        """The inverse of `to_dict`; fields that are left out have their defaults."""
+        return cls().replace(**values)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with every name and default worked out."""
+
+    estimator: Estimator
+    noise: Noise
+    rule: UpdateRule
+    target: Target
+    lr: float
+    eps: float
+    num_probes: int
+    backend: str
+
+
+def has_triton() -> bool:
+    """Whether Triton kernels can run here."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None

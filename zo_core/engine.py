@@ -1,0 +1,257 @@
+"""The orchestrator: points, losses, probes, update. Everything else only knows its own part."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ZOConfig
+from .errors import ConfigError, ModelError, StateError
+from .estimators import Estimate
+from .noise import Direction, derive_seed
+from .optimizer import TorchOptimizerFace, ZOOptimizer
+from .oracle import ResidentOracle
+from .records import Point, Probe, StepRecord
+from .rules import Torch
+from .targets import Slot
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Measured:
+    """Losses of the step in progress, summed over its micro-batches."""
+
+    seeds: tuple[int, ...]
+    points: tuple[Point, ...]
+    sums: list[Tensor] = field(default_factory=list)
+
+
+class ZeroOrder:
+    """Trains a model with forward passes only.
+
+        zo = ZeroOrder(model, lr=1e-6, eps=1e-3)
+        for batch in loader:
+            loss = zo.step(lambda: model(**batch).loss)
+
+    One step measures the loss at a few perturbed copies of the weights (SPSA, as in MeZO, arXiv
+    2305.17333, unless configured otherwise) and moves the weights along the same directions. The
+    model is not changed: no wrapped modules, no renamed parameters, no hooks left behind.
+
+    Args:
+        model: any module; its trainable parameters are what moves.
+        config: the settings; None takes the defaults.
+        optimizer: a `ZOOptimizer` with parameter groups, or any ``torch.optim.Optimizer``, which
+            then finds the gradient estimate in ``.grad``. None makes a `ZOOptimizer` over all slots.
+        **overrides: fields of `ZOConfig`, taking precedence over ``config``.
+
+    Attributes:
+        optimizer: the `ZOOptimizer` to give to learning-rate schedulers.
+        step_count: index of the next step; with the seed it determines the next directions.
+
+    Raises:
+        ConfigError: settings that cannot work; all of them are listed.
+        ModelError: a model with nothing to train, or without values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ZOConfig | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        **overrides: Any,
+    ):
+        self.model = model
+        self.config = (config or ZOConfig()).replace(**overrides)
+        foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
+        settings = self.config.resolve(has_optimizer=foreign)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_world_size() > 1:
+                raise ConfigError(
+                    [
+                        f"world_size={torch.distributed.get_world_size()}: training on several processes is not "
+                        "supported yet and the ranks would drift apart; start one process"
+                    ]
+                )
+        self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
+        self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
+        if optimizer is not None and self.config.lr is not None:
+            raise ConfigError(
+                [f"lr={self.config.lr!r} was given together with an optimizer, whose groups hold the learning rate"]
+            )
+        self.seed = 0 if self.config.seed is None else self.config.seed
+        self.step_count = 0
+        slots = settings.target.slots(model)
+        if optimizer is None:
+            optimizer = ZOOptimizer(
+                [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
+            )
+        self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
+        self.optimizer.engine = self
+        if isinstance(optimizer, ZOOptimizer) and self.config.eps is None:
+            self.eps = float(self.optimizer.param_groups[0]["eps"])
+        held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
+        self.slots = [slot for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
+        if not self.slots:
+            raise ModelError(
+                "none of the optimizer's tensors is a trainable parameter of the model; build the optimizer from "
+                "this model's parameters (after moving or wrapping the model), or leave it out"
+            )
+        self.oracle = ResidentOracle(model, self.slots, self._perturbation, dropout=self.config.dropout)
+        self._group_of = self._groups()
+        self._measured: _Measured | None = None
+
+    def step(self, closure: Callable[[], Any]) -> StepRecord:
+        """Measures the loss on both sides of the weights and moves them.
+
+        Args:
+            closure: runs the model and returns the loss, one number. It is called once per probe
+                (twice, by default) and has to use the same batch each time.
+
+        Returns:
+            What was done; as a float, the mean loss over the probes. The weights are final.
+
+        Raises:
+            LossError: the closure returned something that is not one number.
+            Exception: whatever the closure raises; the weights are untouched.
+        """
+        self.measure(closure)
+        return self.optimizer.step()  # type: ignore[no-any-return]
+
+    def measure(self, closure: Callable[[], Any]) -> Tensor:
+        """Measures one micro-batch; the losses of all calls before `apply` are summed.
+
+        Returns:
+            The mean loss over the probes, float32 of shape ``[]``, on the device of the loss.
+        """
+        if self._measured is None:
+            seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
+            self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
+        self._group_of = self._groups()
+        try:
+            losses = self.oracle.losses(self._measured.points, closure)
+        except BaseException:
+            self._measured = None
+            raise
+        sums = self._measured.sums
+        self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
+        return torch.stack(losses).mean().to(torch.float32)
+
+    def apply(self) -> StepRecord:
+        """Forms the probes from what was measured, moves the weights, and goes on to the next step.
+
+        Called by ``optimizer.step()``.
+
+        Raises:
+            StateError: nothing was measured.
+        """
+        if self._measured is None:
+            raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
+        measured, self._measured = self._measured, None
+        losses: list[float] = torch.stack(measured.sums).tolist()
+        mean_loss = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else float("nan")
+        estimate, probes, clipped = self._probes(measured.seeds, losses)
+        if estimate.skip is None:
+            self._update(probes)
+        else:
+            logger.warning("step %d skipped, weights untouched: %s", self.step_count, estimate.skip)
+        grads = estimate.projected_grads
+        record = StepRecord(
+            loss=mean_loss,
+            projected_grad=math.fsum(grads) / len(grads) if grads else float("nan"),
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            step=self.step_count,
+            seed=measured.seeds[0],
+            probes=probes,
+            clipped=clipped,
+            skipped=estimate.skip,
+        )
+        self.step_count += 1
+        return record
+
+    def _probes(self, seeds: tuple[int, ...], losses: list[float]) -> tuple[Estimate, tuple[Probe, ...], int]:
+        if not all(map(math.isfinite, losses)):
+            shown = ", ".join(f"{loss:.4g}" for loss in losses)
+            return Estimate((), (), f"a loss is not finite (losses of the probes: {shown})"), (), 0
+        estimate = self.estimator.estimate(losses, self.eps)
+        if estimate.skip is not None:
+            return estimate, (), 0
+        bound = math.inf if self.config.clip is None else self.config.clip
+        clipped = sum(abs(c) > bound for c in estimate.coefficients)
+        probes = tuple(
+            Probe(seed, max(-bound, min(bound, c)) / len(seeds))
+            for seed, c in zip(seeds, estimate.coefficients, strict=True)
+        )
+        return estimate, probes, clipped
+
+    def _update(self, probes: tuple[Probe, ...]) -> None:
+        directions = [self._direction(slot, probes) for slot in self.slots]
+        with torch.no_grad():
+            if isinstance(self.rule, Torch):
+                assert isinstance(self.optimizer, TorchOptimizerFace)
+                pairs = ((slot.tensor, d) for slot, d in zip(self.slots, directions, strict=True))
+                self.rule.step(self.optimizer.inner, pairs)
+            else:
+                for slot, direction in zip(self.slots, directions, strict=True):
+                    group = self._group_of[slot]
+                    state = self.optimizer.state[slot.tensor]
+                    self.rule.update(
+                        slot.tensor.data, state, direction, float(group["lr"]), float(group["weight_decay"])
+                    )
+                    if not state:
+                        del self.optimizer.state[slot.tensor]
+        torch.clear_autocast_cache()
+
+    def _groups(self) -> dict[Slot, dict[str, Any]]:
+        """The optimizer's group of each slot; looked up anew, because loading a state replaces groups."""
+        by_tensor = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
+        return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in self.slots}
+
+    def _relative_eps(self, slot: Slot) -> float:
+        """The eps of the slot's group in units of the step's eps."""
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            return 1.0  # what a torch optimizer calls eps is something else
+        return float(self._group_of[slot]["eps"]) / self.eps
+
+    def _perturbation(self, slot: Slot, point: Point) -> Direction:
+        scale = point.scale * self._relative_eps(slot)
+        return Direction(self.noise, slot.key, ((point.seed, scale),), backend=self.backend)
+
+    def _direction(self, slot: Slot, probes: tuple[Probe, ...]) -> Direction:
+        # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
+        # estimate of this group's gradient is divided by m.
+        relative = self._relative_eps(slot)
+        terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
+        rounding = probes[0].seed if self.config.stochastic_rounding else None
+        return Direction(self.noise, slot.key, terms, rounding, self.backend)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the model's weights."""
+        return {"step": self.step_count, "seed": self.seed, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where a run with this model was saved.
+
+        Raises:
+            StateError: ``state`` is not what `state_dict` returned for such a model.
+        """
+        missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
+        if missing:
+            raise StateError(f"this is not a checkpoint of ZeroOrder: {', '.join(missing)} missing")
+        if not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["seed"], int):
+            raise StateError(
+                f"this checkpoint is damaged: step={state['step']!r}, seed={state['seed']!r} are not whole numbers"
+            )
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
+        self.step_count, self.seed = state["step"], state["seed"]
+        self._measured = None

@@ -1,0 +1,35 @@
+"""Errors that people read: each names the argument, what came, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ZOError(Exception):
+    """Base class of every error this library raises on purpose."""
+
+
+class ConfigError(ZOError, ValueError):
+    """One or more settings cannot work; all of them are listed, so that one correction is enough."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            message = f"{len(self.problems)} problems with the configuration:" + "".join(
+                f"\n  - {problem}" for problem in self.problems
+            )
+        super().__init__(message)
+
+
+class ModelError(ZOError, ValueError):
+    """The model, as it stands, cannot be trained this way."""
+
+
+class LossError(ZOError, TypeError):
+    """The closure returned something that is not one number."""
+
+
+class StateError(ZOError, RuntimeError):
+    """A call came at the wrong moment, or a checkpoint does not belong to this run."""

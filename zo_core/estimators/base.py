@@ -1,0 +1,53 @@
+"""What an estimator is: two pure functions that never see a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..records import Point
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was learnt from the losses of one step.
+
+    Attributes:
+        projected_grads: directional derivative along each direction, loss per unit of ``z``.
+        coefficients: what each direction is multiplied with in the update, before clipping and
+            before the mean over directions.
+        skip: why these losses say nothing about the direction to take, or None.
+    """
+
+    projected_grads: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    skip: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How losses at a few points become probes.
+
+    Class attributes:
+        default_lr, default_eps, default_num_probes: used where the configuration leaves them open.
+        min_probes: fewest directions for which the estimate is defined.
+    """
+
+    name: ClassVar[str]
+    default_lr: ClassVar[float]
+    default_eps: ClassVar[float]
+    default_num_probes: ClassVar[int] = 1
+    min_probes: ClassVar[int] = 1
+
+    def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
+        """Where to measure, for one seed per direction."""
+        raise NotImplementedError
+
+    def estimate(self, losses: Sequence[float], eps: float) -> Estimate:
+        """What the losses at those points say, in the same order; they are finite."""
+        raise NotImplementedError
+
+
+ESTIMATORS: Registry[Estimator] = Registry("estimator", Estimator)

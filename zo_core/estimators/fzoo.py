@@ -1,0 +1,41 @@
+"""One-sided differences, normalised by their spread: FZOO (arXiv 2506.09034, algorithm 1)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..records import Point
+from .base import ESTIMATORS, Estimate, Estimator
+
+#: Below this standard deviation the losses do not distinguish the directions.
+MIN_SIGMA = 1e-8
+
+
+@ESTIMATORS.register
+@dataclass(frozen=True)
+class Fzoo(Estimator):
+    """``theta -= lr * sum_i (l_i - l_0) / (n sigma) z_i`` with sigma the standard deviation of the l_i.
+
+    The learning rate is a step length: eps and the scale of the loss cancel. One step costs n + 1
+    forwards.
+    """
+
+    name: ClassVar[str] = "fzoo"
+    default_lr: ClassVar[float] = 5e-5
+    default_eps: ClassVar[float] = 1e-4
+    default_num_probes: ClassVar[int] = 8
+    min_probes: ClassVar[int] = 2
+
+    def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
+        return (Point(seeds[0], 0.0), *(Point(seed, eps) for seed in seeds))
+
+    def estimate(self, losses: Sequence[float], eps: float) -> Estimate:
+        baseline, *perturbed = losses
+        sigma = statistics.stdev(perturbed)
+        grads = tuple((loss - baseline) / eps for loss in perturbed)
+        if sigma < MIN_SIGMA:
+            return Estimate(grads, (0.0,) * len(grads), f"the losses of all directions agree (sigma {sigma:.1e})")
+        return Estimate(grads, tuple((loss - baseline) / sigma for loss in perturbed))

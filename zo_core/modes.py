@@ -1,0 +1,66 @@
+"""Leaving no trace: module modes, random state and gradients as they were found."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module, *, keep_root: bool = False) -> Iterator[None]:
+    """Every submodule in eval mode, and on exit exactly as before.
+
+    Only the ``training`` flags change: `nn.Module.eval` may be overridden with side effects.
+
+    Args:
+        model: the module.
+        keep_root: leave the flag of ``model`` itself, which some trainers read to tell training
+            metrics from evaluation metrics.
+    """
+    changed = [m for m in model.modules() if m.training and not (keep_root and m is model)]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Layers with running statistics (BatchNorm) in eval mode, so that probes do not update them."""
+    changed = [m for m in model.modules() if m.training and getattr(m, "running_mean", None) is not None]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of random, numpy (if it is imported) and torch."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        state["numpy"] = sys.modules["numpy"].random.get_state()
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` returned."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,9 @@
+"""Noise as a pure function, and the arithmetic that moves weights along it."""
+
+from .base import NOISES, Noise
+from .direction import Direction
+from .gaussian import Gaussian
+from .hashing import derive_seed
+from .rademacher import Rademacher
+
+__all__ = ["NOISES", "Direction", "Gaussian", "Noise", "Rademacher", "derive_seed"]

@@ -1,0 +1,184 @@
+"""The arithmetic of moving weights along directions, stated once.
+
+    theta' = round(decay * theta + s),   s = round(c_1 z_1) + round(c_2 z_2) + ...
+
+Each ``c`` is a float32, sums run left to right in float32 (float64 for float64 weights), there is
+no fused multiply-add, and ``round`` is to nearest even, except that updates of 16-bit weights round
+stochastically. Every path (eager in chunks, compiled, Triton) gives these bits.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Noise
+from .hashing import BATCH_WORDS, DIRECTION, ROUNDING, Key, stream_key, words
+from .rounding import DROPPED_BITS, ROUNDING_SPAN, stochastic_round
+
+#: Elements handled at a time, so that temporaries stay in the cache of a CPU core.
+CPU_CHUNK = 1 << 18
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def float32(value: float) -> float:
+    """The nearest float32, as a Python float."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights of ``dtype`` are moved."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Direction:
+    """``s = sum of round(c * z(seed))`` over some probes, for one slot.
+
+    Attributes:
+        noise: the distribution of z.
+        slot: key of the slot, part of the hash.
+        terms: pairs ``(seed, c)``, at least one.
+        rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
+        backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
+    """
+
+    noise: Noise
+    slot: str
+    terms: tuple[tuple[int, float], ...]
+    rounding_seed: int | None = None
+    backend: str = "eager"
+
+    def scaled(self, factor: float) -> Direction:
+        """The same direction with every coefficient multiplied by ``factor``, in float64."""
+        terms = tuple((seed, c * factor) for seed, c in self.terms)
+        return Direction(self.noise, self.slot, terms, self.rounding_seed, self.backend)
+
+    def keys(self) -> list[tuple[Key, float]]:
+        """Stream key and float32 coefficient of each term."""
+        return [(stream_key(seed, self.slot, DIRECTION), float32(c)) for seed, c in self.terms]
+
+    def rounding_key(self, dtype: torch.dtype) -> Key | None:
+        """Key of the rounding bits, or None where weights of ``dtype`` round to nearest."""
+        if self.rounding_seed is None or dtype not in DROPPED_BITS:
+            return None
+        return stream_key(self.rounding_seed, self.slot, ROUNDING)
+
+    def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; each tensor is new."""
+        keys = self.keys()
+        per_word = self.noise.values_per_word
+        batch = BATCH_WORDS * per_word
+        chunk = min(CPU_CHUNK, batch) if device.type == "cpu" else batch
+        bits: list[Tensor] = []
+        for start in range(0, numel, chunk):
+            stop = min(start + chunk, numel)
+            offset = start % batch
+            if offset == 0:
+                count = -(-min(batch, numel - start) // per_word)
+                bits = [words(key, start // per_word, count, device) for key, _ in keys]
+            piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
+            total = self.noise.expand(bits[0][piece], keys[0][1])
+            for word, (_, c) in zip(bits[1:], keys[1:], strict=True):
+                total.add_(self.noise.expand(word[piece], c))
+            yield start, stop, total[: stop - start]
+
+    def values(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """``s`` as a whole, float32 of the given shape."""
+        out = torch.empty(shape.numel(), dtype=torch.float32, device=device)
+        for start, stop, s in self.chunks(out.numel(), device):
+            out[start:stop] = s
+        return out.view(shape)
+
+    def add_to(self, theta: Tensor, decay: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """``out = round(decay * theta + s)``, in place by default.
+
+        Args:
+            theta: floating point weights of any shape and strides.
+            decay: a factor for ``theta``, rounded to float32.
+            out: where the result goes: shape and dtype of ``theta``.
+
+        Returns:
+            ``out``.
+        """
+        out = theta if out is None else out
+        if self.backend == "triton" and theta.is_cuda and theta.dtype != torch.float64:
+            from .triton_backend import add_direction
+
+            add_direction(self, theta, decay, out)
+        elif self.backend == "compile" and theta.numel() and theta.dtype != torch.float64:
+            from .compile_backend import add_direction
+
+            add_direction(self, theta, decay, out)
+        else:
+            self._add_eager(theta, float32(decay), out)
+        return out
+
+    def _add_eager(self, theta: Tensor, decay: float, out: Tensor) -> None:
+        source, target = flat(theta), flat_target(theta, out)
+        wide = compute_dtype(theta.dtype)
+        for start, stop, s in self.chunks(source.numel(), theta.device):
+            old, new = source[start:stop], target[start:stop]
+            if theta.dtype == wide:
+                if decay == 1.0:
+                    torch.add(old, s, out=new)
+                else:
+                    torch.mul(old, decay, out=new).add_(s)
+            else:
+                work = old.to(wide)
+                if decay != 1.0:
+                    work.mul_(decay)
+                store(work.add_(s), new, self.rounding_key(theta.dtype), start)
+        if target.data_ptr() != out.data_ptr():
+            out.copy_(target.view(out.shape))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements in row-major order, as a view where the strides allow it."""
+    return tensor.reshape(-1)
+
+
+def flat_target(theta: Tensor, out: Tensor) -> Tensor:
+    """Where to write row-major results for ``out``: itself, or a buffer if its strides forbid it."""
+    return out.view(-1) if out.is_contiguous() else torch.empty(theta.numel(), dtype=out.dtype, device=out.device)
+
+
+def store(values: Tensor, out: Tensor, key: Key | None, start: int) -> None:
+    """Writes float32 ``values`` into 16-bit ``out``, rounding by ``key`` (None: to nearest)."""
+    if key is None:
+        out.copy_(values)
+        return
+    for at in range(0, values.numel(), ROUNDING_SPAN):
+        piece = values[at : at + ROUNDING_SPAN]
+        out[at : at + ROUNDING_SPAN].copy_(stochastic_round(piece, out.dtype, key, start + at))
+
+
+def rewrite(
+    theta: Tensor,
+    direction: Direction,
+    change: Callable[[Tensor, Tensor, int, int], None],
+) -> None:
+    """Rewrites a slot in place, chunk by chunk, for rules that need more than ``theta + s``.
+
+    Args:
+        theta: the weights.
+        direction: gives ``s`` and the rounding.
+        change: called with ``(weights, s, start, stop)``, both flat and in the wide type; changes
+            ``weights`` in place.
+    """
+    source, target = flat(theta), flat_target(theta, theta)
+    wide = compute_dtype(theta.dtype)
+    for start, stop, s in direction.chunks(source.numel(), theta.device):
+        work = source[start:stop].to(wide, copy=True)
+        change(work, s, start, stop)
+        if theta.dtype == wide:
+            target[start:stop] = work
+        else:
+            store(work, target[start:stop], direction.rounding_key(theta.dtype), start)
+    if target.data_ptr() != theta.data_ptr():
+        theta.copy_(target.view(theta.shape))

@@ -1,0 +1,113 @@
+"""Counter-based randomness: every word is a pure function of (seed, slot key, purpose, index).
+
+Nothing here draws from a generator, so the words do not depend on the order in which they are
+asked for, on chunking, or on the device. All tensor arithmetic is on int32 with wrap-around, which
+CPU, CUDA, compiled and Triton code agree on bit for bit. The mixing constants are those of the
+public `lowbias32` (32 bit) and `splitmix64` (64 bit) finalisers.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+MASK64 = 0xFFFFFFFFFFFFFFFF
+
+#: What a stream of words is for; streams of different purposes never coincide.
+DIRECTION, ROUNDING = 1, 2
+
+#: Words hashed at once, so that small operations do not dominate (512 KiB, half of a core's L2 here).
+BATCH_WORDS = 1 << 17
+
+Key = tuple[int, int]
+
+
+def signed(value: int) -> int:
+    """A 32-bit pattern as the int32 that holds it."""
+    value &= MASK32
+    return value - (1 << 32) if value >> 31 else value
+
+
+MUL1, MUL2 = signed(0x7FEB352D), signed(0x846CA68B)
+
+
+def mix64(value: int) -> int:
+    """A bijection of 64-bit integers in which every input bit moves every output bit."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
+    return value ^ (value >> 31)
+
+
+def derive_seed(base: int, step: int, direction: int) -> int:
+    """The seed of one direction of one step: the only seed derivation in the library.
+
+    Args:
+        base: the run's seed, any integer.
+        step: index of the optimizer step, from 0.
+        direction: index of the direction within the step, from 0.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+    """
+    return mix64(mix64(mix64(base & MASK64) ^ (step & MASK64)) ^ (direction & MASK64)) >> 1
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(slot: str) -> int:
+    return int.from_bytes(blake2b(slot.encode(), digest_size=8).digest(), "little")
+
+
+def stream_key(seed: int, slot: str, purpose: int) -> Key:
+    """The key of one stream of words, as two int32."""
+    mixed = mix64(mix64(seed & MASK64) ^ _digest(slot) ^ (purpose << 56))
+    return signed(mixed), signed(mixed >> 32)
+
+
+@lru_cache(maxsize=8)
+def _counter(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(BATCH_WORDS, dtype=torch.int32, device=device)
+
+
+def _mix32_(x: Tensor) -> Tensor:
+    """One in-place round of mixing. ``>>`` of int32 is arithmetic, hence the masks."""
+    for shift, multiplier in ((16, MUL1), (15, MUL2)):
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(multiplier)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
+    """Words ``start … start + count - 1`` of a stream.
+
+    Args:
+        key: from `stream_key`.
+        start: index of the first word; beyond 2**32 the high part is folded into the key.
+        count: at most `BATCH_WORDS`.
+        device: where to compute; the bits are the same everywhere.
+
+    Returns:
+        int32 tensor of shape ``[count]``; do not write to it.
+    """
+    if start == 0 and count <= 1 << 10:
+        return _small_words(key, count, device)
+    return _words(key, start, count, device)
+
+
+def _words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
+    high = start >> 32
+    x = _counter(device)[:count] + signed(start)
+    _mix32_(x.bitwise_xor_(key[0]))
+    return _mix32_(x.add_(signed(key[1] + high * 0x9E3779B9)))
+
+
+@lru_cache(maxsize=1 << 12)
+def _small_words(key: Key, count: int, device: torch.device) -> Tensor:
+    # Small tensors are asked for several times within a step (both sides and the update), and for
+    # them the operations' overhead is all there is. At most 4,096 entries of 4 KiB.
+    with torch.inference_mode(False):
+        return _words(key, 0, count, device)

@@ -1,0 +1,43 @@
+"""Signs: the default noise. Exact on every device, and the lowest variance of the estimator."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import NOISES, Noise
+
+SIGN_BIT = -(1 << 31)
+
+
+def float_bits(value: float) -> int:
+    """The int32 that has the bits of a float32."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@lru_cache(maxsize=8)
+def _shifts(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(31, -1, -1, dtype=torch.int32, device=device)
+
+
+@NOISES.register
+@dataclass(frozen=True)
+class Rademacher(Noise):
+    """Independent, equally likely +1 and -1; bit ``i % 32`` of word ``i // 32`` is the sign of element i."""
+
+    name: ClassVar[str] = "rademacher"
+    values_per_word: ClassVar[int] = 32
+    variance: ClassVar[float] = 1.0
+    kurtosis: ClassVar[float] = 1.0
+
+    def expand(self, bits: Tensor, scale: float) -> Tensor:
+        # The bit is moved to the sign's place and the scale's own bits are laid under it: no table,
+        # no conversion, and multiplying by a sign is exact.
+        values = bits.unsqueeze(1) << _shifts(bits.device)
+        return values.bitwise_and_(SIGN_BIT).bitwise_xor_(float_bits(scale)).view(torch.float32).view(-1)

@@ -1,0 +1,50 @@
+"""Rounding of float32 results into 16-bit weights.
+
+A zeroth-order update is far below one unit in the last place of a 16-bit weight, so rounding to
+nearest swallows it: at ``lr * g = 1e-6`` only 9% of fp16 and 1% of bf16 weights would move. With
+stochastic rounding the *expected* new weight is exact. The random bits are hash words, so the
+result is deterministic and a run can be replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .hashing import BATCH_WORDS, Key, words
+
+#: float32 mantissa bits that a 16-bit type drops.
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+
+#: Values for which one batch of words gives random bits, 16 each.
+ROUNDING_SPAN = 2 * BATCH_WORDS
+
+FP16_NORMAL = 2.0**-14
+FP16_STEPS = 2.0**24
+
+
+def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -> Tensor:
+    """Rounds up or down with probabilities that make the result right on average.
+
+    Values that ``dtype`` can hold are returned unchanged, whatever the bits.
+
+    Args:
+        values: float32 ``[n]`` with ``n <= ROUNDING_SPAN``; overwritten.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        key: stream of the random bits.
+        start: index of the first value within its slot, even.
+
+    Returns:
+        ``[n]`` in float32, holding values that ``dtype`` represents exactly.
+    """
+    dropped = DROPPED_BITS[dtype]
+    count = values.numel()
+    bits = words(key, start // 2, (count + 1) // 2, values.device).view(torch.int16)[:count]
+    random = bits.to(torch.int32).bitwise_and_((1 << dropped) - 1)
+    if dtype == torch.float16:
+        # Below 2**-14 the steps of fp16 are 2**-24 apart, whatever the exponent.
+        fraction = random.to(torch.float32).mul_(2.0**-dropped)
+        small = (values * FP16_STEPS).add_(fraction).floor_().div_(FP16_STEPS)
+        is_small = values.abs() < FP16_NORMAL
+    rounded = values.view(torch.int32).add_(random).bitwise_and_(-(1 << dropped)).view(torch.float32)
+    return torch.where(is_small, small, rounded) if dtype == torch.float16 else rounded

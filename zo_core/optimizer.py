@@ -1,0 +1,127 @@
+"""The face that the engine shows to schedulers, checkpoints and callbacks: a torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, StateError
+from .estimators import Spsa
+
+if TYPE_CHECKING:
+    from .engine import ZeroOrder
+
+
+class ZOOptimizer(torch.optim.Optimizer):
+    """An optimizer whose `step` applies what an engine has measured.
+
+    It holds the hyperparameters (``param_groups`` with ``lr``, ``eps`` and ``weight_decay``) and the
+    state of the rule (momentum), so learning-rate schedulers and checkpoints work as with any other.
+    A `ZeroOrder` makes its own; build one by hand to give groups of parameters their own values:
+
+        ZeroOrder(model, optimizer=ZOOptimizer([
+            {"params": model.encoder.parameters(), "lr": 1e-7},
+            {"params": model.head.parameters(), "lr": 1e-5, "eps": 1e-2},
+        ]))
+
+    Args:
+        params: tensors, or dicts with ``params`` and any of the other arguments.
+        lr: learning rate.
+        eps: distance of the probes from the weights.
+        weight_decay: decoupled weight decay.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = Spsa.default_lr,
+        eps: float = Spsa.default_eps,
+        weight_decay: float = 0.0,
+    ):
+        self.engine: ZeroOrder | None = None
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        merged = {**self.defaults, **param_group}
+        problems = [
+            f"{name}={merged[name]!r} must be a number {wanted}"
+            for name, allowed, wanted in (
+                ("lr", lambda x: x >= 0, "of at least 0"),
+                ("eps", lambda x: x > 0, "above 0"),
+                ("weight_decay", lambda x: x >= 0, "of at least 0"),
+            )
+            if isinstance(merged[name], bool)
+            or not isinstance(merged[name], (int, float, Tensor))
+            or not allowed(merged[name])
+        ]
+        if problems:
+            raise ConfigError(problems)
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Applies what was measured since the last step; with a closure, measures it first.
+
+        Returns:
+            The `StepRecord`, which is a float: the loss.
+
+        Raises:
+            StateError: no engine is attached, or nothing was measured.
+        """
+        if self.engine is None:
+            raise StateError(
+                "ZOOptimizer.step() has no engine that measures losses; pass it on as "
+                "ZeroOrder(model, optimizer=...), or let ZOTrainer or a zo strategy use it"
+            )
+        if closure is not None:
+            self.engine.measure(closure)
+        return self.engine.apply()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do where nothing was differentiated; gradients that others made are dropped."""
+        super().zero_grad(set_to_none)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's, but state keeps its own dtype: momentum of bf16 weights is float32."""
+        super().load_state_dict(state_dict)
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, tensor in zip(ids, tensors, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "engine": None}
+
+
+class TorchOptimizerFace(ZOOptimizer):
+    """A `ZOOptimizer` in front of a torch optimizer, whose groups and state it shares."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.inner = inner
+        super().__init__([tensor for group in inner.param_groups for tensor in group["params"]])
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+        self.defaults = self.inner.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if getattr(self, "param_groups", None) is self.inner.param_groups:
+            self.inner.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+        self._share()

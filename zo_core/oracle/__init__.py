@@ -1,0 +1,5 @@
+"""The oracle: the only part that runs the model."""
+
+from .resident import ResidentOracle, as_scalar
+
+__all__ = ["ResidentOracle", "as_scalar"]

@@ -1,0 +1,131 @@
+"""The oracle for models that fit the device: one probe after another."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LossError
+from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..noise import Direction
+from ..records import Point
+from ..targets import Slot
+from .function_mode import HALF
+from .materialise import Materialised
+
+logger = logging.getLogger(__name__)
+
+Closure = Callable[[], Any]
+
+
+class ResidentOracle:
+    """Measures losses at perturbed weights, and leaves weights, modes and hooks as they were.
+
+    Args:
+        model: the module that the closures call.
+        slots: what is perturbed.
+        direction: the perturbation of one slot at one point.
+        dropout: run the probes with the model's own modes, dropout included, instead of eval mode.
+    """
+
+    def __init__(
+        self, model: nn.Module, slots: list[Slot], direction: Callable[[Slot, Point], Direction], *, dropout: bool
+    ):
+        self.model = model
+        self.dropout = dropout
+        self.realisation = Materialised(model, slots, direction)
+        self._checked = self.realisation.whole
+        self._warned_half = False
+
+    def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
+        """The loss at each point.
+
+        Every probe sees the same state of the global random generators, and afterwards they have
+        advanced by what one forward draws. An exception from the closure passes through; weights,
+        modes and hooks are restored first.
+
+        Args:
+            points: where to measure.
+            closure: returns the loss, one number; called once per point, so it has to use the same
+                batch each time.
+
+        Returns:
+            Detached float64 tensors of shape ``[]``, on the device of the losses.
+
+        Raises:
+            LossError: the closure returned something that is not one number.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
+            start = rng_state()
+            results = []
+            for index, point in enumerate(points):
+                if index:
+                    set_rng_state(start)
+                results.append(self._loss(point, closure, start))
+            return results
+
+    def _loss(self, point: Point, closure: Closure, start: dict[str, Any]) -> Tensor:
+        value = self._run(point, closure)
+        if self._checked or point.scale == 0.0:
+            return value
+        if math.isfinite(value.item()):
+            self._checked = True
+            return value
+        # NaN may be the model's own, or come from a weight used where no hook or torch function
+        # shows it. Copies of all weights at once tell the two apart.
+        set_rng_state(start)
+        self.realisation.whole = True
+        whole = self._run(point, closure)
+        if math.isfinite(whole.item()):
+            self._checked = True
+            logger.warning(
+                "this model uses weights where they cannot be observed (TorchScript or C++ code), so each probe "
+                "copies all of them at once; training needs memory for a second set of the trained weights"
+            )
+        else:
+            self.realisation.whole = False
+        return whole
+
+    def _run(self, point: Point, closure: Closure) -> Tensor:
+        with self.realisation.at(point):
+            value = closure()
+        if isinstance(value, Tensor) and value.dtype in HALF and not self._warned_half:
+            self._warned_half = True
+            logger.warning(
+                "the loss is %s although the inputs of torch's loss functions are upcast; differences of such losses "
+                "are mostly rounding, so compute it in float32 (for example logits.float() before a custom loss)",
+                value.dtype,
+            )
+        return as_scalar(value)
+
+
+def as_scalar(value: Any) -> Tensor:
+    """What a closure returned, as a detached float64 tensor of shape ``[]``.
+
+    Raises:
+        LossError: it is not one real number.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise LossError(
+                f"the closure returned a tensor of shape {list(value.shape)} and dtype {value.dtype}; "
+                "return one real number, for example loss.mean()"
+            )
+        return value.detach().to(torch.float64).reshape(())
+    if value is None:
+        raise LossError("the closure returned None; end it with `return loss`")
+    try:
+        return torch.tensor(float(value), dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise LossError(
+            f"the closure returned a {type(value).__name__}; return the loss itself, a scalar tensor or a number"
+            + (" (for a model output, `return output.loss`)" if hasattr(value, "loss") else "")
+        ) from None

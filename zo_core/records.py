@@ -1,0 +1,67 @@
+"""The records that pass between the parts: what to measure, what was learnt, what was done.
+
+They are plain values. A `Probe` is the only thing that has to cross a process, a disk or a
+checkpoint, because its direction can be regenerated from its seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where the loss is wanted: ``theta + scale * z(seed)``.
+
+    Attributes:
+        seed: seed of the direction ``z``.
+        scale: signed distance along ``z``, a multiple of eps; 0.0 is the unperturbed model.
+    """
+
+    seed: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measured direction: the update moves the weights by ``-lr * coefficient * z(seed)``."""
+
+    seed: int
+    coefficient: float
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord(float):
+    """What one step did. It *is* a float, the loss, so ``f"{record:.3f}"`` and ``sum`` just work.
+
+    Attributes:
+        loss: mean loss over the probes, summed over the micro-batches of the step.
+        projected_grad: mean over the directions of the directional derivative along ``z``, in loss
+            per unit of ``z`` (MeZO, arXiv 2305.17333, eq. 2); before clipping.
+        lr: learning rate of the first parameter group.
+        step: index of the step, from 0.
+        seed: seed of the first direction.
+        probes: the directions as they were applied; empty if the step was skipped.
+        clipped: how many directions had their coefficient clipped.
+        skipped: why the weights were left alone, or None.
+    """
+
+    loss: float
+    projected_grad: float
+    lr: float
+    step: int
+    seed: int
+    probes: tuple[Probe, ...] = ()
+    clipped: int = 0
+    skipped: str | None = None
+
+    def __new__(cls, loss: float, *args: Any, **kwargs: Any) -> StepRecord:
+        return float.__new__(cls, loss)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain values, for logging."""
+        return asdict(self)

@@ -1,0 +1,66 @@
+"""Named components: a string in a configuration stands for a small frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names for the components of one kind.
+
+    A component is a frozen dataclass with a class attribute ``name``; the object is its own
+    configuration and its own record. To add one, write the class in a file of its own and decorate
+    it with ``@REGISTRY.register``.
+    """
+
+    def __init__(self, kind: str, base: type[T]):
+        self.kind = kind
+        self.base = base
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, cls: type[T]) -> type[T]:
+        self._classes[cls.name] = cls  # type: ignore[attr-defined]
+        return cls
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def resolve(self, value: Any) -> T:
+        """The component that ``value`` names.
+
+        Args:
+            value: a registered name, ``{"name": ..., **fields}``, or a component, returned as it is.
+
+        Raises:
+            ValueError: an unknown name or field; the message lists the known ones.
+        """
+        if isinstance(value, self.base):
+            return value
+        options: dict[str, Any] = {}
+        if isinstance(value, dict):
+            options = dict(value)
+            value = options.pop("name", None)
+        if not isinstance(value, str) or value not in self._classes:
+            known = ", ".join(repr(name) for name in self._classes)
+            raise ValueError(f"{self.kind}={value!r} is not known; write one of {known}, or pass an object")
+        cls = self._classes[value]
+        try:
+            return cls(**options)
+        except TypeError:
+            known = ", ".join(field.name for field in fields(cls)) or "none"  # type: ignore[arg-type]
+            raise ValueError(f"{self.kind} {value!r} was given {sorted(options)}; its fields are: {known}") from None
+
+    def describe(self, component: T) -> str | dict[str, Any]:
+        """The inverse of `resolve`: the name alone if every field has its default."""
+        name: str = component.name  # type: ignore[attr-defined]
+        values = asdict(component) if is_dataclass(component) and not isinstance(component, type) else {}
+        try:
+            if component == type(component)():
+                return name
+        except TypeError:
+            pass
+        return {"name": name, **values}

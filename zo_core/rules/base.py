@@ -1,0 +1,42 @@
+"""What an update rule is: it applies the probes of a step to one slot, locally."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..noise import Direction
+from ..registry import Registry
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How the estimate ``G = sum_i coefficient_i * z_i`` changes a slot.
+
+    Class attributes:
+        name: its name in the registry.
+        wants_optimizer: whether a torch optimizer does the update.
+    """
+
+    name: ClassVar[str]
+    wants_optimizer: ClassVar[bool] = False
+
+    def update(
+        self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
+    ) -> None:
+        """Changes ``theta`` and ``state`` in place.
+
+        Args:
+            theta: the slot's weights.
+            state: what this rule keeps for the slot between steps; saved in checkpoints.
+            direction: ``G``.
+            lr: learning rate of the slot's group.
+            weight_decay: decoupled: the weights shrink by ``1 - lr * weight_decay`` first.
+        """
+        raise NotImplementedError
+
+
+RULES: Registry[UpdateRule] = Registry("rule", UpdateRule)

@@ -1,0 +1,25 @@
+"""Plain stochastic gradient descent along the estimate, the update of MeZO."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..noise import Direction
+from .base import RULES, UpdateRule
+
+
+@RULES.register
+@dataclass(frozen=True)
+class Sgd(UpdateRule):
+    """``theta <- (1 - lr * weight_decay) theta - lr * G``, in one pass over the weights, without state."""
+
+    name: ClassVar[str] = "sgd"
+
+    def update(
+        self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
+    ) -> None:
+        direction.scaled(-lr).add_to(theta, decay=1.0 - lr * weight_decay)

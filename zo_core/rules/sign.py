@@ -1,0 +1,33 @@
+"""Sign descent (ZO-signSGD): every element moves by exactly the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..noise import Direction
+from ..noise.direction import float32, rewrite
+from .base import RULES, UpdateRule
+
+
+@RULES.register
+@dataclass(frozen=True)
+class Sign(UpdateRule):
+    """``theta <- (1 - lr * weight_decay) theta - lr * sign(G)``, without state."""
+
+    name: ClassVar[str] = "sign"
+
+    def update(
+        self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
+    ) -> None:
+        rate, decay = float32(-lr), float32(1.0 - lr * weight_decay)
+
+        def change(weights: Tensor, s: Tensor, start: int, stop: int) -> None:
+            if decay != 1.0:
+                weights.mul_(decay)
+            weights.add_(s.sign_().mul_(rate))
+
+        rewrite(theta, direction, change)

@@ -1,0 +1,132 @@
+"""What may move. A target names the tensors of a model that training changes, as slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .noise.direction import FLOAT_DTYPES
+from .registry import Registry
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One tensor that moves, under a key that is the same in every trainer.
+
+    Attributes:
+        key: stable name; together with a seed it determines the slot's noise.
+        tensors: the tensor, and any other tensor objects that share its memory (tied weights).
+        modules: the modules that hold one of ``tensors`` directly.
+    """
+
+    key: str
+    tensors: tuple[Tensor, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.tensors[0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Chooses the slots of a model."""
+
+    name: ClassVar[str]
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        """The slots, each tensor in exactly one of them.
+
+        Raises:
+            ModelError: the model has nothing that this target can move, or it is on ``meta``.
+        """
+        raise NotImplementedError
+
+
+TARGETS: Registry[Target] = Registry("target", Target)
+
+
+def slot_keys(names: Iterable[str]) -> list[str]:
+    """Parameter names without what wrappers put in front of them.
+
+    Removes ``module.`` and ``_orig_mod.`` anywhere, then the longest run of leading components that
+    all names share, always leaving the last component. So a bare model, the same model inside a
+    LightningModule and a compiled one give the same keys, hence the same noise.
+    """
+    split = []
+    for name in names:
+        for prefix in WRAPPER_PREFIXES:
+            name = f".{name}".replace(f".{prefix}", ".").removeprefix(".")
+        split.append(name.split("."))
+    shared = 0
+    while all(len(parts) > shared + 1 for parts in split) and len({parts[shared] for parts in split}) == 1:
+        shared += 1
+    return [".".join(parts[shared:]) for parts in split]
+
+
+@TARGETS.register
+@dataclass(frozen=True)
+class Trainable(Target):
+    """Every parameter with ``requires_grad``: all weights of a plain model, the adapters of a PEFT model."""
+
+    name: ClassVar[str] = "trainable"
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ModelError(
+                "model has no trainable parameter; call requires_grad_(True) on the parameters that should move "
+                "(a quantised model needs PEFT adapters, for example get_peft_model(model, LoraConfig(...)))"
+            )
+        for name, parameter in named:
+            check_tensor(name, parameter)
+        groups: dict[tuple[object, ...], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in named:
+            groups.setdefault(memory_of(parameter), []).append((name, parameter))
+        owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for owned in module.parameters(recurse=False):
+                owners.setdefault(id(owned), []).append(module)
+        keys = slot_keys(members[0][0] for members in groups.values())
+        return [
+            Slot(
+                key,
+                tuple(p for _, p in members),
+                tuple(module for _, p in members for module in owners[id(p)]),
+            )
+            for key, members in zip(keys, groups.values(), strict=True)
+        ]
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises `ModelError` for a tensor that cannot be moved."""
+    if tensor.is_meta:
+        raise ModelError(
+            f"parameter {name!r} is on the meta device and has no values; load the weights before training, "
+            "for example with model.to_empty(device='cpu') and load_state_dict, or from_pretrained"
+        )
+    if tensor.dtype not in FLOAT_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise ModelError(
+            f"parameter {name!r} has dtype {tensor.dtype}, which cannot be moved; use one of {known}, "
+            "or requires_grad_(False) to leave it alone"
+        )
+    if type(tensor.data) is not torch.Tensor:
+        raise ModelError(
+            f"parameter {name!r} is a {type(tensor.data).__name__}, whose values are not one plain tensor; "
+            "requires_grad_(False) leaves it alone"
+        )
+
+
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors exactly if they show the same elements in the same order."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
