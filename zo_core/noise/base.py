@@ -29,15 +29,13 @@ class Noise:
     variance: ClassVar[float]
     kurtosis: ClassVar[float]
 
-    def expand(self, bits: Tensor, scale: float) -> Tensor:
-        """``round(scale * z)`` for the elements of some words.
+    def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
+        """Writes ``round(scale * z)`` for the elements of some words.
 
         Args:
             bits: int32 ``[count]``.
             scale: a float32 value.
-
-        Returns:
-            float32 ``[count * values_per_word]``, a new tensor.
+            out: float32 ``[count * values_per_word]``.
         """
         raise NotImplementedError
 
@@ -55,13 +53,11 @@ class Noise:
         key = stream_key(seed, slot, DIRECTION)
         per_word = self.values_per_word
         first, last = start // per_word, -(-stop // per_word)
-        pieces = [
-            self.expand(words(key, at, min(BATCH_WORDS, last - at), device), scale)
-            for at in range(first, last, BATCH_WORDS)
-        ]
-        if not pieces:
-            return torch.empty(0, device=device)
-        values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        values = torch.empty((last - first) * per_word, dtype=torch.float32, device=device)
+        for at in range(first, last, BATCH_WORDS):
+            count = min(BATCH_WORDS, last - at)
+            out = values[(at - first) * per_word : (at - first + count) * per_word]
+            self.expand(words(key, at, count, device), scale, out)
         return values[start - first * per_word : stop - first * per_word]
 
 

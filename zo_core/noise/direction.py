@@ -10,8 +10,10 @@ stochastically. Every path (eager in chunks, compiled, Triton) gives these bits.
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,23 @@ def float32(value: float) -> float:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which weights of ``dtype`` are moved."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_local = threading.local()
+
+
+def workspace(name: str, size: int, device: torch.device) -> Tensor:
+    """A float32 buffer of this thread, ``[size]``, with whatever was in it.
+
+    Buffers of a chunk's size sit where the allocator returns memory to the system each time, so
+    fresh ones would cost page faults at every chunk.
+    """
+    buffers: dict[tuple[str, torch.device], Tensor] = _local.__dict__
+    buffer = buffers.get((name, device))
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = buffers[name, device] = torch.empty(size, dtype=torch.float32, device=device)
+    return buffer[:size]
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ class Direction:
         return stream_key(self.rounding_seed, self.slot, ROUNDING)
 
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-        """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; each tensor is new."""
+        """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; valid until the next chunk."""
         keys = self.keys()
         per_word = self.noise.values_per_word
         batch = BATCH_WORDS * per_word
@@ -83,9 +102,13 @@ class Direction:
                 count = -(-min(batch, numel - start) // per_word)
                 bits = [words(key, start // per_word, count, device) for key, _ in keys]
             piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
-            total = self.noise.expand(bits[0][piece], keys[0][1])
+            size = (piece.stop - piece.start) * per_word
+            total = workspace("sum", size, device)
+            self.noise.expand(bits[0][piece], keys[0][1], total)
             for word, (_, c) in zip(bits[1:], keys[1:], strict=True):
-                total.add_(self.noise.expand(word[piece], c))
+                term = workspace("term", size, device)
+                self.noise.expand(word[piece], c, term)
+                total.add_(term)
             yield start, stop, total[: stop - start]
 
     def values(self, shape: torch.Size, device: torch.device) -> Tensor:
@@ -107,14 +130,9 @@ class Direction:
             ``out``.
         """
         out = theta if out is None else out
-        if self.backend == "triton" and theta.is_cuda and theta.dtype != torch.float64:
-            from .triton_backend import add_direction
-
-            add_direction(self, theta, decay, out)
-        elif self.backend == "compile" and theta.numel() and theta.dtype != torch.float64:
-            from .compile_backend import add_direction
-
-            add_direction(self, theta, decay, out)
+        fused = fused_backend(self.backend, theta)
+        if fused is not None and fused.supports(self, theta.dtype):
+            fused.add_direction(self, theta, float32(decay), out)
         else:
             self._add_eager(theta, float32(decay), out)
         return out
@@ -130,12 +148,25 @@ class Direction:
                 else:
                     torch.mul(old, decay, out=new).add_(s)
             else:
-                work = old.to(wide)
+                work = workspace("weights", stop - start, theta.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
                 store(work.add_(s), new, self.rounding_key(theta.dtype), start)
         if target.data_ptr() != out.data_ptr():
             out.copy_(target.view(out.shape))
+
+
+def fused_backend(name: str, theta: Tensor) -> Any:
+    """The module with the fused passes for ``theta``, or None for the eager ones."""
+    if name == "triton" and theta.is_cuda:
+        from . import triton_backend
+
+        return triton_backend
+    if name == "compile" and theta.numel():
+        from . import compile_backend
+
+        return compile_backend
+    return None
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Gaussian(Noise):
     variance: ClassVar[float] = 1.0
     kurtosis: ClassVar[float] = 2.99925
 
-    def expand(self, bits: Tensor, scale: float) -> Tensor:
+    def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
         index = bits.view(torch.int16).to(torch.int32).bitwise_and_(LEVELS - 1)
-        return table(bits.device).index_select(0, index).mul_(scale)
+        torch.index_select(table(bits.device), 0, index, out=out)
+        out.mul_(scale)

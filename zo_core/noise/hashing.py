@@ -8,6 +8,7 @@ public `lowbias32` (32 bit) and `splitmix64` (64 bit) finalisers.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -82,7 +83,7 @@ def _mix32_(x: Tensor) -> Tensor:
 
 
 def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
-    """Words ``start … start + count - 1`` of a stream.
+    """Words ``start … start + count - 1`` of a stream of directions.
 
     Args:
         key: from `stream_key`.
@@ -93,21 +94,44 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     Returns:
         int32 tensor of shape ``[count]``; do not write to it.
     """
-    if start == 0 and count <= 1 << 10:
-        return _small_words(key, count, device)
-    return _words(key, start, count, device)
+    name = (key, start, count, device)
+    x = _cache.get(name)
+    if x is None:
+        # Two rounds with half of the key between them, so that streams share no structure.
+        x = _mix32_(rounding_words(key, start, count, device).add_(key[1]))
+        _cache.put(name, x)
+    return x
 
 
-def _words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
-    high = start >> 32
-    x = _counter(device)[:count] + signed(start)
-    _mix32_(x.bitwise_xor_(key[0]))
-    return _mix32_(x.add_(signed(key[1] + high * 0x9E3779B9)))
-
-
-@lru_cache(maxsize=1 << 12)
-def _small_words(key: Key, count: int, device: torch.device) -> Tensor:
-    # Small tensors are asked for several times within a step (both sides and the update), and for
-    # them the operations' overhead is all there is. At most 4,096 entries of 4 KiB.
+def rounding_words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
+    """As `words`, with one round of mixing: enough for bits that only have to be even."""
     with torch.inference_mode(False):
-        return _words(key, 0, count, device)
+        x = _counter(device)[:count] + signed(start)
+        return _mix32_(x.bitwise_xor_(signed(key[0] + (start >> 32) * 0x9E3779B9)))
+
+
+class _WordCache:
+    """The words used last. A step asks for the same ones on each side of a probe and in the update.
+
+    At one bit per weight, the bound of 32 MiB holds a direction of a model of 268 million weights.
+    Larger models cycle through it and hash every time, which costs them a few percent.
+    """
+
+    MAX_BYTES = 32 << 20
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[tuple[Key, int, int, torch.device], Tensor] = OrderedDict()
+        self.bytes = 0
+
+    def get(self, name: tuple[Key, int, int, torch.device]) -> Tensor | None:
+        return self.entries.get(name)
+
+    def put(self, name: tuple[Key, int, int, torch.device], value: Tensor) -> None:
+        self.entries[name] = value
+        self.bytes += 4 * value.numel()
+        while self.bytes > self.MAX_BYTES:
+            _, oldest = self.entries.popitem(last=False)
+            self.bytes -= 4 * oldest.numel()
+
+
+_cache = _WordCache()

@@ -36,8 +36,9 @@ class Rademacher(Noise):
     variance: ClassVar[float] = 1.0
     kurtosis: ClassVar[float] = 1.0
 
-    def expand(self, bits: Tensor, scale: float) -> Tensor:
+    def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
         # The bit is moved to the sign's place and the scale's own bits are laid under it: no table,
         # no conversion, and multiplying by a sign is exact.
-        values = bits.unsqueeze(1) << _shifts(bits.device)
-        return values.bitwise_and_(SIGN_BIT).bitwise_xor_(float_bits(scale)).view(torch.float32).view(-1)
+        values = out.view(torch.int32).view(-1, 32)
+        torch.bitwise_left_shift(bits.unsqueeze(1), _shifts(bits.device), out=values)
+        values.bitwise_and_(SIGN_BIT).bitwise_xor_(float_bits(scale))

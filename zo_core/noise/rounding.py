@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hashing import BATCH_WORDS, Key, words
+from .hashing import BATCH_WORDS, Key, rounding_words
 
 #: float32 mantissa bits that a 16-bit type drops.
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -39,7 +39,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -
     """
     dropped = DROPPED_BITS[dtype]
     count = values.numel()
-    bits = words(key, start // 2, (count + 1) // 2, values.device).view(torch.int16)[:count]
+    bits = rounding_words(key, start // 2, (count + 1) // 2, values.device).view(torch.int16)[:count]
     random = bits.to(torch.int32).bitwise_and_((1 << dropped) - 1)
     if dtype == torch.float16:
         # Below 2**-14 the steps of fp16 are 2**-24 apart, whatever the exponent.

@@ -110,7 +110,8 @@ class _Probe:
             for slot in own:
                 if id(slot.tensor) in self.absent:
                     self.materialise(slot)
-                    self.frames[-1].append(slot)
+                    # Tied weights come round again: one copy serves the whole probe.
+                    self.frames[0 if len(slot.modules) > 1 else -1].append(slot)
 
         def leave(*_: Any) -> None:
             for slot in self.frames.pop():
@@ -128,7 +129,7 @@ class _Probe:
         self.frames[-1].append(slot)
 
     def materialise(self, slot: Slot) -> None:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             original = self.originals[slot][0]
             scratch = self.owner.pool.take(original)
             self.owner.direction(slot, self.point).add_to(original, out=scratch)

@@ -19,15 +19,16 @@ class ScratchPool:
 
     def take(self, like: Tensor) -> Tensor:
         """An uninitialised tensor with the shape, strides, dtype and device of ``like``."""
-        with torch.inference_mode(False):
-            if like.device.type != "cpu" or not like.is_contiguous():
-                return torch.empty_like(like, requires_grad=False)
+        if like.device.type == "cpu" and like.is_contiguous():
             buffers = self._buffers.setdefault((like.numel(), like.dtype), [])
             for buffer in buffers:
                 if torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) == ALONE:
                     return buffer.view(like.shape)
-            buffers.append(torch.empty(like.numel(), dtype=like.dtype))
+            with torch.inference_mode(False):
+                buffers.append(torch.empty(like.numel(), dtype=like.dtype))
             return buffers[-1].view(like.shape)
+        with torch.inference_mode(False):
+            return torch.empty_like(like, requires_grad=False)
 
     def clear(self) -> None:
         """Gives the memory back."""
