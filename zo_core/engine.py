@@ -54,6 +54,7 @@ class ZeroOrder:
     Attributes:
         optimizer: the `ZOOptimizer` to give to learning-rate schedulers.
         step_count: index of the next step; with the seed it determines the next directions.
+        listeners: called with the `StepRecord` of every step.
 
     Raises:
         ConfigError: settings that cannot work; all of them are listed.
@@ -88,6 +89,7 @@ class ZeroOrder:
             )
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
+        self.listeners: list[Callable[[StepRecord], object]] = []
         slots = settings.target.slots(model)
         if optimizer is None:
             optimizer = ZOOptimizer(
@@ -138,11 +140,15 @@ class ZeroOrder:
         try:
             losses = self.oracle.losses(self._measured.points, closure)
         except BaseException:
-            self._measured = None
+            self.discard()
             raise
         sums = self._measured.sums
         self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
         return torch.stack(losses).mean().to(torch.float32)
+
+    def discard(self) -> None:
+        """Forgets what was measured since the last step."""
+        self._measured = None
 
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and goes on to the next step.
@@ -174,6 +180,8 @@ class ZeroOrder:
             skipped=estimate.skip,
         )
         self.step_count += 1
+        for listener in self.listeners:
+            listener(record)
         return record
 
     def _probes(self, seeds: tuple[int, ...], losses: list[float]) -> tuple[Estimate, tuple[Probe, ...], int]:
@@ -254,4 +262,4 @@ class ZeroOrder:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
         self.step_count, self.seed = state["step"], state["seed"]
-        self._measured = None
+        self.discard()

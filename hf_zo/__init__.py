@@ -1,0 +1,17 @@
+"""Forward-only fine-tuning for Hugging Face: swap ``Trainer`` for ``ZOTrainer``."""
+
+try:
+    import accelerate as _accelerate  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"hf_zo needs transformers and accelerate ({error}); install them with: pip install 'zo-trainer[hf]'"
+    ) from error
+
+from zo_core import ZOConfig
+
+from .arguments import ZOArguments, ZOTrainingArguments
+from .mixin import ZOTrainerMixin
+from .trainer import ZOTrainer
+
+__all__ = ["ZOArguments", "ZOConfig", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]

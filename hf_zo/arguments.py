@@ -1,0 +1,73 @@
+"""Training arguments with the ``zo_*`` settings, for scripts and `HfArgumentParser`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zo_core import ZOConfig
+
+PREFIX = "zo_"
+
+
+@dataclass
+class ZOArguments:
+    """The ``zo_*`` fields alone, to add to other arguments:
+
+        @dataclass
+        class ZOSFTConfig(ZOArguments, SFTConfig): ...
+
+    Each field is the setting of the same name in `zo_core.ZOConfig`.
+    """
+
+    zo_estimator: str = field(default="spsa", metadata={"help": "How losses become probes: spsa or fzoo."})
+    zo_eps: float | None = field(
+        default=None,
+        metadata={"help": "Distance of the probes from the weights; default 1e-3 (spsa) or 1e-4 (fzoo). LoRA: 1e-2."},
+    )
+    zo_num_probes: int | None = field(
+        default=None, metadata={"help": "Directions per step; default 1 (spsa) or 8 (fzoo)."}
+    )
+    zo_noise: str = field(default="rademacher", metadata={"help": "Distribution: rademacher or gaussian."})
+    zo_rule: str = field(
+        default="auto", metadata={"help": "Update rule: sgd, momentum, sign, torch (args.optim), or auto (sgd)."}
+    )
+    zo_target: str = field(default="trainable", metadata={"help": "What may move: trainable."})
+    zo_clip: float | None = field(default=None, metadata={"help": "Bound on the projected gradient."})
+    zo_seed: int | None = field(default=None, metadata={"help": "Seed of the directions; default: --seed."})
+    zo_dropout: bool = field(default=False, metadata={"help": "Run the probes with dropout on."})
+    zo_stochastic_rounding: bool = field(
+        default=True, metadata={"help": "Round updates of 16-bit weights stochastically."}
+    )
+    zo_backend: str = field(default="auto", metadata={"help": "Noise kernels: auto, eager, compile or triton."})
+
+    def zo_settings(self) -> dict[str, Any]:
+        """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""
+        return {
+            f.name.removeprefix(PREFIX): getattr(self, f.name)
+            for f in fields(ZOArguments)
+            if getattr(self, f.name) != f.default
+        }
+
+    def to_zo_config(self) -> ZOConfig:
+        """The settings as a `ZOConfig`.
+
+        Raises:
+            ConfigError: settings that cannot work; all of them are listed.
+        """
+        return ZOConfig(**self.zo_settings())
+
+
+@dataclass
+class ZOTrainingArguments(ZOArguments, TrainingArguments):
+    """`TrainingArguments` with the ``zo_*`` fields, and defaults that suit forward-only training.
+
+    The learning rate is constant at 1e-6 (full fine-tuning with spsa); PEFT adapters want about
+    1e-4, fzoo 5e-5.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})

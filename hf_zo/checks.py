@@ -1,0 +1,67 @@
+"""What a user should be told once, before a run: settings that mean something else here."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainingArguments
+
+from zo_core import ConfigError, ZeroOrder
+
+logger = logging.getLogger("hf_zo")
+
+#: Above these learning rates a run with SPSA and plain updates usually diverges.
+MAX_LR_FULL = 1e-5
+MAX_LR_PEFT = 1e-2
+
+
+def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None:
+    """Raises `ConfigError` for what cannot work, and neutralises what has no use."""
+    problems = []
+    if args.world_size > 1:
+        problems.append(
+            f"world_size={args.world_size}: training on several processes is not supported yet and the ranks would "
+            "drift apart; start one process"
+        )
+    if args.n_gpu > 1 and not is_model_parallel:
+        problems.append(
+            f"n_gpu={args.n_gpu}: Trainer would wrap the model in DataParallel; set CUDA_VISIBLE_DEVICES=0 to use one"
+        )
+    if problems:
+        raise ConfigError(problems)
+    if args.gradient_checkpointing:
+        args.gradient_checkpointing = False
+        logger.warning("gradient_checkpointing=True has no use here, nothing is kept for a backward pass; it is off")
+    # The filter would replace NaN by the running mean: a diverged run would look as if it went on.
+    args.logging_nan_inf_filter = False
+    if args.fp16 and args.device.type == "cpu":
+        logger.warning("fp16=True does nothing on a CPU, the run is in the model's own precision; use bf16=True")
+
+
+def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
+    """One line for each number that is probably meant for backpropagation."""
+    default = type(args).__dataclass_fields__["max_grad_norm"].default
+    if args.max_grad_norm and args.max_grad_norm != default:
+        logger.warning(
+            "max_grad_norm=%g has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
+            args.max_grad_norm,
+        )
+    if engine.estimator.name != "spsa" or engine.rule.name not in ("sgd", "momentum"):
+        return
+    trained = sum(slot.tensor.numel() for slot in engine.slots)
+    peft = trained < 0.1 * sum(p.numel() for p in engine.model.parameters())
+    limit, sensible = (MAX_LR_PEFT, "5e-5 to 1e-4") if peft else (MAX_LR_FULL, "1e-7 to 1e-6")
+    lr = max(float(group["lr"]) for group in engine.optimizer.param_groups)
+    if lr > limit:
+        logger.warning(
+            "learning_rate=%g is in the range for backpropagation; zeroth-order %s usually needs %s",
+            lr,
+            "training of adapters" if peft else "full fine-tuning",
+            sensible,
+        )
+
+
+def counters(trainer: Any) -> dict[str, int | float]:
+    """The plain numbers that a trainer keeps about itself."""
+    return {name: value for name, value in vars(trainer).items() if type(value) in (int, float)}

@@ -1,0 +1,195 @@
+"""The mixin that turns a Hugging Face trainer into a forward-only one.
+
+It uses three seams of `Trainer` and copies none of its loops: ``create_optimizer`` returns an
+optimizer whose ``step`` applies what was measured; ``training_step`` runs the trainer's own
+``training_step`` once per probe, with ``accelerator.backward`` switched off; and
+``compute_loss_context_manager``, entered just before each loss, sets the modes of the probe.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.modes import eval_mode, frozen_statistics
+
+from .arguments import ZOArguments
+from .checks import check_arguments, counters, warn_about_numbers
+
+
+class ZOTrainerMixin:
+    """Put it before any `transformers.Trainer` subclass:
+
+        class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
+
+    Everything that the trainer does around a step stays its own: schedules, accumulation, label
+    smoothing, callbacks, evaluation, checkpoints. What differs:
+
+    * the loss is computed once per probe (twice by default), without gradients, with every submodule
+      in eval mode; only the root keeps its ``training`` flag, which trainers read;
+    * the logs have ``projected_grad`` (root mean square since the last log) and ``zo_clip_rate``
+      instead of ``grad_norm``, and ``zo_skipped_steps`` if there were any;
+    * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step.
+
+    Args:
+        zo_config: a `ZOConfig`. None takes the ``zo_*`` fields of `args`, if it has them, else the
+            defaults. Its ``lr`` and ``weight_decay``, if set, go before those of ``args``.
+    """
+
+    def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
+        self.zo: ZeroOrder | None = None
+        self._zo_probe: _ProbeInputs | None = None
+        self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
+        super().__init__(*args, **kwargs)
+        check_arguments(self.args, is_model_parallel=self.is_model_parallel)
+        self.zo_config = self._resolve_config(zo_config)
+
+    def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
+        if config is not None and not isinstance(config, ZOConfig):
+            raise ConfigError([f"zo_config={config!r} must be a ZOConfig, for example ZOConfig(eps=1e-3)"])
+        in_args = isinstance(self.args, ZOArguments)
+        if config is None:
+            return self.args.to_zo_config() if in_args else ZOConfig()
+        if in_args and self.args.zo_settings():
+            given = ", ".join(f"zo_{name}" for name in self.args.zo_settings())
+            raise ConfigError([f"settings came twice, in zo_config and in args ({given}); write them in one place"])
+        return config
+
+    # The optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The engine's `ZOOptimizer`, or one in front of the torch optimizer that was passed."""
+        model = self.model if model is None else model
+        given = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it on the first train()
+        if isinstance(given, ZOOptimizer) and given.engine is not None and given.engine.model is model:
+            given.engine.discard()  # a run before this one may have stopped between micro-batches
+            return self.optimizer
+        config = self.zo_config.replace(seed=self.args.seed if self.zo_config.seed is None else self.zo_config.seed)
+        if given is None and config.rule != "auto" and RULES.resolve(config.rule).wants_optimizer:
+            given = super().create_optimizer(model)  # type: ignore[misc]
+        if given is None:
+            given = self._grouped_optimizer(model, config)
+        self.zo = ZeroOrder(model, config.replace(lr=None), optimizer=given)
+        self.zo.listeners.append(self._zo_records.append)
+        warn_about_numbers(self.args, self.zo)
+        self.optimizer = self.zo.optimizer
+        return self.optimizer
+
+    def _grouped_optimizer(self, model: nn.Module, config: ZOConfig) -> ZOOptimizer:
+        """Weight decay on the parameters that `Trainer` would decay, as one group or two."""
+        settings = config.resolve()
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decayed = set(self.get_decay_parameter_names(model))
+        tensors = [slot.tensor for slot in settings.target.slots(model)]
+        decay = config.weight_decay or self.args.weight_decay
+        groups = [
+            {"params": [t for t in tensors if names.get(id(t)) in decayed], "weight_decay": decay},
+            {"params": [t for t in tensors if names.get(id(t)) not in decayed], "weight_decay": 0.0},
+        ]
+        lr = self.args.learning_rate if config.lr is None else config.lr
+        return ZOOptimizer([group for group in groups if group["params"]], lr=lr, eps=settings.eps)
+
+    # The step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch: the trainer's own ``training_step``, once per probe, without backward.
+
+        Returns:
+            The mean loss over the probes, float32 of shape ``[]``.
+        """
+        assert self.zo is not None, "create_optimizer makes the engine, and Trainer calls it first"
+        self.zo.step_count = self.state.global_step
+        run = super().training_step  # type: ignore[misc]
+        with self._probing() as probe:
+            return self.zo.measure(lambda: probe.run(lambda: run(model, inputs, num_items_in_batch)))
+
+    @contextmanager
+    def _probing(self) -> Iterator[_ProbeInputs]:
+        self._zo_probe = _ProbeInputs(self)
+        self.accelerator.backward = _no_backward
+        try:
+            yield self._zo_probe
+        finally:
+            del self.accelerator.backward
+            self._zo_probe = None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Runs once per micro-batch; each probe gets a shallow copy of its own, which it may change."""
+        if self._zo_probe is None:
+            return super()._prepare_inputs(inputs)  # type: ignore[misc]
+        return self._zo_probe.prepared(lambda: super(ZOTrainerMixin, self)._prepare_inputs(inputs))  # type: ignore[misc]
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        stack: ExitStack = super().compute_loss_context_manager()  # type: ignore[misc]
+        if self._zo_probe is not None:
+            if self.zo_config.dropout:
+                stack.enter_context(frozen_statistics(self.model))
+            else:
+                stack.enter_context(eval_mode(self.model, keep_root=True))
+        return stack
+
+    # The logs
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        return None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        return None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._zo_records:
+            logs.update(summary(self._zo_records))
+            self._zo_records.clear()
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class _ProbeInputs:
+    """What the probes of one micro-batch share, and what must happen only once for all of them."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.inputs: Any = None
+        self.counters: dict[str, int | float] | None = None
+
+    def run(self, step: Any) -> Tensor:
+        """One probe. The trainer's counters (tokens seen, say) advance with the first alone."""
+        before = self.counters
+        loss: Tensor = step()
+        if before is None:
+            self.counters = counters(self.trainer)
+        else:
+            vars(self.trainer).update(before)
+        return loss
+
+    def prepared(self, prepare: Any) -> Any:
+        if self.inputs is None:
+            self.inputs = prepare()
+        return copy.copy(self.inputs)
+
+
+def _no_backward(loss: Tensor, **kwargs: Any) -> None:
+    """Stands in for ``Accelerator.backward`` while probes run."""
+
+
+def summary(records: Collection[StepRecord]) -> dict[str, float]:
+    """The steps since the last log, in numbers."""
+    grads = [record.projected_grad for record in records if math.isfinite(record.projected_grad)]
+    directions = sum(len(record.probes) for record in records)
+    result = {
+        "projected_grad": math.sqrt(math.fsum(g * g for g in grads) / len(grads)) if grads else float("nan"),
+        "zo_clip_rate": sum(record.clipped for record in records) / directions if directions else 0.0,
+    }
+    skipped = sum(record.skipped is not None for record in records)
+    return {**result, "zo_skipped_steps": float(skipped)} if skipped else result

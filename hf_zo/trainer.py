@@ -1,0 +1,16 @@
+"""`ZOTrainer`: the Hugging Face `Trainer` with forward passes only."""
+
+from __future__ import annotations
+
+from transformers import Trainer
+
+from .mixin import ZOTrainerMixin
+
+
+class ZOTrainer(ZOTrainerMixin, Trainer):
+    """Drop-in for `transformers.Trainer`: the same arguments, and ``zo_config``.
+
+        ZOTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer).train()
+
+    See `ZOTrainerMixin` for what differs.
+    """
