@@ -30,9 +30,16 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
         )
     if problems:
         raise ConfigError(problems)
-    if args.gradient_checkpointing:
-        args.gradient_checkpointing = False
-        logger.warning("gradient_checkpointing=True has no use here, nothing is kept for a backward pass; it is off")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # two names of one setting, which mirror it
+        if getattr(args, name, False):
+            setattr(args, name, False)
+            if name == "gradient_checkpointing" and not default(args, name):
+                logger.warning("%s=True has no use here, nothing is kept for a backward pass; it is off", name)
+    if args.torch_compile:
+        logger.warning(
+            "torch_compile=True: each probe copies all trained weights at once instead of layer by layer, which takes "
+            "memory for a second set of them"
+        )
     # The filter would replace NaN by the running mean: a diverged run would look as if it went on.
     args.logging_nan_inf_filter = False
     if args.fp16 and args.device.type == "cpu":
@@ -41,8 +48,7 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
 
 def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
     """One line for each number that is probably meant for backpropagation."""
-    default = type(args).__dataclass_fields__["max_grad_norm"].default
-    if args.max_grad_norm and args.max_grad_norm != default:
+    if args.max_grad_norm and args.max_grad_norm != default(args, "max_grad_norm"):
         logger.warning(
             "max_grad_norm=%g has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
             args.max_grad_norm,
@@ -60,6 +66,11 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
             "training of adapters" if peft else "full fine-tuning",
             sensible,
         )
+
+
+def default(args: TrainingArguments, name: str) -> Any:
+    """The value of a field that nobody has set; TRL's arguments have other defaults than `TrainingArguments`."""
+    return type(args).__dataclass_fields__[name].default
 
 
 def counters(trainer: Any) -> dict[str, int | float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.modes import eval_mode, frozen_statistics
+from zo_core.oracle.materialise import is_compiled
 
 from .arguments import ZOArguments
 from .checks import check_arguments, counters, warn_about_numbers
@@ -46,10 +47,11 @@ class ZOTrainerMixin:
 
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
         self.zo: ZeroOrder | None = None
-        self._zo_probe: _ProbeInputs | None = None
+        self._zo_probe: _Probing | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
+        self._zo_given = zo_config
         self.zo_config = self._resolve_config(zo_config)
 
     def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
@@ -72,10 +74,12 @@ class ZOTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The engine's `ZOOptimizer`, or one in front of the torch optimizer that was passed."""
         model = self.model if model is None else model
+        self._zo_records.clear()  # a run before this one may have stopped between two logs
         given = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it on the first train()
         if isinstance(given, ZOOptimizer) and given.engine is not None and given.engine.model is model:
-            given.engine.discard()  # a run before this one may have stopped between micro-batches
+            given.engine.discard()  # or between two micro-batches
             return self.optimizer
+        self.zo_config = self._resolve_config(self._zo_given)  # a hyperparameter search changes the arguments
         config = self.zo_config.replace(seed=self.args.seed if self.zo_config.seed is None else self.zo_config.seed)
         if given is None and config.rule != "auto" and RULES.resolve(config.rule).wants_optimizer:
             given = super().create_optimizer(model)  # type: ignore[misc]
@@ -111,13 +115,15 @@ class ZOTrainerMixin:
         """
         assert self.zo is not None, "create_optimizer makes the engine, and Trainer calls it first"
         self.zo.step_count = self.state.global_step
+        if model is not self.model and any(map(is_compiled, model.modules())):
+            self.zo.oracle.copy_whole()
         run = super().training_step  # type: ignore[misc]
         with self._probing() as probe:
             return self.zo.measure(lambda: probe.run(lambda: run(model, inputs, num_items_in_batch)))
 
     @contextmanager
-    def _probing(self) -> Iterator[_ProbeInputs]:
-        self._zo_probe = _ProbeInputs(self)
+    def _probing(self) -> Iterator[_Probing]:
+        self._zo_probe = _Probing(self)
         self.accelerator.backward = _no_backward
         try:
             yield self._zo_probe
@@ -129,7 +135,7 @@ class ZOTrainerMixin:
         """Runs once per micro-batch; each probe gets a shallow copy of its own, which it may change."""
         if self._zo_probe is None:
             return super()._prepare_inputs(inputs)  # type: ignore[misc]
-        return self._zo_probe.prepared(lambda: super(ZOTrainerMixin, self)._prepare_inputs(inputs))  # type: ignore[misc]
+        return self._zo_probe.prepared(inputs, super()._prepare_inputs)  # type: ignore[misc]
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack: ExitStack = super().compute_loss_context_manager()  # type: ignore[misc]
@@ -152,31 +158,30 @@ class ZOTrainerMixin:
         if "loss" in logs and self._zo_records:
             logs.update(summary(self._zo_records))
             self._zo_records.clear()
+            if not math.isfinite(logs["loss"]):
+                self._tr_loss.zero_()  # Trainer subtracts the sum from itself, and NaN would stay for all later logs
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-class _ProbeInputs:
+class _Probing:
     """What the probes of one micro-batch share, and what must happen only once for all of them."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.counters = counters(trainer)
+        self.raw: Any = None
         self.inputs: Any = None
-        self.counters: dict[str, int | float] | None = None
 
-    def run(self, step: Any) -> Tensor:
-        """One probe. The trainer's counters (tokens seen, say) advance with the first alone."""
-        before = self.counters
-        loss: Tensor = step()
-        if before is None:
-            self.counters = counters(self.trainer)
-        else:
-            vars(self.trainer).update(before)
-        return loss
+    def run(self, step: Callable[[], Tensor]) -> Tensor:
+        """One probe. The trainer's counters (tokens seen, say) start from the same values in each."""
+        vars(self.trainer).update(self.counters)
+        return step()
 
-    def prepared(self, prepare: Any) -> Any:
+    def prepared(self, raw: Any, prepare: Callable[[Any], Any]) -> Any:
+        """A copy of the prepared batch; other data that a loss has prepared on its way passes through."""
         if self.inputs is None:
-            self.inputs = prepare()
-        return copy.copy(self.inputs)
+            self.raw, self.inputs = raw, prepare(raw)
+        return copy.copy(self.inputs) if raw is self.raw else prepare(raw)
 
 
 def _no_backward(loss: Tensor, **kwargs: Any) -> None:

@@ -23,6 +23,8 @@ from .targets import Slot
 
 logger = logging.getLogger(__name__)
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 @dataclass
 class _Measured:
@@ -100,7 +102,7 @@ class ZeroOrder:
         if isinstance(optimizer, ZOOptimizer) and self.config.eps is None:
             self.eps = float(self.optimizer.param_groups[0]["eps"])
         held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
-        self.slots = [slot for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
+        self.slots = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
         if not self.slots:
             raise ModelError(
                 "none of the optimizer's tensors is a trainable parameter of the model; build the optimizer from "
@@ -167,7 +169,9 @@ class ZeroOrder:
         if estimate.skip is None:
             self._update(probes)
         else:
-            logger.warning("step %d skipped, weights untouched: %s", self.step_count, estimate.skip)
+            # Losses that agree are what a converged model gives; ones that are not finite are trouble.
+            level = logging.INFO if estimate.projected_grads else logging.WARNING
+            logger.log(level, "step %d skipped, weights untouched: %s", self.step_count, estimate.skip)
         grads = estimate.projected_grads
         record = StepRecord(
             loss=mean_loss,
@@ -197,6 +201,9 @@ class ZeroOrder:
             Probe(seed, max(-bound, min(bound, c)) / len(seeds))
             for seed, c in zip(seeds, estimate.coefficients, strict=True)
         )
+        if not all(abs(probe.coefficient) <= FLOAT32_MAX for probe in probes):
+            shown = ", ".join(f"{probe.coefficient:.4g}" for probe in probes)
+            return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
         return estimate, probes, clipped
 
     def _update(self, probes: tuple[Probe, ...]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from .errors import ModelError
 from .noise.direction import FLOAT_DTYPES
 from .registry import Registry
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WRAPPERS = ("module", "_orig_mod")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,11 @@ class Slot:
     @property
     def tensor(self) -> Tensor:
         return self.tensors[0]
+
+    def led_by(self, ids: Container[int]) -> Slot:
+        """The same slot, its first tensor one whose ``id`` is in ``ids``: the one an optimizer knows."""
+        first = sorted(self.tensors, key=lambda tensor: id(tensor) not in ids)
+        return Slot(self.key, tuple(first), self.modules)
 
 
 @dataclass(frozen=True)
@@ -56,19 +62,25 @@ TARGETS: Registry[Target] = Registry("target", Target)
 def slot_keys(names: Iterable[str]) -> list[str]:
     """Parameter names without what wrappers put in front of them.
 
-    Removes ``module.`` and ``_orig_mod.`` anywhere, then the longest run of leading components that
+    Removes ``module`` and ``_orig_mod`` anywhere, then the longest run of leading components that
     all names share, always leaving the last component. So a bare model, the same model inside a
-    LightningModule and a compiled one give the same keys, hence the same noise.
+    LightningModule and a compiled one give the same keys, hence the same noise. Names that only a
+    wrapper told apart are numbered: no two slots may have the same noise.
     """
     split = []
     for name in names:
-        for prefix in WRAPPER_PREFIXES:
-            name = f".{name}".replace(f".{prefix}", ".").removeprefix(".")
-        split.append(name.split("."))
+        *path, last = name.split(".")
+        split.append([*(part for part in path if part not in WRAPPERS), last])
     shared = 0
     while all(len(parts) > shared + 1 for parts in split) and len({parts[shared] for parts in split}) == 1:
         shared += 1
-    return [".".join(parts[shared:]) for parts in split]
+    keys: list[str] = []
+    uses: Counter[str] = Counter()
+    for parts in split:
+        key = ".".join(parts[shared:])
+        keys.append(f"{key}#{uses[key]}" if uses[key] else key)
+        uses[key] += 1
+    return keys
 
 
 @TARGETS.register

@@ -54,10 +54,12 @@ class Noise:
         per_word = self.values_per_word
         first, last = start // per_word, -(-stop // per_word)
         values = torch.empty((last - first) * per_word, dtype=torch.float32, device=device)
-        for at in range(first, last, BATCH_WORDS):
-            count = min(BATCH_WORDS, last - at)
+        at = first
+        while at < last:
+            count = min(BATCH_WORDS - at % BATCH_WORDS, last - at)
             out = values[(at - first) * per_word : (at - first + count) * per_word]
             self.expand(words(key, at, count, device), scale, out)
+            at += count
         return values[start - first * per_word : stop - first * per_word]
 
 

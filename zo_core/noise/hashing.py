@@ -88,7 +88,7 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     Args:
         key: from `stream_key`.
         start: index of the first word; beyond 2**32 the high part is folded into the key.
-        count: at most `BATCH_WORDS`.
+        count: at most `BATCH_WORDS`; no multiple of 2**32 may lie between first and last word.
         device: where to compute; the bits are the same everywhere.
 
     Returns:

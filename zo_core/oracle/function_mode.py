@@ -75,13 +75,13 @@ class ProbeMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in LOSS_FUNCTIONS:
-            args = tuple(upcast(value) for value in args)
-            kwargs = {name: upcast(value) for name, value in kwargs.items()}
-        elif self.absent and func not in METADATA:
+        if self.absent and func not in METADATA:
             self._look_for_absent(args)
             if kwargs:
                 self._look_for_absent(kwargs.values())
+        if func in LOSS_FUNCTIONS:
+            args = tuple(upcast(value) for value in args)
+            kwargs = {name: upcast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _look_for_absent(self, values: Any) -> None:

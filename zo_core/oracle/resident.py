@@ -43,6 +43,10 @@ class ResidentOracle:
         self._checked = self.realisation.whole
         self._warned_half = False
 
+    def copy_whole(self) -> None:
+        """From now on each probe copies all slots at once, for closures that run compiled code."""
+        self.realisation.whole = self._checked = True
+
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """The loss at each point.
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ..noise import Direction
 from .base import RULES, UpdateRule
@@ -68,4 +69,5 @@ def _gradient(tensor: Tensor, direction: Direction) -> Tensor:
 
 def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     # A hook would run once per parameter instead of once per step.
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)

@@ -1,0 +1,48 @@
+"""Results as a table for people and JSON for machines, with hardware, date and command."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{torch.get_num_threads()} threads of {model}"
+
+
+def save(
+    name: str, title: str, columns: list[str], rows: list[list[str]], device: torch.device, *, write: bool
+) -> None:
+    """Prints a table and, with ``write``, puts it under ``benchmarks/results`` as Markdown and JSON."""
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    command = "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    facts = {
+        "title": title,
+        "hardware": hardware(device),
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "command": command,
+    }
+    print(f"{title}\n{facts['hardware']}, torch {facts['torch']}\n" + "\n".join(lines))
+    if write:
+        RESULTS.mkdir(exist_ok=True)
+        stem = RESULTS / f"{name}-{device.type}-{facts['date']}"
+        about = f"{facts['hardware']}, torch {facts['torch']}, {facts['date']}: `{command}`"
+        stem.with_suffix(".md").write_text(f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n")
+        stem.with_suffix(".json").write_text(json.dumps({**facts, "columns": columns, "rows": rows}, indent=1) + "\n")

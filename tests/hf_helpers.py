@@ -1,0 +1,133 @@
+"""What the tests of `hf_zo` share: quiet arguments, a little data, and the bare loop that a trainer has to equal."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import gc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import VOCAB
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+
+from zo_core import StepRecord, ZeroOrder, ZOOptimizer
+
+# accelerate collects garbage at every train(), which takes 0.3 s among all that was imported.
+gc.freeze()
+atexit.register(gc.unfreeze)
+
+Weights = dict[str, Tensor]
+Batch = dict[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def arguments(path: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
+    """Arguments for a short, silent run on the CPU: four steps of four rows make an epoch of `texts`."""
+    settings: dict[str, Any] = {
+        "output_dir": str(path / "out"),
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+    }
+    return cls(**{**settings, **changes})
+
+
+def texts(count: int = 16, length: int = 8, seed: int = 0) -> list[Batch]:
+    """Rows for a language model; the labels of one to four positions are masked."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        tokens = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels = tokens.clone()
+        labels[: 1 + index % 4] = -100
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+def adapted(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """The model with adapters. (peft 0.21 reads an attribute that transformers 5.23 calls deprecated.)"""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        torch.manual_seed(0)
+        return get_peft_model(model, config)
+
+
+def weights(model: nn.Module) -> Weights:
+    """A copy of all parameters and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def differing(a: Weights, b: Weights) -> list[str]:
+    """Names of the tensors that are not equal to the last bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def logged(trainer: Trainer, key: str) -> list[Any]:
+    """All logged values of one key, in order."""
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class Watched(Trainer):
+    """The plain `Trainer`, but it trains nothing: it keeps the batches of each step, and its optimizer."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.steps: dict[int, list[Batch]] = {}
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        batch = {**inputs, "num_items_in_batch": num_items_in_batch}
+        self.steps.setdefault(self.state.global_step, []).append(batch)
+        return torch.zeros(())
+
+
+def models_own(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch).loss
+
+
+def batches(model: nn.Module, args: TrainingArguments, dataset: Any) -> list[list[Batch]]:
+    """The micro-batches of each step, as the plain `Trainer` gets them."""
+    plain = Watched(model=copy.deepcopy(model), args=copy.copy(args), train_dataset=dataset)
+    plain.train()
+    return list(plain.steps.values())
+
+
+def bare_loop(
+    model: nn.Module, args: TrainingArguments, dataset: Any, loss: Loss = models_own, **settings: Any
+) -> list[StepRecord]:
+    """Trains ``model`` with `ZeroOrder` alone, on the batches, groups and schedule of the plain `Trainer`."""
+    optimizer = ZOOptimizer(groups(model, args), lr=args.learning_rate, eps=settings.pop("eps", 1e-3))
+    zo = ZeroOrder(model, optimizer=optimizer, **{"seed": args.seed, **settings})
+    steps = batches(model, args, dataset)
+    warmup = args.get_warmup_steps(len(steps))
+    return run(zo, steps, get_scheduler(args.lr_scheduler_type, zo.optimizer, warmup, len(steps)), loss)
+
+
+def groups(model: nn.Module, args: TrainingArguments) -> list[dict[str, Any]]:
+    """The parameters as the plain `Trainer` groups them for its own optimizer."""
+    plain = Trainer(model=model, args=copy.copy(args)).create_optimizer()
+    return [{k: g[k] for k in ("params", "weight_decay")} for g in plain.param_groups if g["params"]]
+
+
+def run(zo: ZeroOrder, steps: list[list[Batch]], scheduler: Any, loss: Loss = models_own) -> list[StepRecord]:
+    """One optimizer step for each list of micro-batches."""
+    records = []
+    for micro_batches in steps:
+        for batch in micro_batches:
+            zo.measure(lambda batch=batch: loss(zo.model, dict(batch)))
+        records.append(zo.optimizer.step())
+        scheduler.step()
+    return records

@@ -1,0 +1,65 @@
+"""MeZO in plain torch: slow, obvious, and what every fast path has to equal bit for bit.
+
+It shares three things with the library: the seeds, the names of the slots, and the values of z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zo_core import Noise, Rademacher, derive_seed
+from zo_core.targets import slot_keys
+
+
+@dataclass
+class Step:
+    loss: float
+    projected_grad: float
+
+
+def mezo(
+    model: nn.Module,
+    closure: Callable[[], Tensor],
+    learning_rates: list[float],
+    eps: float,
+    num_probes: int = 1,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    noise: Noise | None = None,
+) -> list[Step]:
+    """One step per learning rate; changes the model's weights and returns what each step saw."""
+    noise = noise or Rademacher()
+    model.eval()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    params = dict(zip(slot_keys([name for name, _ in named]), [p.data for _, p in named], strict=True))
+    steps = []
+    for step, lr in enumerate(learning_rates):
+        losses, grads, directions = [], [], []
+        for probe in (derive_seed(seed, step, i) for i in range(num_probes)):
+            z = {key: noise.z(probe, key, 0, p.numel()).view(p.shape) for key, p in params.items()}
+            for scale in (eps, -eps):
+                saved = {key: p.clone() for key, p in params.items()}
+                for key, p in params.items():
+                    p.copy_(p + f32(scale) * z[key])
+                with torch.no_grad():
+                    losses.append(float(closure()))
+                for key, p in params.items():
+                    p.copy_(saved[key])
+            grads.append((losses[-2] - losses[-1]) / (2 * eps))
+            directions.append(z)
+        for key, p in params.items():
+            move = torch.zeros(p.shape)
+            for grad, z in zip(grads, directions, strict=True):
+                move = move + f32(-lr * (grad / num_probes)) * z[key]
+            p.copy_(f32(1 - lr * weight_decay) * p + move)
+        steps.append(Step(math.fsum(losses) / len(losses), math.fsum(grads) / num_probes))
+    return steps
+
+
+def f32(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)

@@ -1,0 +1,258 @@
+"""Law: what cannot work is an error at once, what means something else here is said once, and the rest is silent."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_helpers import adapted, arguments, differing, logged, texts, weights
+from models import tiny
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hf_zo import ZOArguments, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+from zo_core import ConfigError, ModelError, ZOConfig
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Any:
+    """A function that trains, and returns what was logged by this library."""
+    caplog.set_level(logging.INFO)
+
+    def train(args: TrainingArguments, model: nn.Module | None = None, **settings: Any) -> list[str]:
+        caplog.clear()
+        trainer = ZOTrainer(model=model or tiny("llama"), args=args, train_dataset=texts(), **settings)
+        trainer.train()
+        trainer.train()
+        return [r.getMessage() for r in caplog.records if r.name.split(".")[0] in ("hf_zo", "zo_core")]
+
+    return train
+
+
+WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "learning rate": (
+        {"learning_rate": 5e-5},
+        "learning_rate=5e-05 is in the range for backpropagation; zeroth-order full fine-tuning usually needs "
+        "1e-7 to 1e-6",
+    ),
+    "checkpointing": (
+        {"activation_checkpointing": True},
+        "gradient_checkpointing=True has no use here, nothing is kept for a backward pass; it is off",
+    ),
+    "gradient clipping": (
+        {"max_grad_norm": 0.5},
+        "max_grad_norm=0.5 has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
+    ),
+    "fp16": (
+        {"fp16": True},
+        "fp16=True does nothing on a CPU, the run is in the model's own precision; use bf16=True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WARNINGS.values(), ids=WARNINGS.keys())
+def test_a_setting_that_means_something_else_here_is_said_once(
+    tmp_path: Path, said: Any, changes: dict[str, Any], message: str
+) -> None:
+    assert said(arguments(tmp_path, **changes)) == [message]
+
+
+def test_adapters_have_a_range_of_their_own(tmp_path: Path, said: Any) -> None:
+    config = LoraConfig(r=1, target_modules=["q_proj"])
+    assert said(arguments(tmp_path, learning_rate=1e-4), adapted(tiny("llama"), config)) == []
+    assert said(arguments(tmp_path, learning_rate=0.05), adapted(tiny("llama"), config)) == [
+        "learning_rate=0.05 is in the range for backpropagation; zeroth-order training of adapters usually needs "
+        "5e-5 to 1e-4"
+    ]
+
+
+class HalfLoss(nn.Module):
+    """Computes its loss in bfloat16, without any of torch's loss functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny("llama", dtype=torch.bfloat16)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.inner(input_ids).logits.square().mean()}
+
+
+def test_a_loss_in_half_precision_is_said_once(tmp_path: Path, said: Any) -> None:
+    (message,) = said(arguments(tmp_path), HalfLoss())
+    assert message.startswith("the loss is torch.bfloat16")
+    assert "compute it in float32" in message
+
+
+SILENT: dict[str, dict[str, Any]] = {
+    "sensible": {"learning_rate": 1e-6},
+    "momentum": {"zo_config": ZOConfig(rule="momentum")},
+    "fzoo at its own rate": {"learning_rate": 5e-5, "zo_config": ZOConfig(estimator="fzoo", num_probes=2)},
+    "sign": {"learning_rate": 5e-5, "zo_config": ZOConfig(rule="sign")},
+    "adamw": {"learning_rate": 5e-5, "zo_config": ZOConfig(rule="torch")},
+    "no clipping": {"max_grad_norm": 0.0},
+    "bf16": {"bf16": True},
+}
+
+
+@pytest.mark.parametrize("changes", SILENT.values(), ids=SILENT.keys())
+def test_sensible_settings_are_silent(tmp_path: Path, said: Any, changes: dict[str, Any]) -> None:
+    config = changes.get("zo_config")
+    assert said(arguments(tmp_path, **{k: v for k, v in changes.items() if k != "zo_config"}), zo_config=config) == []
+
+
+def test_the_defaults_of_zo_training_arguments_are_silent(tmp_path: Path, said: Any) -> None:
+    settings = {"max_grad_norm": 0.0, "learning_rate": 1e-6}
+    assert said(arguments(tmp_path, ZOTrainingArguments, **settings)) == []
+
+
+@dataclass
+class Theirs(TrainingArguments):
+    """Arguments of a trainer with other defaults, such as TRL's."""
+
+    gradient_checkpointing: bool = True
+    max_grad_norm: float = 0.3
+
+
+def test_a_default_that_nobody_chose_is_not_held_against_the_user(tmp_path: Path, said: Any) -> None:
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):
+        args = arguments(tmp_path, Theirs)
+    model = tiny("llama")
+    assert said(args, model) == []
+    assert not args.activation_checkpointing
+    assert not model.is_activation_checkpointing
+
+
+def test_checkpointing_is_off_and_nan_is_logged_as_it_is(tmp_path: Path) -> None:
+    args = arguments(tmp_path, activation_checkpointing=True, logging_nan_inf_filter=True)
+    trainer = ZOTrainer(model=tiny("llama"), args=args, train_dataset=texts())
+    trainer.train()
+    assert not trainer.model.is_activation_checkpointing
+    assert not args.logging_nan_inf_filter
+
+
+class Scaling(Trainer):
+    """Has the scaler that fp16 brings on CUDA, which insists on gradients."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+class ZOScaling(ZOTrainerMixin, Scaling):
+    pass
+
+
+def test_no_gradient_scaler_comes_between_the_losses_and_the_update(tmp_path: Path) -> None:
+    runs = [cls(tiny("llama"), arguments(tmp_path), train_dataset=texts()) for cls in (ZOScaling, ZOTrainer)]
+    for trainer in runs:
+        trainer.train()
+    assert not differing(weights(runs[0].model), weights(runs[1].model))
+
+
+def test_fp16_on_a_cpu_trains_in_the_models_own_precision(tmp_path: Path) -> None:
+    runs = [ZOTrainer(tiny("llama"), arguments(tmp_path, fp16=fp16), train_dataset=texts()) for fp16 in (True, False)]
+    for trainer in runs:
+        trainer.train()
+    assert not differing(weights(runs[0].model), weights(runs[1].model))
+
+
+# Errors
+
+
+def test_several_processes_and_several_devices_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setattr(type(args), "world_size", property(lambda self: 2))
+    monkeypatch.setattr(type(args), "n_gpu", property(lambda self: 3))
+    with pytest.raises(ConfigError) as caught:
+        ZOTrainer(tiny("llama"), args)
+    world, devices = caught.value.problems
+    assert world.startswith("world_size=2: ")
+    assert "start one process" in world
+    assert devices.startswith("n_gpu=3: ")
+    assert "CUDA_VISIBLE_DEVICES=0" in devices
+
+
+def test_settings_come_from_one_place(tmp_path: Path) -> None:
+    args = arguments(tmp_path, ZOTrainingArguments, zo_eps=1e-2, zo_seed=1)
+    with pytest.raises(ConfigError, match=r"came twice, in zo_config and in args \(zo_eps, zo_seed\)"):
+        ZOTrainer(tiny("llama"), args, zo_config=ZOConfig(clip=1.0))
+    untouched = arguments(tmp_path, ZOTrainingArguments)
+    assert ZOTrainer(tiny("llama"), untouched, zo_config=ZOConfig(clip=1.0)).zo_config.clip == 1.0
+
+
+@pytest.mark.parametrize("config", [{"eps": 1e-3}, "spsa", ZOConfig])
+def test_zo_config_is_a_zo_config(tmp_path: Path, config: Any) -> None:
+    with pytest.raises(ConfigError, match=r"must be a ZOConfig, for example ZOConfig\(eps=1e-3\)"):
+        ZOTrainer(tiny("llama"), arguments(tmp_path), zo_config=config)
+
+
+def test_all_problems_of_the_arguments_come_at_once_under_their_names(tmp_path: Path) -> None:
+    args = arguments(tmp_path, ZOTrainingArguments, zo_eps=-1.0, zo_noise="cauchy", zo_num_probes=0)
+    with pytest.raises(ConfigError) as caught:
+        ZOTrainer(tiny("llama"), args)
+    assert len(caught.value.problems) == 3
+
+
+def test_a_model_without_trainable_parameters_says_what_to_do(tmp_path: Path) -> None:
+    trainer = ZOTrainer(tiny("llama").requires_grad_(False), arguments(tmp_path), train_dataset=texts())
+    with pytest.raises(ModelError, match=r"requires_grad_\(True\)"):
+        trainer.train()
+
+
+def test_a_rule_that_would_ignore_the_optimizer_that_was_passed_is_an_error(tmp_path: Path) -> None:
+    model = tiny("llama")
+    pair = (torch.optim.SGD(model.parameters(), lr=1e-6), None)
+    config = ZOConfig(rule="momentum")
+    trainer = ZOTrainer(model, arguments(tmp_path), train_dataset=texts(), optimizers=pair, zo_config=config)
+    with pytest.raises(ConfigError, match="would ignore it"):
+        trainer.train()
+
+
+def test_zo_arguments_join_other_arguments(tmp_path: Path) -> None:
+    @dataclass
+    class Joined(ZOArguments, TrainingArguments):
+        pass
+
+    trainer = ZOTrainer(tiny("llama"), arguments(tmp_path, Joined, zo_clip=3.0))
+    assert trainer.zo_config == ZOConfig(clip=3.0)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_trains_to_the_same_weights_and_says_what_it_costs(
+    tmp_path: Path, said: Any, dtype: torch.dtype
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, eager = tiny("llama", dtype=dtype), tiny("llama", dtype=dtype)
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
+    (message,) = said(args, model)
+    assert message.startswith("torch_compile=True: each probe copies all trained weights at once")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    said(arguments(tmp_path, max_steps=2), eager)
+    assert not differing(weights(model), weights(eager))
+    assert differing(weights(model), weights(tiny("llama", dtype=dtype)))
+
+
+class NanFirst(ZOTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 0 else loss
+
+
+def test_a_compiled_model_survives_a_nan_in_its_first_step(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    runs = []
+    for settings in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
+        trainer = NanFirst(tiny("llama"), arguments(tmp_path, max_steps=2, **settings), train_dataset=texts())
+        trainer.train()
+        runs.append(trainer)
+    assert logged(runs[0], "projected_grad")[1] == logged(runs[1], "projected_grad")[1]
+    assert not differing(weights(runs[0].model), weights(runs[1].model))

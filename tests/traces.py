@@ -1,0 +1,45 @@
+"""What a measurement must not leave behind: a record of everything about a model that can be seen from outside."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of parameters and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def generators() -> list[bytes]:
+    """The states of the global generators of torch, numpy and random."""
+    return [pickle.dumps(state) for state in (torch.get_rng_state().tolist(), np.random.get_state(), random.getstate())]
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Asserts on exit, also by an exception, that weights, buffers, modes, hooks and objects are what they were."""
+    values = weights(model)
+    objects = {name: (id(p), p.data_ptr(), p.stride(), p.requires_grad) for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    hooks = [len(getattr(module, kind)) for module in model.modules() for kind in HOOKS]
+    try:
+        yield
+    finally:
+        assert same_bits(weights(model), values)
+        found = {name: (id(p), p.data_ptr(), p.stride(), p.requires_grad) for name, p in model.named_parameters()}
+        assert found == objects
+        assert [module.training for module in model.modules()] == modes
+        assert [len(getattr(module, kind)) for module in model.modules() for kind in HOOKS] == hooks
