@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from zo_core import ZeroOrder
 
+from .report import save
+
 TOKENS, CLASSES, LENGTH, WIDTH = 16, 4, 8, 32
 FORWARDS = 4000
 BATCH = 256
@@ -126,16 +128,18 @@ def adapt(model: nn.Module, method: Method, seed: int, goal: float | None = None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
-    print(f"| seed | before | {' | '.join(m.name for m in METHODS)} | backprop (AdamW) |")
-    print("| --- | --- |" + " --- |" * (len(METHODS) + 1))
-    for seed in seeds:
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
+    args = parser.parse_args()
+    rows = []
+    for seed in range(args.seeds):
         model = pretrained(seed)
-        row = [f"{accuracy(model):.3f}"]
-        for method in METHODS:
-            row.append(f"{adapt(copy.deepcopy(model), method, seed)[0]:.3f}")
+        row = [str(seed), f"{accuracy(model):.3f}"]
+        row += [f"{adapt(copy.deepcopy(model), method, seed)[0]:.3f}" for method in METHODS]
         backprop(model, FORWARDS, shifted_data(seed), lr=1e-3)
-        print(f"| {seed} | {' | '.join(row)} | {accuracy(model):.3f} |", flush=True)
+        rows.append([*row, f"{accuracy(model):.3f}"])
+    columns = ["seed", "before", *(method.name for method in METHODS), "backprop (AdamW)"]
+    title = f"Held-out accuracy on the shifted task after {FORWARDS} forwards"
+    save("learning", title, columns, rows, torch.device("cpu"), write=args.save)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
             "max_grad_norm=%g has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
             args.max_grad_norm,
         )
+    if args.neftune_noise_alpha and not engine.config.dropout:
+        logger.warning(
+            "neftune_noise_alpha=%g has no effect, probes run in eval mode; zo_dropout=True turns noise and dropout on",
+            args.neftune_noise_alpha,
+        )
     if engine.estimator.name != "spsa" or engine.rule.name not in ("sgd", "momentum"):
         return
     trained = sum(slot.tensor.numel() for slot in engine.slots)

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,13 @@ from .arguments import ZOArguments
 from .checks import check_arguments, counters, warn_about_numbers
 
 
-class ZOTrainerMixin:
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class ZOTrainerMixin(_Trainer):
     """Put it before any `transformers.Trainer` subclass:
 
         class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
@@ -47,7 +53,7 @@ class ZOTrainerMixin:
 
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
         self.zo: ZeroOrder | None = None
-        self._zo_probe: _Probing | None = None
+        self._zo_batch: _MicroBatch | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
@@ -57,32 +63,32 @@ class ZOTrainerMixin:
     def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
         if config is not None and not isinstance(config, ZOConfig):
             raise ConfigError([f"zo_config={config!r} must be a ZOConfig, for example ZOConfig(eps=1e-3)"])
-        in_args = isinstance(self.args, ZOArguments)
+        args = self.args if isinstance(self.args, ZOArguments) else ZOArguments()
         if config is None:
-            return self.args.to_zo_config() if in_args else ZOConfig()
-        if in_args and self.args.zo_settings():
-            given = ", ".join(f"zo_{name}" for name in self.args.zo_settings())
+            return args.to_zo_config()
+        if args.zo_settings():
+            given = ", ".join(f"zo_{name}" for name in args.zo_settings())
             raise ConfigError([f"settings came twice, in zo_config and in args ({given}); write them in one place"])
         return config
 
     # The optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        super().create_accelerator_and_postprocess()
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The engine's `ZOOptimizer`, or one in front of the torch optimizer that was passed."""
-        model = self.model if model is None else model
+        model = self._zo_model() if model is None else model
         self._zo_records.clear()  # a run before this one may have stopped between two logs
         given = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it on the first train()
         if isinstance(given, ZOOptimizer) and given.engine is not None and given.engine.model is model:
             given.engine.discard()  # or between two micro-batches
-            return self.optimizer
+            return given
         self.zo_config = self._resolve_config(self._zo_given)  # a hyperparameter search changes the arguments
         config = self.zo_config.replace(seed=self.args.seed if self.zo_config.seed is None else self.zo_config.seed)
         if given is None and config.rule != "auto" and RULES.resolve(config.rule).wants_optimizer:
-            given = super().create_optimizer(model)  # type: ignore[misc]
+            given = super().create_optimizer(model)
         if given is None:
             given = self._grouped_optimizer(model, config)
         self.zo = ZeroOrder(model, config.replace(lr=None), optimizer=given)
@@ -90,6 +96,10 @@ class ZOTrainerMixin:
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
+
+    def _zo_model(self) -> nn.Module:
+        assert self.model is not None, "Trainer makes the model in its constructor"
+        return self.model
 
     def _grouped_optimizer(self, model: nn.Module, config: ZOConfig) -> ZOOptimizer:
         """Weight decay on the parameters that `Trainer` would decay, as one group or two."""
@@ -117,33 +127,33 @@ class ZOTrainerMixin:
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
             self.zo.oracle.copy_whole()
-        run = super().training_step  # type: ignore[misc]
-        with self._probing() as probe:
-            return self.zo.measure(lambda: probe.run(lambda: run(model, inputs, num_items_in_batch)))
+        run = super().training_step
+        with self._probing() as batch:
+            return self.zo.measure(lambda: batch.run(lambda: run(model, inputs, num_items_in_batch)))
 
     @contextmanager
-    def _probing(self) -> Iterator[_Probing]:
-        self._zo_probe = _Probing(self)
+    def _probing(self) -> Iterator[_MicroBatch]:
+        self._zo_batch = _MicroBatch(self)
         self.accelerator.backward = _no_backward
         try:
-            yield self._zo_probe
+            yield self._zo_batch
         finally:
             del self.accelerator.backward
-            self._zo_probe = None
+            self._zo_batch = None
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Runs once per micro-batch; each probe gets a shallow copy of its own, which it may change."""
-        if self._zo_probe is None:
-            return super()._prepare_inputs(inputs)  # type: ignore[misc]
-        return self._zo_probe.prepared(inputs, super()._prepare_inputs)  # type: ignore[misc]
+        if self._zo_batch is None:
+            return super()._prepare_inputs(inputs)
+        return self._zo_batch.prepared(inputs, super()._prepare_inputs)
 
     def compute_loss_context_manager(self) -> ExitStack:
-        stack: ExitStack = super().compute_loss_context_manager()  # type: ignore[misc]
-        if self._zo_probe is not None:
+        stack: ExitStack = super().compute_loss_context_manager()
+        if self._zo_batch is not None:
             if self.zo_config.dropout:
-                stack.enter_context(frozen_statistics(self.model))
+                stack.enter_context(frozen_statistics(self._zo_model()))
             else:
-                stack.enter_context(eval_mode(self.model, keep_root=True))
+                stack.enter_context(eval_mode(self._zo_model(), keep_root=True))
         return stack
 
     # The logs
@@ -160,10 +170,10 @@ class ZOTrainerMixin:
             self._zo_records.clear()
             if not math.isfinite(logs["loss"]):
                 self._tr_loss.zero_()  # Trainer subtracts the sum from itself, and NaN would stay for all later logs
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
 
-class _Probing:
+class _MicroBatch:
     """What the probes of one micro-batch share, and what must happen only once for all of them."""
 
     def __init__(self, trainer: Any):

@@ -144,7 +144,7 @@ def test_listeners_hear_of_every_step() -> None:
     zo = ZeroOrder(model)
     heard: list[StepRecord] = []
     zo.listeners.append(heard.append)
-    records = run(zo, "mlp", 2) + [zo.step(lambda: float("nan"))]
+    records = [*run(zo, "mlp", 2), zo.step(lambda: float("nan"))]
     assert all(a is b for a, b in zip(heard, records, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Law: what cannot work is refused before anything changes, by a message that says what came and what to write instead."""
+"""Law: what cannot work is refused before anything changes, with what came and what to write instead."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_a_model_without_values() -> None:
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
 def test_a_dtype_that_cannot_be_moved(dtype: torch.dtype) -> None:
     model = tiny("mlp")
-    model.extra = nn.Parameter(torch.zeros(3).to(dtype))
+    model.head.extra = nn.Parameter(torch.zeros(3).to(dtype))
     with pytest.raises(ModelError) as caught:
         ZeroOrder(model)
-    says(caught.value, "'extra'", str(dtype), "float32", "bfloat16", "requires_grad_(False)")
-    model.extra.requires_grad_(False)
+    says(caught.value, "'head.extra'", str(dtype), "float32", "bfloat16", "requires_grad_(False)")
+    model.head.extra.requires_grad_(False)
     ZeroOrder(model, lr=1e-3).step(closure("mlp", model))
 
 
@@ -192,9 +192,11 @@ def test_a_learning_rate_next_to_an_optimizer(make: Callable[..., torch.optim.Op
 
 @pytest.mark.parametrize("make", [ZOOptimizer, torch.optim.SGD])
 def test_an_optimizer_of_another_model(make: Callable[..., torch.optim.Optimizer]) -> None:
+    optimizer = make(tiny("mlp").parameters(), lr=1e-3)
     with pytest.raises(ModelError) as caught:
-        ZeroOrder(tiny("mlp"), optimizer=make(tiny("mlp").parameters(), lr=1e-3))
+        ZeroOrder(tiny("mlp"), optimizer=optimizer)
     says(caught.value, "none of the optimizer's tensors", "this model's parameters")
+    assert getattr(optimizer, "engine", None) is None
 
 
 def test_an_optimizer_that_needs_to_run_the_closure_itself() -> None:
@@ -209,7 +211,7 @@ def test_something_that_is_not_an_optimizer() -> None:
     with pytest.raises(ConfigError) as caught:
         ZeroOrder(model, optimizer="adamw")  # type: ignore[arg-type]
     says(caught.value, "optimizer='adamw'", "torch.optim.AdamW(model.parameters()")
-    with pytest.raises(ConfigError, match="type"):
+    with pytest.raises(ConfigError, match="is not an optimizer; pass an object"):
         ZeroOrder(model, optimizer=torch.optim.AdamW)  # type: ignore[arg-type]
 
 

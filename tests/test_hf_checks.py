@@ -48,6 +48,10 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"max_grad_norm": 0.5},
         "max_grad_norm=0.5 has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
     ),
+    "neftune": (
+        {"neftune_noise_alpha": 5.0},
+        "neftune_noise_alpha=5 has no effect, probes run in eval mode; zo_dropout=True turns noise and dropout on",
+    ),
     "fp16": (
         {"fp16": True},
         "fp16=True does nothing on a CPU, the run is in the model's own precision; use bf16=True",
@@ -96,6 +100,7 @@ SILENT: dict[str, dict[str, Any]] = {
     "adamw": {"learning_rate": 5e-5, "zo_config": ZOConfig(rule="torch")},
     "no clipping": {"max_grad_norm": 0.0},
     "bf16": {"bf16": True},
+    "neftune with dropout": {"neftune_noise_alpha": 5.0, "zo_config": ZOConfig(dropout=True)},
 }
 
 

@@ -85,8 +85,8 @@ def test_the_mean_is_the_value(dtype: torch.dtype, value: float, over: str) -> N
         exact = torch.full((1 << 17,), value)
         rounded = stochastic_round(exact.clone(), dtype, KEYS[0], 0)
     else:
-        exact = torch.full((1 << 11,), value)
-        keys = [stream_key(seed, "w", ROUNDING) for seed in range(1 << 11)]
+        exact = torch.full((1 << 10,), value)
+        keys = [stream_key(seed, "w", ROUNDING) for seed in range(1 << 10)]
         rounded = torch.cat([stochastic_round(exact[:7].clone(), dtype, key, 0)[6:] for key in keys])
     low, high = neighbours(exact[:1], dtype)
     step, chance = (high - low).item(), ((exact[0] - low) / (high - low)).item()

@@ -16,6 +16,9 @@ from traces import same_bits, weights
 
 from zo_core import NOISES, RULES, StepRecord, UpdateRule, ZeroOrder
 from zo_core.noise import Direction
+from zo_core.noise.direction import CPU_CHUNK
+from zo_core.noise.hashing import ROUNDING, stream_key
+from zo_core.noise.rounding import DROPPED_BITS, stochastic_round
 
 SHAPE = (37, 5)
 LR = 0.05
@@ -100,6 +103,31 @@ def test_sixteen_bit_weights_are_moved_in_float32_and_rounded_once(rule: UpdateR
         rule.update(theta, state, direction, LR, 0.1)
         assert torch.equal(theta, expected)
     assert all(value.dtype == torch.float32 for value in state.values())
+
+
+@EVERY_RULE
+def test_chunks_do_not_show_in_weights_or_state(rule: UpdateRule) -> None:
+    theta = torch.randn(2 * CPU_CHUNK + 77)
+    expected, naive, state = theta.clone(), Naive(FORMULAS[rule.name]), {}
+    for direction in directions("rademacher"):
+        rule.update(theta, state, direction, LR, 0.1)
+        expected = naive.step(naive, expected, direction, LR, 0.1)
+    assert torch.equal(theta, expected)
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("dtype", list(DROPPED_BITS), ids=str)
+def test_stochastic_rounding_follows_the_index_through_the_chunks(rule: UpdateRule, dtype: torch.dtype) -> None:
+    theta = torch.randn(2 * CPU_CHUNK + 77).to(dtype)
+    direction = next(directions("rademacher", rounding=True))
+    naive = Naive(FORMULAS[rule.name])
+    exact = naive.step(naive, theta.float(), direction, LR, 0.1)
+    key = stream_key(0, "w", ROUNDING)
+    expected = [
+        stochastic_round(piece.clone(), dtype, key, 1000 * index) for index, piece in enumerate(exact.split(1000))
+    ]
+    rule.update(theta, {}, direction, LR, 0.1)
+    assert torch.equal(theta.float(), torch.cat(expected))
 
 
 @EVERY_RULE

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import ZOConfig
-from .errors import ConfigError, ModelError, StateError
+from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .noise import Direction, derive_seed
-from .optimizer import TorchOptimizerFace, ZOOptimizer
+from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
 from .rules import Torch
@@ -24,6 +24,11 @@ from .targets import Slot
 logger = logging.getLogger(__name__)
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists; a build of torch may lack the whole package."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @dataclass
@@ -71,18 +76,21 @@ class ZeroOrder:
         optimizer: torch.optim.Optimizer | None = None,
         **overrides: Any,
     ):
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the closure calls")
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
+        check_optimizer(optimizer)
         foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
         settings = self.config.resolve(has_optimizer=foreign)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if torch.distributed.get_world_size() > 1:
-                raise ConfigError(
-                    [
-                        f"world_size={torch.distributed.get_world_size()}: training on several processes is not "
-                        "supported yet and the ranks would drift apart; start one process"
-                    ]
-                )
+        ranks = torch.distributed.get_world_size() if is_distributed() else 1
+        if ranks > 1:
+            raise ConfigError(
+                [
+                    f"world_size={ranks}: training on several processes is not supported yet and the ranks would "
+                    "drift apart; start one process"
+                ]
+            )
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
         if optimizer is not None and self.config.lr is not None:
@@ -98,7 +106,6 @@ class ZeroOrder:
                 [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
             )
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
-        self.optimizer.engine = self
         if isinstance(optimizer, ZOOptimizer) and self.config.eps is None:
             self.eps = float(self.optimizer.param_groups[0]["eps"])
         held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
@@ -111,6 +118,7 @@ class ZeroOrder:
         self.oracle = ResidentOracle(model, self.slots, self._perturbation, dropout=self.config.dropout)
         self._group_of = self._groups()
         self._measured: _Measured | None = None
+        self.optimizer.engine = self
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -127,7 +135,7 @@ class ZeroOrder:
             Exception: whatever the closure raises; the weights are untouched.
         """
         self.measure(closure)
-        return self.optimizer.step()  # type: ignore[no-any-return]
+        return self.optimizer.step()
 
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.
@@ -135,6 +143,11 @@ class ZeroOrder:
         Returns:
             The mean loss over the probes, float32 of shape ``[]``, on the device of the loss.
         """
+        if not callable(closure):
+            raise LossError(
+                f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
+                "write zo.step(lambda: model(**batch).loss)"
+            )
         if self._measured is None:
             seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -48,23 +49,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        merged = {**self.defaults, **param_group}
-        problems = [
-            f"{name}={merged[name]!r} must be a number {wanted}"
-            for name, allowed, wanted in (
-                ("lr", lambda x: x >= 0, "of at least 0"),
-                ("eps", lambda x: x > 0, "above 0"),
-                ("weight_decay", lambda x: x >= 0, "of at least 0"),
-            )
-            if isinstance(merged[name], bool)
-            or not isinstance(merged[name], (int, float, Tensor))
-            or not allowed(merged[name])
-        ]
+        problems = group_problems({**self.defaults, **param_group})
         if problems:
             raise ConfigError(problems)
         super().add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what was measured since the last step; with a closure, measures it first.
 
         Returns:
@@ -87,7 +77,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's, but state keeps its own dtype: momentum of bf16 weights is float32."""
+        """As any optimizer's, but state keeps its own dtype: momentum of bf16 weights is float32.
+
+        Raises:
+            ValueError: the state does not fit; nothing was loaded.
+        """
+        self._check_state(state_dict)
         super().load_state_dict(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -96,8 +91,55 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
 
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, tensor in zip(ids, tensors, strict=False):  # a wrong count has an error of its own
+            problems += [
+                f"{name} of parameter {index} has the shape {list(value.shape)}, the parameter {list(tensor.shape)}"
+                for name, value in state_dict["state"].get(index, {}).items()
+                if isinstance(value, Tensor) and value.shape != tensor.shape
+            ]
+        if problems:
+            raise ValueError("; ".join(problems))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}
+
+
+def group_problems(group: dict[str, Any]) -> list[str]:
+    """What is wrong with the hyperparameters of a group."""
+    wanted: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+        ("lr", lambda x: x >= 0, "of at least 0"),
+        ("eps", lambda x: x > 0, "above 0"),
+        ("weight_decay", lambda x: x >= 0, "of at least 0"),
+    )
+    problems = []
+    for name, allowed, words in wanted:
+        value: Any = group.get(name)
+        number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not allowed(value):
+            problems.append(f"{name}={value!r} must be a number {words}")
+    return problems
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raises `ConfigError` for what cannot be the optimizer of an engine; None can."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            [
+                f"optimizer={optimizer!r} is not an optimizer; pass an object, for example "
+                "optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), or leave it out"
+            ]
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            [
+                "optimizer=LBFGS(...) calls the closure itself and needs exact gradients; "
+                "pass one that steps on .grad, for example torch.optim.AdamW"
+            ]
+        )
 
 
 class TorchOptimizerFace(ZOOptimizer):

@@ -47,7 +47,7 @@ def workspace(name: str, size: int, device: torch.device) -> Tensor:
     Buffers of a chunk's size sit where the allocator returns memory to the system each time, so
     fresh ones would cost page faults at every chunk.
     """
-    buffers: dict[tuple[str, torch.device], Tensor] = _local.__dict__
+    buffers: dict[Any, Tensor] = _local.__dict__
     buffer = buffers.get((name, device))
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):

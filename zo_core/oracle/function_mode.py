@@ -46,8 +46,10 @@ LOSS_FUNCTIONS = {
 #: Questions about a tensor that its values do not answer.
 METADATA = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "layout", "is_meta")
-    + ("is_leaf", "grad", "grad_fn", "is_quantized", "is_sparse", "itemsize", "nbytes", "is_nested")
+    for name in (
+        "shape dtype device ndim requires_grad is_cuda is_cpu layout is_meta is_leaf grad grad_fn is_quantized "
+        "is_sparse itemsize nbytes is_nested"
+    ).split()
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
 HALF = (torch.bfloat16, torch.float16)

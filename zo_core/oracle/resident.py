@@ -131,5 +131,13 @@ def as_scalar(value: Any) -> Tensor:
     except (TypeError, ValueError):
         raise LossError(
             f"the closure returned a {type(value).__name__}; return the loss itself, a scalar tensor or a number"
-            + (" (for a model output, `return output.loss`)" if hasattr(value, "loss") else "")
+            + _hint(value)
         ) from None
+
+
+def _hint(value: object) -> str:
+    if hasattr(value, "loss"):
+        return " (for a model output, `return output.loss`)"
+    if isinstance(value, dict) and "loss" in value:
+        return ' (for a dict, `return output["loss"]`)'
+    return ""

@@ -1,0 +1,103 @@
+"""Law: imports point one way, and the engine knows no trainer."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+#: Each part of zo_core may import from parts of a lower rank, and within itself.
+RANKS = {
+    "records": 0,
+    "errors": 0,
+    "registry": 0,
+    "modes": 0,
+    "noise": 1,
+    "targets": 2,
+    "oracle": 3,
+    "estimators": 4,
+    "rules": 4,
+    "config": 5,
+    "optimizer": 5,
+    "engine": 6,
+    "__init__": 7,
+}
+THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
+ADAPTERS = ("hf_zo", "lightning_zo")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports anywhere, except where only type checkers look."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT / "zo_core").with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", files("zo_core"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_zo_core_imports_point_one_way(path: Path) -> None:
+    mine = part(path)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "zo_core":
+            theirs = rest[0] if rest and rest[0] in RANKS else "__init__"
+            assert theirs == mine or RANKS[theirs] < RANKS[mine], f"{mine} imports {name}"
+        else:
+            assert top in sys.stdlib_module_names | THIRD_PARTY, f"{mine} imports {name}"
+
+
+def test_every_part_has_a_rank() -> None:
+    assert {part(path) for path in files("zo_core")} == set(RANKS)
+
+
+def test_estimators_never_see_a_tensor() -> None:
+    for path in files("zo_core/estimators"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize("package", ADAPTERS)
+def test_adapters_do_not_import_each_other(package: str) -> None:
+    others = set(ADAPTERS) - {package}
+    for path in files(package):
+        assert not [name for name in imports(path) if name.split(".")[0] in others], path
+
+
+def test_importing_zo_core_loads_no_trainer() -> None:
+    names = ("transformers", "lightning", "pytorch_lightning", "peft", "accelerate", "bitsandbytes", *ADAPTERS)
+    code = f"import sys, zo_core; print([name for name in {names!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_public_names_exist() -> None:
+    import zo_core
+
+    assert len(set(zo_core.__all__)) == len(zo_core.__all__)
+    assert all(hasattr(zo_core, name) for name in zo_core.__all__)
