@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from zo_core.noise import direction, gaussian, hashing, rademacher
 
 # Examples are the same in every run, so that a failure is a change of the code; nothing depends on the clock.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -25,3 +28,12 @@ def known_start() -> Iterator[None]:
     np.random.seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise as in a process that has not drawn any: no words, tables or buffers kept."""
+    monkeypatch.setattr(direction, "_local", threading.local())
+    monkeypatch.setattr(hashing, "_cache", hashing._WordCache())
+    for cached in (hashing._counter, gaussian.table, rademacher._shifts):
+        cached.cache_clear()

@@ -168,8 +168,8 @@ class ZOConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             registry = registries.get(field.name)
-            result[field.name] = value if registry is None or value == "auto" else registry.describe(
-                registry.resolve(value)
+            result[field.name] = (
+                value if registry is None or value == "auto" else registry.describe(registry.resolve(value))
             )
         return result
 

@@ -2,9 +2,10 @@
 
     theta' = round(decay * theta + s),   s = round(c_1 z_1) + round(c_2 z_2) + ...
 
-Each ``c`` is a float32, sums run left to right in float32 (float64 for float64 weights), there is
-no fused multiply-add, and ``round`` is to nearest even, except that updates of 16-bit weights round
-stochastically. Every path (eager in chunks, compiled, Triton) gives these bits.
+Each ``c`` is a float32 and ``s`` is summed left to right in float32; ``decay * theta + s`` is formed
+in float32, or in float64 for float64 weights. There is no fused multiply-add, and ``round`` is to
+nearest even, except that updates of 16-bit weights round stochastically. Every path (eager in
+chunks, compiled, Triton) gives these bits.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""Law: a run continues from a checkpoint bit for bit, and an optimizer can be copied and pickled."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import closure, tiny
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from traces import same_bits, weights
+
+from zo_core import RULES, StepRecord, ZeroOrder, ZOOptimizer
+
+LR = 1e-2
+OWN_RULES = [name for name in RULES if not RULES.resolve(name).wants_optimizer]
+
+
+def run(zo: ZeroOrder, name: str, steps: int) -> list[StepRecord]:
+    return [zo.step(closure(name, zo.model, index)) for index in range(steps)]
+
+
+@pytest.mark.parametrize("rule", OWN_RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(rule: str, dtype: torch.dtype) -> None:
+    def start(model: nn.Module, seed: int) -> tuple[ZeroOrder, LambdaLR]:
+        zo = ZeroOrder(model, lr=LR, rule=rule, seed=seed, weight_decay=0.1)
+        return zo, LambdaLR(zo.optimizer, lambda step: 1 / (1 + step))
+
+    def go(zo: ZeroOrder, schedule: LambdaLR, indices: range) -> list[dict[str, Any]]:
+        records = []
+        for index in indices:
+            records.append(zo.step(closure("mlp", zo.model, index)).as_dict())
+            schedule.step()
+        return records
+
+    model = tiny("mlp", dtype=dtype)
+    zo, schedule = start(model, seed=3)
+    go(zo, schedule, range(3))
+    checkpoint = copy.deepcopy((model.state_dict(), zo.state_dict(), schedule.state_dict()))
+    rest = go(zo, schedule, range(3, 6))
+
+    fresh = tiny("mlp", dtype=dtype)
+    again, its_schedule = start(fresh, seed=99)
+    again.measure(closure("mlp", fresh))  # loading forgets what was under way
+    fresh.load_state_dict(checkpoint[0])
+    again.load_state_dict(pickle.loads(pickle.dumps(checkpoint[1])))
+    its_schedule.load_state_dict(checkpoint[2])
+    assert go(again, its_schedule, range(3, 6)) == rest
+    assert same_bits(weights(fresh), weights(model))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_run_with_a_torch_optimizer_resumes_too(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    model, fresh = tiny("mlp"), tiny("mlp")
+    zo = ZeroOrder(model, optimizer=optimizer(model.parameters(), lr=LR))
+    run(zo, "mlp", 3)
+    state = copy.deepcopy((model.state_dict(), zo.state_dict()))
+    rest = run(zo, "mlp", 3)
+    again = ZeroOrder(fresh, optimizer=optimizer(fresh.parameters(), lr=1.0))
+    fresh.load_state_dict(state[0])
+    again.load_state_dict(state[1])
+    assert [r.as_dict() for r in run(again, "mlp", 3)] == [r.as_dict() for r in rest]
+    assert same_bits(weights(fresh), weights(model))
+
+
+def test_a_checkpoint_is_plain_enough_for_safe_loading(tmp_path: Path) -> None:
+    model = tiny("mlp")
+    zo = ZeroOrder(model, lr=LR, rule="momentum")
+    run(zo, "mlp", 2)
+    torch.save(zo.state_dict(), tmp_path / "zo.pt")
+    other = ZeroOrder(tiny("mlp"), rule="momentum")
+    other.load_state_dict(torch.load(tmp_path / "zo.pt", weights_only=True))
+    assert other.step_count == 2
+    assert other.optimizer.param_groups[0]["lr"] == LR
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda zo: pickle.loads(pickle.dumps(zo))])
+@pytest.mark.parametrize("foreign", [False, True], ids=["own", "torch"])
+def test_an_optimizer_can_be_copied_and_pickled_without_its_engine(
+    duplicate: Callable[[ZOOptimizer], ZOOptimizer], foreign: bool
+) -> None:
+    model = tiny("mlp")
+    if foreign:
+        zo = ZeroOrder(model, optimizer=torch.optim.AdamW(model.parameters(), lr=LR))
+    else:
+        zo = ZeroOrder(model, lr=LR, rule="momentum")
+    run(zo, "mlp", 2)
+    twin = duplicate(zo.optimizer)
+    assert type(twin) is type(zo.optimizer)
+    assert twin.engine is None
+    assert zo.optimizer.engine is zo
+    found, expected = twin.state_dict(), zo.optimizer.state_dict()
+    assert found["param_groups"] == expected["param_groups"]
+    for index, state in expected["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(found["state"][index][key]), torch.as_tensor(value))
+    twin.param_groups[0]["lr"] = 0.5
+    assert twin.state_dict()["param_groups"][0]["lr"] == 0.5
+    assert zo.optimizer.param_groups[0]["lr"] == LR
