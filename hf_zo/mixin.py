@@ -25,7 +25,6 @@ from zo_core.oracle.materialise import is_compiled
 from .arguments import ZOArguments
 from .checks import check_arguments, counters, warn_about_numbers
 
-
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:

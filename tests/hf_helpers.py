@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import VOCAB
+from models import VOCAB, tiny
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from hf_zo import ZOTrainer
 from zo_core import StepRecord, ZeroOrder, ZOOptimizer
 
 # accelerate collects garbage at every train(), which takes 0.3 s among all that was imported.
@@ -81,8 +82,18 @@ def logged(trainer: Trainer, key: str) -> list[Any]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def zo_trainer(path: Path, model: str = "llama", cls: type[Any] = ZOTrainer, **settings: Any) -> Any:
+    """A trainer on `texts`; what is no argument of the trainer is a training argument."""
+    names = ("zo_config", "callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "optimizers")
+    own = {name: settings.pop(name) for name in names if name in settings}
+    own = {"model": tiny(model), "train_dataset": texts(), **own}
+    if "optimizers" in own:
+        own["optimizers"] = own["optimizers"](own["model"])
+    return cls(args=arguments(path, **settings), **own)
+
+
 class Watched(Trainer):
-    """The plain `Trainer`, but it trains nothing: it keeps the batches of each step, and its optimizer."""
+    """The plain `Trainer`, but it trains nothing: it keeps the batches of each step."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.steps: dict[int, list[Batch]] = {}

@@ -166,6 +166,33 @@ def test_at_most_the_layers_in_use_and_the_tied_ones_have_copies() -> None:
     assert len({pointer for pointers in alive for pointer in pointers}) == 1  # one buffer goes round
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_slot_of_a_transformer_is_copied_once_per_probe(name: str, tied: bool) -> None:
+    model = tiny(name, tied)
+    zo = ZeroOrder(model)
+    copied: list[str] = []
+    direction = zo.oracle.realisation.direction
+    zo.oracle.realisation.direction = lambda slot, point: (copied.append(slot.key), direction(slot, point))[1]
+    zo.oracle.losses(POINTS[:1], closure(name, model))
+    unused = {"shared.weight"} if (name, tied) == ("t5", False) else set()
+    assert sorted(copied) == sorted({slot.key for slot in zo.slots} - unused)
+
+
+def test_a_forward_that_fails_and_is_caught_gives_its_copies_back() -> None:
+    model = tiny("mlp")
+    loss = closure("mlp", model)
+
+    def careful() -> Tensor:
+        with pytest.raises(RuntimeError):
+            model.inner(torch.ones(5, 5))  # of the wrong size for the first layer
+        with torch._C.DisableTorchFunction():
+            assert model.inner[0].weight.isnan().all()
+        return loss()
+
+    assert measure(model, careful, POINTS[:2]) == measure(model, loss, POINTS[:2])
+
+
 # Weights used where neither hooks nor torch functions show them
 
 
@@ -387,6 +414,26 @@ def test_the_weight_cache_of_autocast_does_not_mix_the_probes(name: str, where: 
             return zo.step(inside).projected_grad  # the second step also needs the updated weights
 
     assert projected_grad(cache_enabled=True) == projected_grad(cache_enabled=False) != 0.0
+
+
+@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "scripted"])
+def test_forwards_between_measurements_and_steps_use_the_weights_of_their_time(name: str) -> None:
+    def losses(cache_enabled: bool) -> list[float]:
+        model = tiny(name)
+        zo = ZeroOrder(model, lr=1e-2, eps=EPS)
+        loss = closure(name, model.eval())
+        found = []
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
+            for _ in range(2):
+                found.append(loss().item())
+                zo.measure(loss)
+                found.append(loss().item())
+                zo.optimizer.step()
+        return [*found, loss().item()]
+
+    found = losses(cache_enabled=True)
+    assert found == losses(cache_enabled=False)
+    assert found[0] == found[1] != found[2] == found[3] != found[4]
 
 
 @EVERY_DTYPE

@@ -204,6 +204,18 @@ def test_rules_without_state_keep_none() -> None:
 
 # The rule that hands the estimate to a torch optimizer
 
+
+class NormalisedSgd(torch.optim.SGD):
+    """Looks at all gradients together: the step has the length of the learning rate."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        for gradient in gradients:
+            gradient.div_(norm)
+        super().step()
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
     "adam": lambda params: torch.optim.Adam(params, lr=1e-3, amsgrad=True),
@@ -214,6 +226,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-2),
     "adamax": lambda params: torch.optim.Adamax(params, lr=1e-3),
     "nadam": lambda params: torch.optim.NAdam(params, lr=1e-3),
+    "normalised": lambda params: NormalisedSgd(params, lr=0.1),
 }
 EVERY_OPTIMIZER = pytest.mark.parametrize("name", list(OPTIMIZERS))
 
