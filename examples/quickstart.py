@@ -77,7 +77,9 @@ def offline(steps: int) -> tuple[PreTrainedModel, Rows]:
     code = rows_of(list("\n".join(inspect.getsource(importlib.import_module(m)) for m in SOURCES.split()).encode()))
     model = small_model()
     print(f"Training {model.num_parameters():,} parameters on {len(english) * LENGTH:,} bytes of English …")
-    Trainer(model, arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant"), train_dataset=english).train()
+    Trainer(
+        model, arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant"), train_dataset=english
+    ).train()
     return model, shuffled(code)
 
 
@@ -154,7 +156,9 @@ def main() -> None:
     held_out, train = rows[:64], rows[64:]
     lr = args.lr or (1e-6 if args.model else 3e-4)
 
-    print(f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, then {args.steps // 6} of backpropagation …")
+    print(
+        f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, then {args.steps // 6} of backpropagation …"
+    )
     zo = ZOTrainer(
         copy.deepcopy(model), arguments(ZOTrainingArguments, args.steps, lr), train_dataset=train, eval_dataset=held_out
     )

@@ -100,7 +100,9 @@ class ZOConfig:
         if self.offload not in OFFLOADS:
             problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
         elif self.offload != "disk" and self.offload_dir is not None:
-            problems.append(f"offload_dir={self.offload_dir!r} has no use with offload={self.offload!r}; write offload='disk'")
+            problems.append(
+                f"offload_dir={self.offload_dir!r} has no use with offload={self.offload!r}; write offload='disk'"
+            )
         if self.backend not in BACKENDS:
             problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
         elif self.backend == "triton" and not has_triton():
@@ -180,8 +182,8 @@ class ZOConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             registry = registries.get(field.name)
-            result[field.name] = value if registry is None or value == "auto" else registry.describe(
-                registry.resolve(value)
+            result[field.name] = (
+                value if registry is None or value == "auto" else registry.describe(registry.resolve(value))
             )
         return result
 

@@ -16,8 +16,8 @@ from .config import ZOConfig
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .noise import Direction, derive_seed
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
 from .offload import LockstepOracle, Streaming, offload
+from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
 from .rules import Torch
@@ -95,9 +95,15 @@ class ZeroOrder:
             )
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
-        if optimizer is not None and self.config.lr is not None:
+        held_by_groups = ("lr",) if foreign else ("lr", "eps") if optimizer is not None else ()
+        twice = [name for name in held_by_groups if getattr(self.config, name) is not None]
+        if twice:
             raise ConfigError(
-                [f"lr={self.config.lr!r} was given together with an optimizer, whose groups hold the learning rate"]
+                [
+                    f"{name}={getattr(self.config, name)!r} was given together with an optimizer, whose groups hold "
+                    f"the {'learning rate' if name == 'lr' else name}; write it there"
+                    for name in twice
+                ]
             )
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
@@ -108,7 +114,7 @@ class ZeroOrder:
                 [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
             )
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
-        if isinstance(optimizer, ZOOptimizer) and self.config.eps is None:
+        if isinstance(optimizer, ZOOptimizer):
             self.eps = float(self.optimizer.param_groups[0]["eps"])
         held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
         self.slots = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
@@ -131,7 +137,8 @@ class ZeroOrder:
             raise ConfigError(
                 [f"offload={config.offload!r} needs a rule that works on one layer at a time; leave out the optimizer"]
             )
-        self.streaming = offload(self.model, config.offload, config.offload_dir, config.blocks)
+        moving = {id(tensor) for slot in self.slots for tensor in slot.tensors}
+        self.streaming = offload(self.model, config.offload, config.offload_dir, config.blocks, moving)
         return LockstepOracle(self.model, self.slots, self._perturbation, self.streaming, dropout=config.dropout)
 
     def flush(self) -> None:

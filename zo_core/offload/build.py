@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from .streaming import Block, Streaming
 
 
 def offload(
-    model: nn.Module, kind: str, folder: str | os.PathLike[str] | None = None, names: Sequence[str] | None = None
+    model: nn.Module,
+    kind: str,
+    folder: str | os.PathLike[str] | None = None,
+    names: Sequence[str] | None = None,
+    moving: Collection[int] = (),
 ) -> Streaming:
     """Moves the blocks of a model into a store; from then on they come when their forward needs them.
 
@@ -27,6 +31,8 @@ def offload(
         kind: "cpu" (host memory) or "disk".
         folder: for "disk", where the block files go; None makes a temporary folder.
         names: of the blocks; None finds them.
+        moving: ``id`` of the tensors that training changes. Where they are the smaller part of their
+            block (adapters on a frozen base) they stay, and the block is never written.
 
     Raises:
         ModelError: no blocks, or a compiled model.
@@ -46,8 +52,17 @@ def offload(
             held = holders[memory_of(parameter)]
             if all(holder in inside for holder, _ in held) and parameter.is_contiguous():
                 streamed[local] = list({id(tensor): tensor for _, tensor in held}.values())
+        still = {local: tensors for local, tensors in streamed.items() if not any(id(t) in moving for t in tensors)}
+        if 2 * _nbytes(still) > _nbytes(streamed):
+            streamed = still
         if streamed:
             blocks.append(Block(name, module, streamed))
+    if not blocks:
+        raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     store = RamStore() if kind == "cpu" else DiskStore(folder or tempfile.mkdtemp(prefix="zo-offload-"))
     return Streaming(blocks, store, device)
+
+
+def _nbytes(tensors: dict[str, list[Tensor]]) -> int:
+    return sum(held[0].numel() * held[0].element_size() for held in tensors.values())

@@ -58,6 +58,7 @@ class Lockstep:
             except BaseException as error:  # Ctrl-C arrives here: the closures unwind at their next turn
                 self.error = error
         if self.error is not None:
+            _stop(self.workers)  # a traceback may hold this object for long
             raise self.error
         results = [worker.result for worker in self.workers[: len(closures)]]
         for worker in self.workers:
@@ -127,6 +128,7 @@ class _Worker(threading.Thread):
 def _stop(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.turn.release()
+    workers.clear()
 
 
 def _ambient() -> Callable[[Callable[[], Any]], Any]:

@@ -143,6 +143,8 @@ class Streaming:
 
     def shut(self, block: Block, only: Iterable[str] | None = None) -> None:
         """The end of what `open` began."""
+        if block not in self.pinned:
+            return  # it could not be brought
         self.pinned[block] -= 1
         if not self.pinned[block]:
             del self.pinned[block]
@@ -166,7 +168,9 @@ class Streaming:
         key = (tensor.shape, tensor.dtype)
         if key not in self.nan:
             with torch.inference_mode(False):
-                self.nan[key] = torch.full((), float("nan"), dtype=tensor.dtype, device=self.device).expand(tensor.shape)
+                self.nan[key] = torch.full((), float("nan"), dtype=tensor.dtype, device=self.device).expand(
+                    tensor.shape
+                )
         return self.nan[key]
 
     # Movement
