@@ -65,7 +65,9 @@ class PublishedMezo:
         return plus
 
 
-def measure(dtype: torch.dtype, device: torch.device, tokens: int, rounds: int, backends: list[str]) -> dict[str, float]:
+def measure(
+    dtype: torch.dtype, device: torch.device, tokens: int, rounds: int, backends: list[str]
+) -> dict[str, float]:
     """Median seconds of each contender."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_60m()).to(device, dtype).eval()

@@ -77,7 +77,9 @@ def offline(steps: int) -> tuple[PreTrainedModel, Rows]:
     code = rows_of(list("\n".join(inspect.getsource(importlib.import_module(m)) for m in SOURCES.split()).encode()))
     model = small_model()
     print(f"Training {model.num_parameters():,} parameters on {len(english) * LENGTH:,} bytes of English …")
-    Trainer(model, arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant"), train_dataset=english).train()
+    Trainer(
+        model, arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant"), train_dataset=english
+    ).train()
     return model, shuffled(code)
 
 
@@ -154,7 +156,9 @@ def main() -> None:
     held_out, train = rows[:64], rows[64:]
     lr = args.lr or (1e-6 if args.model else 3e-4)
 
-    print(f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, then {args.steps // 6} of backpropagation …")
+    print(
+        f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, then {args.steps // 6} of backpropagation …"
+    )
     zo = ZOTrainer(
         copy.deepcopy(model), arguments(ZOTrainingArguments, args.steps, lr), train_dataset=train, eval_dataset=held_out
     )
@@ -172,8 +176,8 @@ def main() -> None:
     for name, (loss, seconds, rate, extra) in table.items():
         print(f"{name:10}{loss:>12}{seconds:>8}{rate:>12}{extra:>12}")
     print(
-        "\n'Extra peak' is memory on top of what was used before. Backpropagation learns more per second where it "
-        "fits;\nZOTrainer is for where it does not: it needs no gradients, no optimizer state and no stored activations."
+        "\n'Extra peak' is memory on top of what was used before. Backpropagation learns more per second where it\n"
+        "fits; ZOTrainer is for where it does not: it needs no gradients, optimizer state or stored activations."
     )
 
 

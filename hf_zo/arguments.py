@@ -42,6 +42,10 @@ class ZOArguments:
         default=True, metadata={"help": "Round updates of 16-bit weights stochastically."}
     )
     zo_backend: str = field(default="auto", metadata={"help": "Noise kernels: auto, eager, compile or triton."})
+    zo_offload: str | None = field(
+        default=None, metadata={"help": "Where the repeated layers live between their forwards: cpu or disk."}
+    )
+    zo_offload_dir: str | None = field(default=None, metadata={"help": "Folder of the block files, with disk."})
 
     def zo_settings(self) -> dict[str, Any]:
         """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""

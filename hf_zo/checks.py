@@ -28,6 +28,9 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
         problems.append(
             f"n_gpu={args.n_gpu}: Trainer would wrap the model in DataParallel; set CUDA_VISIBLE_DEVICES=0 to use one"
         )
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name, None):
+            problems.append(f"{name}={getattr(args, name)!r}: sharded models are not supported yet; leave it out")
     if problems:
         raise ConfigError(problems)
     for name in ("gradient_checkpointing", "activation_checkpointing"):  # two names of one setting, which mirror it

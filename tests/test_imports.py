@@ -21,12 +21,13 @@ RANKS = {
     "noise": 1,
     "targets": 2,
     "oracle": 3,
-    "estimators": 4,
-    "rules": 4,
-    "config": 5,
-    "optimizer": 5,
-    "engine": 6,
-    "__init__": 7,
+    "offload": 4,
+    "estimators": 5,
+    "rules": 5,
+    "config": 6,
+    "optimizer": 6,
+    "engine": 7,
+    "__init__": 8,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
 ADAPTERS = ("hf_zo", "lightning_zo")

@@ -9,7 +9,9 @@ import pytest
 from benchmarks.learning import FORWARDS, METHODS, Method, TinyTransformer, accuracy, adapt, pretrained
 
 
-@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def start(request: pytest.FixtureRequest) -> tuple[int, TinyTransformer]:
     return request.param, pretrained(request.param)
 

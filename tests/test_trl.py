@@ -148,9 +148,7 @@ def test_a_model_in_bfloat16_has_losses_in_float32(tmp_path: Path, tokenizer: An
 
 def test_supervised_fine_tuning_with_lora_moves_only_the_adapter(tmp_path: Path, tokenizer: Any) -> None:
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=2, target_modules=["q_proj", "v_proj"])
-    trainer = sft(
-        tmp_path, tokenizer, learning_rate=1e-3, peft_config=config, zo_config=ZOConfig(eps=1e-2), bf16=False
-    )
+    trainer = sft(tmp_path, tokenizer, learning_rate=1e-3, peft_config=config, zo_config=ZOConfig(eps=1e-2), bf16=False)
     before = weights(trainer.model)
     trainer.train()
     moved = differing(before, weights(trainer.model))

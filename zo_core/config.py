@@ -18,6 +18,7 @@ from .rules import RULES, UpdateRule
 from .targets import TARGETS, Target
 
 BACKENDS = ("auto", "eager", "compile", "triton")
+OFFLOADS = (None, "cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class ZOConfig:
         backend: who computes the noise: "eager" torch, "compile" (torch.compile: faster on CPU after
             10 to 30 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The
             values are the same to the last bit.
+        offload: None keeps the model where it is; "cpu" keeps its repeated layers in host memory, "disk"
+            in files, and brings each to the device when its forward needs it.
+        offload_dir: folder of the block files; None makes a temporary one.
+        blocks: names of the streamed modules, or of containers of them; None finds them.
     """
 
     lr: float | None = None
@@ -65,6 +70,9 @@ class ZOConfig:
     dropout: bool = False
     stochastic_rounding: bool = True
     backend: str = "auto"
+    offload: str | None = None
+    offload_dir: str | None = None
+    blocks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -89,6 +97,12 @@ class ZOConfig:
         for name in ("dropout", "stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.offload not in OFFLOADS:
+            problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
+        elif self.offload != "disk" and self.offload_dir is not None:
+            problems.append(
+                f"offload_dir={self.offload_dir!r} has no use with offload={self.offload!r}; write offload='disk'"
+            )
         if self.backend not in BACKENDS:
             problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
         elif self.backend == "triton" and not has_triton():

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .config import ZOConfig
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .noise import Direction, derive_seed
+from .offload import LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
@@ -93,9 +95,15 @@ class ZeroOrder:
             )
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
-        if optimizer is not None and self.config.lr is not None:
+        held_by_groups = ("lr",) if foreign else ("lr", "eps") if optimizer is not None else ()
+        twice = [name for name in held_by_groups if getattr(self.config, name) is not None]
+        if twice:
             raise ConfigError(
-                [f"lr={self.config.lr!r} was given together with an optimizer, whose groups hold the learning rate"]
+                [
+                    f"{name}={getattr(self.config, name)!r} was given together with an optimizer, whose groups hold "
+                    f"the {'learning rate' if name == 'lr' else name}; write it there"
+                    for name in twice
+                ]
             )
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
@@ -106,7 +114,7 @@ class ZeroOrder:
                 [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
             )
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
-        if isinstance(optimizer, ZOOptimizer) and self.config.eps is None:
+        if isinstance(optimizer, ZOOptimizer):
             self.eps = float(self.optimizer.param_groups[0]["eps"])
         held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
         self.slots = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
@@ -115,10 +123,35 @@ class ZeroOrder:
                 "none of the optimizer's tensors is a trainable parameter of the model; build the optimizer from "
                 "this model's parameters (after moving or wrapping the model), or leave it out"
             )
-        self.oracle = ResidentOracle(model, self.slots, self._perturbation, dropout=self.config.dropout)
+        self.streaming: Streaming | None = None
+        self.oracle = self._oracle()
         self._group_of = self._groups()
         self._measured: _Measured | None = None
         self.optimizer.engine = self
+
+    def _oracle(self) -> ResidentOracle | LockstepOracle:
+        config = self.config
+        if config.offload is None:
+            return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
+        if isinstance(self.rule, Torch):
+            raise ConfigError(
+                [f"offload={config.offload!r} needs a rule that works on one layer at a time; leave out the optimizer"]
+            )
+        moving = {id(tensor) for slot in self.slots for tensor in slot.tensors}
+        self.streaming = offload(self.model, config.offload, config.offload_dir, config.blocks, moving)
+        return LockstepOracle(self.model, self.slots, self._perturbation, self.streaming, dropout=config.dropout)
+
+    def flush(self) -> None:
+        """Applies the updates that wait for their block; nothing to do for a resident model."""
+        if self.streaming is not None:
+            self.streaming.flush()
+
+    def close(self) -> None:
+        """Brings a streamed model back to the device as ordinary parameters, and ends the threads."""
+        if self.streaming is not None:
+            self.streaming.close()
+            self.streaming = None
+            self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -229,13 +262,19 @@ class ZeroOrder:
             else:
                 for slot, direction in zip(self.slots, directions, strict=True):
                     group = self._group_of[slot]
-                    state = self.optimizer.state[slot.tensor]
-                    self.rule.update(
-                        slot.tensor.data, state, direction, float(group["lr"]), float(group["weight_decay"])
-                    )
-                    if not state:
-                        del self.optimizer.state[slot.tensor]
+                    update = partial(self._move, slot, direction, float(group["lr"]), float(group["weight_decay"]))
+                    home = None if self.streaming is None else self.streaming.home(slot.tensors)
+                    if home is None:
+                        update(slot.tensor.data)
+                    else:
+                        home[0].pending.append((home[1], update))
         torch.clear_autocast_cache()
+
+    def _move(self, slot: Slot, direction: Direction, lr: float, weight_decay: float, theta: Tensor) -> None:
+        state = self.optimizer.state[slot.tensor]
+        self.rule.update(theta, state, direction, lr, weight_decay)
+        if not state:
+            del self.optimizer.state[slot.tensor]
 
     def _groups(self) -> dict[Slot, dict[str, Any]]:
         """The optimizer's group of each slot; looked up anew, because loading a state replaces groups."""
@@ -262,6 +301,7 @@ class ZeroOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""
+        self.flush()
         return {"step": self.step_count, "seed": self.seed, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

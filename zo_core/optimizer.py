@@ -104,6 +104,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         if problems:
             raise ValueError("; ".join(problems))
 
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, after the updates that wait for their block."""
+        if self.engine is not None:
+            self.engine.flush()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}
 

@@ -47,8 +47,29 @@ class Materialised:
     @contextmanager
     def at(self, point: Point) -> Iterator[None]:
         """In this context the model computes with ``theta + point.scale * z(point.seed)``."""
-        with _Probe(self, point):
+        originals: Originals = {}
+        with ExitStack() as stack:
+            stack.callback(restore, originals)
+            perturbed = self.slots if point.scale != 0.0 else []
+            view = ProbeView(self, point, lambda slot: originals[slot][0])
+            for slot in perturbed:
+                originals[slot] = [tensor.data for tensor in slot.tensors]
+                view.release(slot)
+            if self.whole:
+                for slot in perturbed:
+                    view.materialise(slot)
+            elif perturbed:
+                self.hook(lambda: view, stack)
+            stack.enter_context(ProbeMode(view.absent, view.serve))
             yield
+
+    def hook(self, current: Callable[[], ProbeView], stack: ExitStack) -> None:
+        """Tells the probe that has the turn about every module that begins and ends, until ``stack`` ends."""
+        for module, own in self.hooked_modules():
+            pre = module.register_forward_pre_hook(lambda *_, own=own: current().enter(own), prepend=True)
+            post = module.register_forward_hook(lambda *_: current().leave(), always_call=True)
+            stack.callback(pre.remove)
+            stack.callback(post.remove)
 
     def hooked_modules(self) -> list[tuple[nn.Module, list[Slot]]]:
         """The modules that hold slots, directly or in a submodule, with those held directly."""
@@ -68,59 +89,34 @@ class Materialised:
         return self._nan[key]
 
 
-class _Probe:
-    """One probe in progress: which slots have values, and which module's end takes them away."""
+class ProbeView:
+    """What one probe sees of the slots: which have values, and which module's end takes them away.
 
-    def __init__(self, owner: Materialised, point: Point):
-        self.owner = owner
-        self.point = point
-        self.originals: dict[Slot, list[Tensor]] = {}
+    Args:
+        owner: the directions and the scratch memory.
+        point: where this probe measures.
+        original: the unperturbed values of a slot.
+    """
+
+    def __init__(self, owner: Materialised, point: Point, original: Callable[[Slot], Tensor]):
+        self.owner, self.point, self.original = owner, point, original
         self.absent: dict[int, Slot] = {}
+        self.present: dict[Slot, Tensor] = {}
         self.frames: list[list[Slot]] = [[]]
-        self.stack = ExitStack()
 
-    def __enter__(self) -> None:
-        owner = self.owner
-        try:
-            if self.point.scale != 0.0:
-                for slot in owner.slots:
-                    self.originals[slot] = [tensor.data for tensor in slot.tensors]
-                    self.release(slot)
-                if owner.whole:
-                    for slot in owner.slots:
-                        self.materialise(slot)
-                else:
-                    for module, own in owner.hooked_modules():
-                        self.hook(module, own)
-            self.stack.enter_context(ProbeMode(self.absent, self.serve))
-        except BaseException:
-            self.__exit__()
-            raise
+    def enter(self, own: list[Slot]) -> None:
+        """A module begins: the slots that it holds get values."""
+        self.frames.append([])
+        for slot in own:
+            if id(slot.tensor) in self.absent:
+                self.materialise(slot)
+                # Tied weights come round again: one copy serves the whole probe.
+                self.frames[0 if len(slot.modules) > 1 else -1].append(slot)
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.stack.close()
-        for slot, originals in self.originals.items():
-            for tensor, original in zip(slot.tensors, originals, strict=True):
-                tensor.data = original
-        torch.clear_autocast_cache()
-
-    def hook(self, module: nn.Module, own: list[Slot]) -> None:
-        def enter(*_: Any) -> None:
-            self.frames.append([])
-            for slot in own:
-                if id(slot.tensor) in self.absent:
-                    self.materialise(slot)
-                    # Tied weights come round again: one copy serves the whole probe.
-                    self.frames[0 if len(slot.modules) > 1 else -1].append(slot)
-
-        def leave(*_: Any) -> None:
-            for slot in self.frames.pop():
-                self.release(slot)
-
-        pre = module.register_forward_pre_hook(enter, prepend=True)
-        post = module.register_forward_hook(leave, always_call=True)
-        self.stack.callback(pre.remove)
-        self.stack.callback(post.remove)
+    def leave(self) -> None:
+        """A module ends: what got values for its sake loses them."""
+        for slot in self.frames.pop():
+            self.release(slot)
 
     def serve(self, identity: int) -> None:
         """Gives a slot its copy outside its module's forward, until the enclosing module ends."""
@@ -129,10 +125,14 @@ class _Probe:
         self.frames[-1].append(slot)
 
     def materialise(self, slot: Slot) -> None:
+        """Points the slot at a perturbed copy."""
         with torch._C.DisableTorchFunction():
-            original = self.originals[slot][0]
-            scratch = self.owner.pool.take(original)
-            self.owner.direction(slot, self.point).add_to(original, out=scratch)
+            original = self.original(slot)
+            scratch = original
+            if self.point.scale != 0.0:
+                scratch = self.owner.pool.take(original)
+                self.owner.direction(slot, self.point).add_to(original, out=scratch)
+            self.present[slot] = scratch
             for tensor in slot.tensors:
                 self.absent.pop(id(tensor))
                 tensor.data = scratch
@@ -140,11 +140,40 @@ class _Probe:
         torch.clear_autocast_cache()
 
     def release(self, slot: Slot) -> None:
+        """Points the slot at NaN."""
+        self.present.pop(slot, None)
         with torch._C.DisableTorchFunction():
             for tensor in slot.tensors:
                 tensor.data = self.owner.nan_like(tensor)
                 self.absent[id(tensor)] = slot
         torch.clear_autocast_cache()
+
+    def suspend(self) -> None:
+        """Another probe gets the turn: what this one sees is taken out of the parameters."""
+        with torch._C.DisableTorchFunction():
+            for slot in self.present:
+                for tensor in slot.tensors:
+                    tensor.data = self.owner.nan_like(tensor)
+        torch.clear_autocast_cache()
+
+    def resume(self) -> None:
+        """This probe has the turn again."""
+        with torch._C.DisableTorchFunction():
+            for slot, scratch in self.present.items():
+                for tensor in slot.tensors:
+                    tensor.data = scratch
+        torch.clear_autocast_cache()
+
+
+Originals = dict[Slot, list[Tensor]]
+
+
+def restore(originals: Originals) -> None:
+    """Gives the slots their own memory back."""
+    for slot, data in originals.items():
+        for tensor, original in zip(slot.tensors, data, strict=True):
+            tensor.data = original
+    torch.clear_autocast_cache()
 
 
 def is_compiled(module: nn.Module) -> bool:

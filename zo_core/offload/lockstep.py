@@ -1,0 +1,153 @@
+"""Several closures as coroutines: one runs at a time, and hands over where it is told to.
+
+A user's closure cannot be cut in half, but it can be a thread that only runs when it has the turn.
+Each thread sees the caller's grad mode, autocast, context variables and function modes.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+
+Switch = Callable[[int], None]
+
+
+class _Abort(BaseException):
+    """Unwinds a closure whose sibling has failed."""
+
+
+class Lockstep:
+    """Runs closures in turns. Its threads wait between runs, and end with this object.
+
+    Args:
+        leave: called with a closure's index when it gives the turn away.
+        enter: called with a closure's index when it has the turn again.
+    """
+
+    def __init__(self, leave: Switch, enter: Switch):
+        self.leave, self.enter = leave, enter
+        self.workers: list[_Worker] = []
+        self.live: list[int] = []
+        self.current = -1
+        self.error: BaseException | None = None
+        self.main = threading.Semaphore(0)
+        weakref.finalize(self, _stop, self.workers)
+
+    def run(self, closures: Sequence[Callable[[], Any]]) -> list[Any]:
+        """The results of all closures; the first exception of any of them is raised here."""
+        while len(self.workers) < len(closures):
+            self.workers.append(_Worker(len(self.workers)))
+        self.error = None
+        self.live = list(range(len(closures)))
+        context = _ambient()
+        for worker, closure in zip(self.workers, closures, strict=False):
+            worker.task = partial(self._task, worker, partial(context, closure))
+        self._hand_to(0)
+        while True:
+            try:
+                self.main.acquire()
+                break
+            except BaseException as error:  # Ctrl-C arrives here: the closures unwind at their next turn
+                self.error = error
+        if self.error is not None:
+            _stop(self.workers)  # a traceback may hold this object for long
+            raise self.error
+        results = [worker.result for worker in self.workers[: len(closures)]]
+        for worker in self.workers:
+            worker.result = None
+        return results
+
+    def rendezvous(self) -> None:
+        """Called by the running closure: the next live one goes on until it comes to its own."""
+        if self.error is not None:
+            raise _Abort
+        index = self.current
+        following = self.live[(self.live.index(index) + 1) % len(self.live)]
+        if following == index:
+            return
+        self.leave(index)
+        self._hand_to(following)
+        self.workers[index].turn.acquire()
+        self.enter(index)
+        if self.error is not None:
+            raise _Abort
+
+    def _task(self, worker: _Worker, closure: Callable[[], Any]) -> None:
+        """What a worker does with its first turn of a run."""
+        try:
+            self.enter(worker.index)
+            if self.error is None:
+                worker.result = closure()
+        except _Abort:
+            pass
+        except BaseException as error:
+            self.error = self.error or error
+        self.leave(worker.index)
+        place = self.live.index(worker.index)
+        self.live.remove(worker.index)
+        if self.live:
+            self._hand_to(self.live[place % len(self.live)])
+        else:
+            self.current = -1
+            self.main.release()
+
+    def _hand_to(self, index: int) -> None:
+        self.current = index
+        self.workers[index].turn.release()
+
+
+class _Worker(threading.Thread):
+    """A thread that runs the task it finds when it is given the turn, and holds nothing in between."""
+
+    def __init__(self, index: int):
+        super().__init__(name=f"zo-probe-{index}", daemon=True)
+        self.index = index
+        self.turn = threading.Semaphore(0)
+        self.task: Callable[[], None] | None = None
+        self.result: Any = None
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.turn.acquire()
+            task, self.task = self.task, None
+            if task is None:
+                return
+            task()
+            del task
+
+
+def _stop(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.turn.release()
+    workers.clear()
+
+
+def _ambient() -> Callable[[Callable[[], Any]], Any]:
+    """Runs a function under what is thread-local in torch, as it is in this thread now."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
+    cache = torch.is_autocast_cache_enabled()
+    modes = list(_get_current_function_mode_stack())
+    variables = contextvars.copy_context()
+
+    def run(function: Callable[[], Any]) -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device, dtype, enabled in casts:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            for mode in modes:
+                stack.enter_context(mode)
+            return variables.copy().run(function)
+
+    return run

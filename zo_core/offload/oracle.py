@@ -1,0 +1,127 @@
+"""The oracle for models larger than the device: all probes of a step in one sweep over the blocks.
+
+Every probe's whole closure runs as a coroutine. At the end of each block's forward it hands over to
+the next, so a block is fetched once and every probe passes through it before it leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..noise import Direction
+from ..oracle.function_mode import ProbeMode
+from ..oracle.materialise import Materialised, Originals, ProbeView, restore
+from ..oracle.resident import Closure, as_scalar
+from ..records import Point
+from ..targets import Slot
+from .lockstep import Lockstep
+from .streaming import Block, Streaming
+
+
+class LockstepOracle:
+    """Measures losses of a streamed model; the results are those of `ResidentOracle`, bit for bit.
+
+    Args:
+        model: the module that the closures call.
+        slots: what is perturbed.
+        direction: the perturbation of one slot at one point.
+        streaming: the blocks.
+        dropout: run the probes with the model's own modes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: list[Slot],
+        direction: Callable[[Slot, Point], Direction],
+        streaming: Streaming,
+        *,
+        dropout: bool,
+    ):
+        self.model, self.streaming, self.dropout = model, streaming, dropout
+        self.realisation = Materialised(model, slots, direction)
+        self.lockstep = Lockstep(self._leave, self._enter)
+        self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
+        self.resident = [slot for slot in slots if slot not in self.home]
+        self.views: list[ProbeView] = []
+        self.states: list[dict[str, Any]] = []
+        self.originals: Originals = {}
+        self.sweeping = False
+
+    def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
+        """As `ResidentOracle.losses`, in one sweep over the blocks."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
+            stack.callback(self._end)
+            self._begin(points, stack)
+            return self.lockstep.run([self._coroutine(view, closure) for view in self.views])
+
+    def copy_whole(self) -> None:
+        """Not possible here."""
+        raise ConfigError(["a compiled model cannot be streamed, its blocks are out of reach; leave out torch_compile"])
+
+    def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
+        start = rng_state()
+        self.states = [start] * len(points)
+        self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
+        self.views = [ProbeView(self.realisation, point, self._original) for point in points]
+        for view in self.views:
+            for slot in self.realisation.slots:
+                view.release(slot)
+        self.streaming.sweeping = True
+        self.realisation.hook(lambda: self.views[self.lockstep.current], stack)
+        for block in self.streaming.blocks:
+            # Registered after the hooks above: prepended, so first before the forward, and last after it.
+            for handle in (
+                block.module.register_forward_pre_hook(lambda *_, b=block: self._open(b), prepend=True),
+                block.module.register_forward_hook(lambda *_, b=block: self._shut(b), always_call=True),
+                block.module.register_forward_hook(lambda *_: self.lockstep.rendezvous()),
+            ):
+                stack.callback(handle.remove)
+
+    def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with ProbeMode(view.absent, view.serve):
+                value = closure()
+            return as_scalar(value)
+
+        return run
+
+    def _original(self, slot: Slot) -> Tensor:
+        if slot in self.home:
+            block, name = self.home[slot]
+            return self.streaming.values(block)[name]
+        return self.originals[slot][0]
+
+    def _open(self, block: Block) -> None:
+        with torch._C.DisableTorchFunction():
+            self.streaming.open(block, only=self.streaming.frozen(block, self.home))
+
+    def _shut(self, block: Block) -> None:
+        with torch._C.DisableTorchFunction():
+            self.streaming.shut(block, only=self.streaming.frozen(block, self.home))
+
+    def _leave(self, index: int) -> None:
+        self.states[index] = rng_state()
+        self.views[index].suspend()
+
+    def _enter(self, index: int) -> None:
+        set_rng_state(self.states[index])
+        self.views[index].resume()
+
+    def _end(self) -> None:
+        self.streaming.sweeping = False
+        restore(self.originals)
+        for block in self.streaming.blocks:
+            self.streaming.evict_view(block)
+        if self.states:
+            set_rng_state(self.states[-1])
+        self.views, self.states, self.originals = [], [], {}

@@ -1,0 +1,240 @@
+"""Blocks that come and go: a few arena slots, a prefetch thread, and updates that wait their turn.
+
+Outside its block's forward an evicted parameter is NaN, expanded to its shape: shape, dtype and count
+survive, and a stray use gives NaN, never a quietly wrong loss.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..targets import Slot
+from .store import DiskStore, RamStore, Tensors
+
+Update = Callable[[Tensor], None]
+
+#: Blocks on the device at a time: the one in use, the one being fetched, the one being written.
+ARENA_SLOTS = 3
+
+
+@dataclass(eq=False)
+class Block:
+    """A module whose parameters are streamed.
+
+    Attributes:
+        name: of the module within the model.
+        module: its parameters are read by `holders`' modules only.
+        holders: parameter objects by their name within the block; several if they share memory.
+        pending: updates that were not applied yet, oldest first.
+    """
+
+    name: str
+    module: nn.Module
+    holders: dict[str, list[Tensor]]
+    pending: list[tuple[str, Update]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensors[0].numel() * tensors[0].element_size() for tensors in self.holders.values())
+
+
+class Streaming:
+    """Keeps the blocks of a model in a store, and brings each to the device when it is needed.
+
+    Args:
+        blocks: in the order in which a forward is expected to visit them.
+        store: takes over their values.
+        device: where they compute.
+    """
+
+    def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
+        self.blocks, self.store, self.device = blocks, store, device
+        self.arenas = [self._arena() for _ in range(min(ARENA_SLOTS, len(blocks)))]
+        self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
+        self.fetching: dict[Block, Future[None]] = {}
+        self.writing: dict[Block, Future[None]] = {}
+        self.following = dict(zip(blocks, [*blocks[1:], blocks[0]], strict=True))
+        self.previous: Block | None = None
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zo-offload")
+        self.bytes_read = self.bytes_written = 0
+        self.nan: dict[Any, Tensor] = {}
+        self.handles: list[Any] = []
+        self.sweeping = False
+        self.pinned: dict[Block, int] = {}
+        self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
+        for block in blocks:
+            with torch.no_grad():
+                store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
+            self.evict_view(block)
+            self._attach(block)
+
+    def _attach(self, block: Block) -> None:
+        """Outside of sweeps (evaluation, generation) a block comes for its own forward; states are whole."""
+        module = block.module
+        self.handles += [
+            module.register_forward_pre_hook(lambda *_: None if self.sweeping else self.open(block), prepend=True),
+            module.register_forward_hook(lambda *_: None if self.sweeping else self.shut(block), always_call=True),
+            module.register_state_dict_pre_hook(lambda *_: self._show_whole(block)),
+            module.register_state_dict_post_hook(lambda *_: self.evict_view(block)),
+            module.register_load_state_dict_pre_hook(lambda *_: self._show_whole(block)),
+            module.register_load_state_dict_post_hook(lambda *_: self._take_whole(block)),
+        ]
+
+    def _show_whole(self, block: Block) -> None:
+        if block.pending:
+            self.values(block)
+        self._finish(block)
+        self.point(block, self.store.whole(block.name))
+
+    def _take_whole(self, block: Block) -> None:
+        self.store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
+        if block in self.loaded:
+            self.arenas.append(self.loaded.pop(block)[0])
+        self.evict_view(block)
+
+    def home(self, tensors: Sequence[Tensor]) -> tuple[Block, str] | None:
+        """The block that a parameter is streamed with, and its name there; None if it is resident."""
+        return next((self._home[id(tensor)] for tensor in tensors if id(tensor) in self._home), None)
+
+    def frozen(self, block: Block, home: dict[Slot, tuple[Block, str]]) -> list[str]:
+        """The names of a block's tensors that are not slots."""
+        moving = {name for where, name in home.values() if where is block}
+        return [name for name in block.holders if name not in moving]
+
+    def _arena(self) -> Tensor:
+        size = max(sum(_aligned(t[0]) for t in block.holders.values()) for block in self.blocks)
+        with torch.inference_mode(False):
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    # Views
+
+    def values(self, block: Block) -> Tensors:
+        """The block's tensors on the device, up to date; fetched if they are not there."""
+        if block not in self.loaded:
+            self._start_fetch(block)
+        self.loaded.move_to_end(block)
+        if block in self.fetching:
+            self.fetching.pop(block).result()
+        tensors = self.loaded[block][1]
+        if block.pending:
+            self._apply(block, tensors)
+        if self.previous is not block:
+            if self.previous is not None:
+                self.following[self.previous] = block
+            self.previous = block
+            upcoming = self.following[block]
+            if upcoming not in self.loaded and (self.arenas or len(self.loaded) > 1):
+                self._start_fetch(upcoming)
+                self.loaded.move_to_end(block)
+        return tensors
+
+    def open(self, block: Block, only: Iterable[str] | None = None) -> None:
+        """Brings a block and lets its parameters (those named in ``only``) show their values."""
+        tensors = self.values(block)
+        self.pinned[block] = self.pinned.get(block, 0) + 1
+        self.point(block, tensors, only)
+
+    def shut(self, block: Block, only: Iterable[str] | None = None) -> None:
+        """The end of what `open` began."""
+        if block not in self.pinned:
+            return  # it could not be brought
+        self.pinned[block] -= 1
+        if not self.pinned[block]:
+            del self.pinned[block]
+            self.evict_view(block, only)
+
+    def point(self, block: Block, tensors: Tensors, only: Iterable[str] | None = None) -> None:
+        """Lets the parameters show ``tensors``."""
+        for name in block.holders if only is None else only:
+            for holder in block.holders[name]:
+                holder.data = tensors[name]
+        torch.clear_autocast_cache()
+
+    def evict_view(self, block: Block, only: Iterable[str] | None = None) -> None:
+        """Lets the parameters show NaN."""
+        for name in block.holders if only is None else only:
+            for holder in block.holders[name]:
+                holder.data = self._nan_like(holder)
+        torch.clear_autocast_cache()
+
+    def _nan_like(self, tensor: Tensor) -> Tensor:
+        key = (tensor.shape, tensor.dtype)
+        if key not in self.nan:
+            with torch.inference_mode(False):
+                self.nan[key] = torch.full((), float("nan"), dtype=tensor.dtype, device=self.device).expand(
+                    tensor.shape
+                )
+        return self.nan[key]
+
+    # Movement
+
+    def _start_fetch(self, block: Block) -> None:
+        if not self.arenas:
+            oldest = next((b for b in self.loaded if b not in self.pinned), None)
+            if oldest is None:
+                self.arenas.append(self._arena())
+            else:
+                self._finish(oldest)
+                self.arenas.append(self.loaded.pop(oldest)[0])
+        arena = self.arenas.pop()
+        tensors = _carve(arena, block)
+        self.loaded[block] = (arena, tensors)
+        if block in self.writing:
+            self.writing.pop(block).result()
+        self.bytes_read += block.nbytes
+        self.fetching[block] = self.pool.submit(self.store.read, block.name, tensors)
+
+    def _finish(self, block: Block) -> None:
+        """Waits for what is under way for a block."""
+        for futures in (self.fetching, self.writing):
+            if block in futures:
+                futures.pop(block).result()
+
+    def _apply(self, block: Block, tensors: Tensors) -> None:
+        if block in self.writing:
+            self.writing.pop(block).result()
+        pending, block.pending = block.pending, []
+        for name, update in pending:
+            update(tensors[name])
+        self.bytes_written += block.nbytes
+        changed = {name for name, _ in pending}
+        self.writing[block] = self.pool.submit(self.store.write, block.name, tensors, changed)
+
+    def flush(self) -> None:
+        """Applies all pending updates and waits until they are stored."""
+        for block in self.blocks:
+            if block.pending:
+                self.values(block)
+        for block in self.blocks:
+            self._finish(block)
+
+    def close(self) -> None:
+        """Flushes, gives the parameters their values back as ordinary tensors, and ends the thread."""
+        self.flush()
+        for block in self.blocks:
+            self.point(block, {name: tensor.to(self.device) for name, tensor in self.store.whole(block.name).items()})
+        self.pool.shutdown()
+        for handle in self.handles:
+            handle.remove()
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // 64) * 64
+
+
+def _carve(arena: Tensor, block: Block) -> Tensors:
+    """Views of an arena slot with the shapes and dtypes of a block's tensors."""
+    tensors: Tensors = {}
+    offset = 0
+    for name, (holder, *_) in block.holders.items():
+        size = holder.numel() * holder.element_size()
+        tensors[name] = arena[offset : offset + size].view(holder.dtype).view(holder.shape)
+        offset += _aligned(holder)
+    return tensors
