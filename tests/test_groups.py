@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from traces import weights
 
-from zo_core import NOISES, ZeroOrder, ZOOptimizer
+from zo_core import NOISES, ConfigError, ZeroOrder, ZOOptimizer
 
 LR, EPS = 1e-2, 1e-2
 
@@ -24,8 +24,7 @@ def grouped(model: nn.Module) -> ZOOptimizer:
     )
 
 
-@pytest.mark.parametrize("eps", [None, EPS / 8])
-def test_groups_have_their_own_learning_rate_eps_and_weight_decay(eps: float | None) -> None:
+def test_groups_have_their_own_learning_rate_eps_and_weight_decay() -> None:
     """Powers of two between the eps, so that the scaled coefficients are exact."""
     model = tiny("mlp")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -46,7 +45,7 @@ def test_groups_have_their_own_learning_rate_eps_and_weight_decay(eps: float | N
         losses.append(value.item())
         return value
 
-    record = ZeroOrder(model, optimizer=grouped(model), eps=eps).step(loss)
+    record = ZeroOrder(model, optimizer=grouped(model)).step(loss)
     for handle in handles:
         handle.remove()
 
@@ -63,6 +62,13 @@ def test_groups_have_their_own_learning_rate_eps_and_weight_decay(eps: float | N
         expected = f32(1 - lr * decay) * theta + f32(-lr * g) * z(name)
         assert torch.equal(model.get_parameter(name).detach(), expected)
     assert record.lr == 0.03
+
+
+@pytest.mark.parametrize("setting", ["lr", "eps"])
+def test_what_the_groups_hold_cannot_be_given_twice(setting: str) -> None:
+    model = tiny("mlp")
+    with pytest.raises(ConfigError, match=f"{setting}=0.01 was given together with an optimizer"):
+        ZeroOrder(model, optimizer=grouped(model), **{setting: 0.01})
 
 
 def test_what_the_optimizer_does_not_hold_stays() -> None:
