@@ -18,8 +18,8 @@ import importlib
 import inspect
 import math
 import pydoc_data.topics
-import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -94,7 +94,7 @@ def from_hub(name: str, dataset: str, config: str | None) -> tuple[PreTrainedMod
 
 def arguments(cls: type, steps: int, lr: float, **more: object) -> TrainingArguments:
     return cls(
-        output_dir="quickstart-output",
+        output_dir=str(Path(tempfile.gettempdir()) / "zo-quickstart"),
         max_steps=steps,
         learning_rate=lr,
         per_device_train_batch_size=16,
@@ -108,34 +108,41 @@ def arguments(cls: type, steps: int, lr: float, **more: object) -> TrainingArgum
     )
 
 
-class PeakMemory(TrainerCallback):
-    """The highest memory seen at the end of a step, of the device if it is a GPU."""
-
-    def __init__(self) -> None:
-        self.start = memory()
-        self.peak = self.start
-
-    def on_step_end(self, *args: object, **kwargs: object) -> None:
-        self.peak = max(self.peak, memory())
-
-
-def memory() -> int:
-    """Peak bytes so far."""
+def reset_peak() -> int:
+    """Forgets the highest memory so far; returns what is used now, in bytes."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
-def run(trainer: Trainer, forwards_per_step: int, steps: int) -> list[str]:
+def peak() -> int:
+    """The highest memory since `reset_peak`, in bytes."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def quiet(trainer: Trainer) -> Trainer:
+    """Without the callback that prints every log."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def run(trainer: Trainer, forwards: int) -> list[str]:
     """Trains, and returns a row of the table."""
-    peak = PeakMemory()
-    trainer.add_callback(peak)
+    measurable = torch.cuda.is_available() or sys.platform == "linux"  # only Linux tells the peak of a part of a run
+    before = reset_peak() if measurable else 0
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
+    extra = f"{(peak() - before) / 2**20:.0f} MB" if measurable else "unknown"
     loss = trainer.evaluate()["eval_loss"]
-    extra = f"{(peak.peak - peak.start) / 2**20:.0f} MB"
-    return [f"{loss:.3f}", f"{seconds:.0f} s", f"{steps * forwards_per_step / seconds:.0f}", extra]
+    return [f"{loss:.3f}", f"{seconds:.0f} s", f"{forwards / seconds:.0f}", extra]
 
 
 def main() -> None:
@@ -159,25 +166,20 @@ def main() -> None:
     print(
         f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, then {args.steps // 6} of backpropagation …"
     )
-    zo = ZOTrainer(
-        copy.deepcopy(model), arguments(ZOTrainingArguments, args.steps, lr), train_dataset=train, eval_dataset=held_out
-    )
+    data = {"train_dataset": train, "eval_dataset": held_out}
+    zo = quiet(ZOTrainer(copy.deepcopy(model), arguments(ZOTrainingArguments, args.steps, lr), **data))
     before = zo.evaluate()["eval_loss"]
-    table = {"ZOTrainer": run(zo, 2, args.steps)}
-    backprop = Trainer(
-        model,
-        arguments(TrainingArguments, args.steps // 6, 1e-5 if args.model else 1e-3),
-        train_dataset=train,
-        eval_dataset=held_out,
-    )
-    table["Trainer"] = run(backprop, 1, args.steps // 6)
+    table = {"ZOTrainer": run(zo, 2 * args.steps)}
+    steps = args.steps // 6
+    backprop = quiet(Trainer(model, arguments(TrainingArguments, steps, 1e-5 if args.model else 1e-3), **data))
+    table["Trainer"] = run(backprop, steps)
     print(f"\nHeld-out loss before: {before:.3f} (perplexity {math.exp(before):.2f})\n")
     print(f"{'':10}{'loss after':>12}{'time':>8}{'forwards/s':>12}{'extra peak':>12}")
     for name, (loss, seconds, rate, extra) in table.items():
         print(f"{name:10}{loss:>12}{seconds:>8}{rate:>12}{extra:>12}")
     print(
-        "\n'Extra peak' is memory on top of what was used before. Backpropagation learns more per second where it\n"
-        "fits; ZOTrainer is for where it does not: it needs no gradients, optimizer state or stored activations."
+        "\n'Extra peak' is memory on top of what was used at the start. Backpropagation learns more per second where\n"
+        "it fits; ZOTrainer is for where it does not: it needs no gradients, optimizer state or stored activations."
     )
 
 

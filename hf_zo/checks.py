@@ -11,7 +11,9 @@ from zo_core import ConfigError, ZeroOrder
 
 logger = logging.getLogger("hf_zo")
 
-#: Above these learning rates a run with SPSA and plain updates usually diverges.
+#: Above these learning rates a run with SPSA and plain updates usually diverges, for full fine-tuning of
+#: this many parameters; the limit of smaller models is higher in proportion.
+LARGE = 10_000_000
 MAX_LR_FULL = 1e-5
 MAX_LR_PEFT = 1e-2
 
@@ -65,7 +67,8 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
         return
     trained = sum(slot.tensor.numel() for slot in engine.slots)
     peft = trained < 0.1 * sum(p.numel() for p in engine.model.parameters())
-    limit, sensible = (MAX_LR_PEFT, "5e-5 to 1e-4") if peft else (MAX_LR_FULL, "1e-7 to 1e-6")
+    full = MAX_LR_FULL * max(1.0, LARGE / trained)
+    limit, sensible = (MAX_LR_PEFT, "5e-5 to 1e-4") if peft else (full, "1e-7 to 1e-6")
     lr = max(float(group["lr"]) for group in engine.optimizer.param_groups)
     if lr > limit:
         logger.warning(

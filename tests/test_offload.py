@@ -328,6 +328,18 @@ def test_a_damaged_block_file_is_a_clear_error(damage: str, tmp_path: Path) -> N
         zo.step(lambda: model(**inputs).loss)
 
 
+def test_temporary_block_files_go_away_with_the_model() -> None:
+    model, inputs = make("llama")
+    zo = ZeroOrder(model, offload="disk")
+    folder = zo.streaming.store.folder
+    zo.step(lambda: model(**inputs).loss)
+    assert list(folder.glob("*.safetensors"))
+    zo.close()
+    del zo
+    gc.collect()
+    assert not folder.exists()
+
+
 def test_named_blocks_are_streamed_and_others_stay() -> None:
     model, _ = make("llama")
     zo = ZeroOrder(model, offload="cpu", blocks=("model.layers.1",))

@@ -19,7 +19,14 @@ def decayed(step: int) -> float:
     return 1.0 / (1.0 + 0.1 * step)
 
 
-@pytest.mark.parametrize(("tied", "steps"), [(True, 200), (False, 30)], ids=["tied-200", "untied-30"])
+@pytest.mark.parametrize(
+    ("tied", "steps"),
+    [
+        pytest.param(True, 200, id="tied-200"),
+        pytest.param(False, 30, id="untied-30"),
+        pytest.param(False, 200, id="untied-200", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_run_with_a_schedule_and_weight_decay_equals_the_reference(name: str, tied: bool, steps: int) -> None:
     fast, slow = tiny(name, tied), tiny(name, tied)

@@ -139,6 +139,14 @@ class ZeroOrder:
             )
         moving = {id(tensor) for slot in self.slots for tensor in slot.tensors}
         self.streaming = offload(self.model, config.offload, config.offload_dir, config.blocks, moving)
+        size = sum(block.nbytes for block in self.streaming.blocks)
+        logger.info(
+            "%d blocks of %.1f MB in all are streamed from %s, at most %d of them on the device at a time",
+            len(self.streaming.blocks),
+            size / 1e6,
+            {"cpu": "host memory", "disk": f"files in {config.offload_dir or 'a temporary folder'}"}[config.offload],
+            len(self.streaming.arenas),
+        )
         return LockstepOracle(self.model, self.slots, self._perturbation, self.streaming, dropout=config.dropout)
 
     def flush(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Collection, Sequence
 
 import torch
@@ -60,7 +59,7 @@ def offload(
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    store = RamStore() if kind == "cpu" else DiskStore(folder or tempfile.mkdtemp(prefix="zo-offload-"))
+    store = RamStore() if kind == "cpu" else DiskStore(folder)
     return Streaming(blocks, store, device)
 
 

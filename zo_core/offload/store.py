@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class RamStore:
 
     def put(self, block: str, tensors: Tensors) -> None:
         """Takes over the tensors of a block."""
-        self.blocks[block] = tensors
+        self.blocks[block] = {name: tensor.to("cpu") for name, tensor in tensors.items()}
 
     def read(self, block: str, into: Tensors) -> None:
         """Copies a block's values into tensors of the same names and shapes."""
@@ -48,10 +49,14 @@ class DiskStore:
     was read. A file is written under another name, synced and renamed, so that it is always whole.
 
     Args:
-        folder: made if it is missing; block files of an earlier run in it are overwritten.
+        folder: made if it is missing; block files of an earlier run in it are overwritten. None makes
+            a temporary one that goes away with this object.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str] | None = None):
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="zo-offload-", ignore_cleanup_errors=True)
+            folder = self._temporary.name
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +103,8 @@ class DiskStore:
 
     @staticmethod
     def _fill(descriptor: int, tensor: Tensor, offset: int, size: int) -> None:
-        target = tensor.view(-1).view(torch.uint8).numpy().data
+        host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+        target = host.view(-1).view(torch.uint8).numpy().data
         if len(target) != size:
             raise ValueError(f"{len(target)} bytes expected, {size} found")
         done = 0
@@ -107,6 +113,8 @@ class DiskStore:
             if count == 0:
                 raise ValueError("the file ends too early")
             done += count
+        if host is not tensor:
+            tensor.copy_(host)
 
     def write(self, block: str, tensors: Tensors, changed: Collection[str]) -> None:
         """Writes the block anew."""

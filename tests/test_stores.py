@@ -1,0 +1,78 @@
+"""Law: a store gives back the bytes it was given, and a failed write leaves the block from before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from zo_core import ConfigError, StateError
+from zo_core.offload import store as stores
+from zo_core.offload.store import DiskStore, RamStore
+
+
+def block(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "matrix": torch.randn(7, 5, generator=generator),
+        "half": torch.randn(33, generator=generator).to(torch.bfloat16),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.randn((), generator=generator),
+    }
+
+
+def read(store: RamStore | DiskStore) -> dict[str, Tensor]:
+    into = {name: torch.full_like(tensor, -1) for name, tensor in block(0).items()}
+    store.read("a.0", into)
+    return into
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(params=["ram", "disk"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> RamStore | DiskStore:
+    made = RamStore() if request.param == "ram" else DiskStore(tmp_path)
+    made.put("a.0", block(0))
+    return made
+
+
+def test_what_was_put_is_read(store: RamStore | DiskStore) -> None:
+    assert same(read(store), block(0))
+    assert same(store.whole("a.0"), block(0))
+
+
+def test_what_was_written_is_read(store: RamStore | DiskStore) -> None:
+    store.write("a.0", block(1), block(1).keys())
+    assert same(read(store), block(1))
+
+
+def test_host_memory_takes_only_what_changed() -> None:
+    store = RamStore()
+    store.put("a.0", block(0))
+    store.write("a.0", block(1), {"matrix"})
+    assert same(read(store), {**block(0), "matrix": block(1)["matrix"]})
+
+
+def test_a_write_that_fails_leaves_the_block_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DiskStore(tmp_path)
+    store.put("a.0", block(0))
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stores, "save_file", full)
+    with pytest.raises(StateError, match=r"No space left.*offload_dir"):
+        store.write("a.0", block(1), block(1).keys())
+    assert same(read(store), block(0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.0.safetensors"]
+
+
+def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        DiskStore(tmp_path / "taken")
