@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import os
+import signal
 import threading
 import time
 
@@ -90,3 +92,23 @@ def test_threads_end_with_their_owner() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_ctrl_c_reaches_the_caller_after_the_closures_have_unwound() -> None:
+    lockstep, unwound = quiet(), []
+
+    def closure(interrupts: bool) -> None:
+        try:
+            if interrupts:
+                os.kill(os.getpid(), signal.SIGINT)  # Python delivers it to the main thread, which is waiting
+            for _ in range(1000):
+                lockstep.rendezvous()
+                time.sleep(0.01)
+        finally:
+            unwound.append(interrupts)
+
+    with pytest.raises(KeyboardInterrupt):
+        lockstep.run([lambda: closure(True), lambda: closure(False)])
+    assert True in unwound
+    assert lockstep.live == []  # the other one has unwound too, or never began
+    assert lockstep.run([lambda: "works again"]) == ["works again"]
