@@ -71,10 +71,10 @@ def test_the_order_of_questions_and_a_cold_cache_do_not_matter(noise: Noise, mon
 
 def test_the_word_cache_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = hashing._WordCache()
-    cache.MAX_BYTES = 4 * 1000
+    cache.MAX_BYTES = 10_000
     monkeypatch.setattr(hashing, "_cache", cache)
     fresh = {seed: words((seed, seed), 0, 300, CPU).clone() for seed in range(10)}
-    assert cache.bytes == sum(4 * value.numel() for value in cache.entries.values()) <= cache.MAX_BYTES
+    assert cache.bytes == sum(cache._size(value) for value in cache.entries.values()) <= cache.MAX_BYTES
     assert len(cache.entries) == 3
     assert all(torch.equal(words((seed, seed), 0, 300, CPU), fresh[seed]) for seed in fresh)
 

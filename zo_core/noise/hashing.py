@@ -128,10 +128,14 @@ class _WordCache:
 
     def put(self, name: tuple[Key, int, int, torch.device], value: Tensor) -> None:
         self.entries[name] = value
-        self.bytes += 4 * value.numel()
+        self.bytes += self._size(value)
         while self.bytes > self.MAX_BYTES:
             _, oldest = self.entries.popitem(last=False)
-            self.bytes -= 4 * oldest.numel()
+            self.bytes -= self._size(oldest)
+
+    @staticmethod
+    def _size(value: Tensor) -> int:
+        return 4 * value.numel() + 2048  # a tensor object and its key take more than a few words do
 
 
 _cache = _WordCache()
