@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Collection
 from pathlib import Path
 
@@ -55,8 +57,8 @@ class DiskStore:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None):
         if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="zo-offload-", ignore_cleanup_errors=True)
-            folder = self._temporary.name
+            folder = tempfile.mkdtemp(prefix="zo-offload-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
