@@ -88,11 +88,10 @@ class ZOTrainerMixin(_Trainer):
         config = self.zo_config.replace(seed=self.args.seed if self.zo_config.seed is None else self.zo_config.seed)
         if given is None and config.rule != "auto" and RULES.resolve(config.rule).wants_optimizer:
             given = super().create_optimizer(model)
-        made = given is None
         if given is None:
             given = self._grouped_optimizer(model, config)
-        elsewhere = {"lr": None, "eps": None} if made else {"lr": None}
-        self.zo = ZeroOrder(model, config.replace(**elsewhere), optimizer=given)
+            config = config.replace(lr=None, eps=None, weight_decay=0.0)  # its groups hold them now
+        self.zo = ZeroOrder(model, config, optimizer=given)
         self.zo.listeners.append(self._zo_records.append)
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer

@@ -64,7 +64,7 @@ def test_groups_have_their_own_learning_rate_eps_and_weight_decay() -> None:
     assert record.lr == 0.03
 
 
-@pytest.mark.parametrize("setting", ["lr", "eps"])
+@pytest.mark.parametrize("setting", ["lr", "eps", "weight_decay"])
 def test_what_the_groups_hold_cannot_be_given_twice(setting: str) -> None:
     model = tiny("mlp")
     with pytest.raises(ConfigError, match=f"{setting}=0.01 was given together with an optimizer"):

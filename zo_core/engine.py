@@ -25,6 +25,7 @@ from .targets import Slot
 
 logger = logging.getLogger(__name__)
 
+NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -95,13 +96,13 @@ class ZeroOrder:
             )
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
-        held_by_groups = ("lr",) if foreign else ("lr", "eps") if optimizer is not None else ()
-        twice = [name for name in held_by_groups if getattr(self.config, name) is not None]
+        in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
+        twice = [name for name in in_groups if getattr(self.config, name) != getattr(ZOConfig, name)]
         if twice:
             raise ConfigError(
                 [
                     f"{name}={getattr(self.config, name)!r} was given together with an optimizer, whose groups hold "
-                    f"the {'learning rate' if name == 'lr' else name}; write it there"
+                    f"the {NAMES.get(name, name)}; write it there"
                     for name in twice
                 ]
             )
