@@ -6,7 +6,6 @@ import contextvars
 import gc
 import os
 import signal
-import threading
 import time
 
 import pytest
@@ -82,16 +81,15 @@ def test_grad_mode_autocast_and_context_variables_are_the_callers() -> None:
 
 
 def test_threads_end_with_their_owner() -> None:
-    before = threading.active_count()
     lockstep = quiet()
     lockstep.run([lambda: None] * 3)
-    assert threading.active_count() == before + 3
+    workers = list(lockstep.workers)
+    assert [worker.is_alive() for worker in workers] == [True] * 3
     del lockstep
     gc.collect()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for worker in workers:
+        worker.join(10)
+    assert [worker.is_alive() for worker in workers] == [False] * 3
 
 
 def test_ctrl_c_reaches_the_caller_after_the_closures_have_unwound() -> None:
