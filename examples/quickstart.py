@@ -77,9 +77,8 @@ def offline(steps: int) -> tuple[PreTrainedModel, Rows]:
     code = rows_of(list("\n".join(inspect.getsource(importlib.import_module(m)) for m in SOURCES.split()).encode()))
     model = small_model()
     print(f"Training {model.num_parameters():,} parameters on {len(english) * LENGTH:,} bytes of English …")
-    Trainer(
-        model, arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant"), train_dataset=english
-    ).train()
+    args = arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant")
+    quiet(Trainer(model, args, train_dataset=english)).train()
     return model, shuffled(code)
 
 
