@@ -49,7 +49,7 @@ class ZOConfig:
         stochastic_rounding: round updates of 16-bit weights stochastically; without it most of them
             are lost.
         backend: who computes the noise: "eager" torch, "compile" (torch.compile: faster on CPU after
-            10 to 30 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The
+            about 10 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The
             values are the same to the last bit.
         offload: None keeps the model where it is; "cpu" keeps its repeated layers in host memory, "disk"
             in files, and brings each to the device when its forward needs it.

@@ -1,7 +1,7 @@
 """The arithmetic of `direction`, fused into one pass over the weights by torch.compile.
 
 The words come from the same eager hash; what is fused is everything that touches each element. The
-first call for a dtype, a noise and a number of terms compiles for 10 to 30 seconds.
+first call for a dtype, a noise and a number of terms compiles for about 10 seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rounding of float32 results into 16-bit weights.
 
 A zeroth-order update is far below one unit in the last place of a 16-bit weight, so rounding to
-nearest swallows it: at ``lr * g = 1e-6`` only 9% of fp16 and 1% of bf16 weights would move. With
+nearest swallows it: at ``lr * g = 1e-6`` only 9.5% of fp16 and 1.2% of bf16 weights would move. With
 stochastic rounding the *expected* new weight is exact. The random bits are hash words, so the
 result is deterministic and a run can be replayed.
 """

@@ -50,10 +50,11 @@ class LockstepOracle:
         self.lockstep = Lockstep(self._leave, self._enter)
         self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
         self.resident = [slot for slot in slots if slot not in self.home]
+        moving = set(self.home.values())
+        self.frozen = {b: [name for name in b.holders if (b, name) not in moving] for b in streaming.blocks}
         self.views: list[ProbeView] = []
         self.states: list[dict[str, Any]] = []
         self.originals: Originals = {}
-        self.sweeping = False
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
@@ -103,11 +104,11 @@ class LockstepOracle:
 
     def _open(self, block: Block) -> None:
         with torch._C.DisableTorchFunction():
-            self.streaming.open(block, only=self.streaming.frozen(block, self.home))
+            self.streaming.open(block, only=self.frozen[block])
 
     def _shut(self, block: Block) -> None:
         with torch._C.DisableTorchFunction():
-            self.streaming.shut(block, only=self.streaming.frozen(block, self.home))
+            self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
         self.states[index] = rng_state()

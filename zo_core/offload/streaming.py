@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..targets import Slot
+from ..oracle.scratch import nan_like
 from .store import DiskStore, RamStore, Tensors
 
 Update = Callable[[Tensor], None]
@@ -30,7 +30,7 @@ class Block:
 
     Attributes:
         name: of the module within the model.
-        module: its parameters are read by `holders`' modules only.
+        module: the layer itself.
         holders: parameter objects by their name within the block; several if they share memory.
         pending: updates that were not applied yet, oldest first.
     """
@@ -64,7 +64,6 @@ class Streaming:
         self.previous: Block | None = None
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zo-offload")
         self.bytes_read = self.bytes_written = 0
-        self.nan: dict[Any, Tensor] = {}
         self.handles: list[Any] = []
         self.sweeping = False
         self.pinned: dict[Block, int] = {}
@@ -102,11 +101,6 @@ class Streaming:
     def home(self, tensors: Sequence[Tensor]) -> tuple[Block, str] | None:
         """The block that a parameter is streamed with, and its name there; None if it is resident."""
         return next((self._home[id(tensor)] for tensor in tensors if id(tensor) in self._home), None)
-
-    def frozen(self, block: Block, home: dict[Slot, tuple[Block, str]]) -> list[str]:
-        """The names of a block's tensors that are not slots."""
-        moving = {name for where, name in home.values() if where is block}
-        return [name for name in block.holders if name not in moving]
 
     def _arena(self) -> Tensor:
         size = max(sum(_aligned(t[0]) for t in block.holders.values()) for block in self.blocks)
@@ -161,17 +155,8 @@ class Streaming:
         """Lets the parameters show NaN."""
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
-                holder.data = self._nan_like(holder)
+                holder.data = nan_like(holder)
         torch.clear_autocast_cache()
-
-    def _nan_like(self, tensor: Tensor) -> Tensor:
-        key = (tensor.shape, tensor.dtype)
-        if key not in self.nan:
-            with torch.inference_mode(False):
-                self.nan[key] = torch.full((), float("nan"), dtype=tensor.dtype, device=self.device).expand(
-                    tensor.shape
-                )
-        return self.nan[key]
 
     # Movement
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from ..noise import Direction
 from ..records import Point
 from ..targets import Slot
 from .function_mode import ProbeMode
-from .scratch import ScratchPool
+from .scratch import ScratchPool, nan_like
 
 
 class Materialised:
@@ -42,7 +41,6 @@ class Materialised:
         self.direction = direction
         self.whole = any(is_compiled(module) for module in model.modules())
         self.pool = ScratchPool()
-        self._nan: dict[tuple[Any, ...], Tensor] = {}
 
     @contextmanager
     def at(self, point: Point) -> Iterator[None]:
@@ -78,15 +76,6 @@ class Materialised:
             for module in slot.modules:
                 own.setdefault(module, []).append(slot)
         return [(m, own.get(m, [])) for m in self.model.modules() if any(sub in own for sub in m.modules())]
-
-    def nan_like(self, tensor: Tensor) -> Tensor:
-        """NaN in the shape of ``tensor``, in four bytes."""
-        key = (tensor.shape, tensor.dtype, tensor.device)
-        if key not in self._nan:
-            with torch.inference_mode(False):
-                nan = torch.full((), float("nan"), dtype=tensor.dtype, device=tensor.device)
-                self._nan[key] = nan.expand(tensor.shape)
-        return self._nan[key]
 
 
 class ProbeView:
@@ -144,7 +133,7 @@ class ProbeView:
         self.present.pop(slot, None)
         with torch._C.DisableTorchFunction():
             for tensor in slot.tensors:
-                tensor.data = self.owner.nan_like(tensor)
+                tensor.data = nan_like(tensor)
                 self.absent[id(tensor)] = slot
         torch.clear_autocast_cache()
 
@@ -153,7 +142,7 @@ class ProbeView:
         with torch._C.DisableTorchFunction():
             for slot in self.present:
                 for tensor in slot.tensors:
-                    tensor.data = self.owner.nan_like(tensor)
+                    tensor.data = nan_like(tensor)
         torch.clear_autocast_cache()
 
     def resume(self) -> None:
