@@ -13,8 +13,8 @@ from torch import Tensor
 from zo_core import NOISES, Noise
 from zo_core.noise import Direction
 from zo_core.noise.direction import CPU_CHUNK, FLOAT_DTYPES
-from zo_core.noise.hashing import BATCH_WORDS, ROUNDING, stream_key
-from zo_core.noise.rounding import DROPPED_BITS, stochastic_round
+from zo_core.noise.hashing import BATCH_WORDS
+from zo_core.noise.rounding import DROPPED_BITS, rounding_key, stochastic_round
 
 EVERY_NOISE = pytest.mark.parametrize("noise", [NOISES.resolve(name) for name in NOISES], ids=list(NOISES))
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -77,9 +77,9 @@ def test_chunks_do_not_show(noise: Noise, dtype: torch.dtype, size: int) -> None
 def test_stochastic_rounding_follows_the_index_through_the_chunks(noise: Noise, dtype: torch.dtype) -> None:
     theta = random_weights([2 * CPU_CHUNK + 77], dtype)
     exact = naive(Direction(noise, "w", THREE), theta.float(), 0.99)
-    key = stream_key(5, "w", ROUNDING)
+    key = rounding_key(5, "w")
     expected = [
-        stochastic_round(piece.clone(), dtype, key, 1000 * index) for index, piece in enumerate(exact.split(1000))
+        stochastic_round(piece.clone(), dtype, key, 1024 * index) for index, piece in enumerate(exact.split(1024))
     ]
     found = Direction(noise, "w", THREE, rounding_seed=5).add_to(theta, 0.99)
     assert torch.equal(found.float(), torch.cat(expected))

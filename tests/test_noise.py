@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from traces import generators
@@ -15,7 +15,8 @@ from traces import generators
 from zo_core import NOISES, Noise, derive_seed
 from zo_core.noise import hashing
 from zo_core.noise.gaussian import LEVELS, quantiles
-from zo_core.noise.hashing import DIRECTION, ROUNDING, rounding_words, stream_key, words
+from zo_core.noise.hashing import DIRECTION, ROUNDING, ROUNDING_SPAN, rounding_bits, stream_key, words
+from zo_core.noise.rounding import rounding_key
 
 CPU = torch.device("cpu")
 EVERY_NOISE = pytest.mark.parametrize("noise", [NOISES.resolve(name) for name in NOISES], ids=list(NOISES))
@@ -132,14 +133,30 @@ def mix32(x: int) -> int:
     count=st.integers(1, 5),
 )
 def test_words_are_two_rounds_of_lowbias32_in_plain_integers(low: int, high: int, start: int, count: int) -> None:
-    once, twice = [], []
+    twice = []
     for index in range(start, start + count):
         base = low + (start >> 32) * 0x9E3779B9 & hashing.MASK32
         word = mix32(base ^ index & hashing.MASK32)
-        once.append(hashing.signed(word))
         twice.append(hashing.signed(mix32(word + high & hashing.MASK32)))
-    assert rounding_words((low, high), start, count, CPU).tolist() == once
     assert words((low, high), start, count, CPU).tolist() == twice
+
+
+@given(
+    low=st.integers(-(2**31), 2**31 - 1),
+    high=st.integers(-(2**31), 2**31 - 1),
+    start=st.integers(0, 2**40),
+    dropped=st.sampled_from([13, 16]),
+)
+@settings(max_examples=25)
+def test_rounding_bits_are_a_table_and_a_mask_in_plain_integers(low: int, high: int, start: int, dropped: int) -> None:
+    count = min(5, ROUNDING_SPAN - start % ROUNDING_SPAN)
+    expected = []
+    for index in range(start, start + count):
+        span, at = divmod(index, ROUNDING_SPAN)
+        half = mix32(low & hashing.MASK32 ^ at // 2) >> 16 * (at % 2)
+        mask = mix32(high + span * 0x9E3779B9 & hashing.MASK32)
+        expected.append((half ^ mask) & (1 << dropped) - 1)
+    assert rounding_bits((low, high), dropped, start, count, CPU).tolist() == expected
 
 
 def test_the_bits_never_change_silently() -> None:
@@ -156,7 +173,7 @@ def test_the_bits_never_change_silently() -> None:
     key = stream_key(1, "w", DIRECTION)
     assert words(key, 0, 4, CPU).tolist() == [-859509862, 1837371471, 2087865132, 534222535]
     assert words(key, 1 << 33, 2, CPU).tolist() == [71479132, -363843174]
-    assert rounding_words(stream_key(1, "w", ROUNDING), 0, 2, CPU).tolist() == [1123232418, -1388435789]
+    assert rounding_bits(rounding_key(1, "w"), 16, 0, 4, CPU).tolist() == [64479, 55665, 55412, 47199]
     signs = "".join("+" if value > 0 else "-" for value in NOISES.resolve("rademacher").z(1, "w", 0, 32).tolist())
     assert signs == "+-+--++---+-+---++-+++--++--++--"
     normal = [value.hex() for value in NOISES.resolve("gaussian").z(1, "w", 0, 4).tolist()]
@@ -240,8 +257,11 @@ def test_all_patterns_of_eight_signs_are_equally_frequent(noise: Noise, stride: 
 
 def test_every_bit_of_a_word_is_even_in_both_kinds_of_stream() -> None:
     count = hashing.BATCH_WORDS
-    for bits in (words(stream_key(3, "w", DIRECTION), 0, count, CPU), rounding_words((5, 9), 0, count, CPU)):
-        ones = torch.stack([(bits >> shift & 1).double().mean() for shift in range(32)])
+    for bits, width in (
+        (words(stream_key(3, "w", DIRECTION), 0, count, CPU), 32),
+        (rounding_bits((5, 9), 16, 0, count, CPU), 16),
+    ):
+        ones = torch.stack([(bits >> shift & 1).double().mean() for shift in range(width)])
         # A fair bit has the standard deviation 1/2.
         assert (ones - 0.5).abs().max().item() <= SIGMAS * 0.5 / math.sqrt(count)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from zo_core import NOISES
 from zo_core.noise import Direction
-from zo_core.noise.hashing import ROUNDING, stream_key
-from zo_core.noise.rounding import DROPPED_BITS, stochastic_round
+from zo_core.noise.hashing import ROUNDING_SPAN
+from zo_core.noise.rounding import DROPPED_BITS, rounding_key, stochastic_round
 
 EVERY_16_BIT_TYPE = pytest.mark.parametrize("dtype", list(DROPPED_BITS), ids=str)
-KEYS = [stream_key(seed, "w", ROUNDING) for seed in range(8)]
+KEYS = [rounding_key(seed, "w") for seed in range(8)]
 SIGMAS = 5.0
 
 #: fp16 values below 2**-14 are rounded by 13 random bits, so the probability to go up is a multiple of 2**-13.
@@ -85,8 +85,8 @@ def test_the_mean_is_the_value(dtype: torch.dtype, value: float, over: str) -> N
         exact = torch.full((1 << 17,), value)
         rounded = stochastic_round(exact.clone(), dtype, KEYS[0], 0)
     else:
-        exact = torch.full((1 << 10,), value)
-        keys = [stream_key(seed, "w", ROUNDING) for seed in range(1 << 10)]
+        exact = torch.full((1 << 8,), value)
+        keys = [rounding_key(seed, "w") for seed in range(1 << 8)]
         rounded = torch.cat([stochastic_round(exact[:7].clone(), dtype, key, 0)[6:] for key in keys])
     low, high = neighbours(exact[:1], dtype)
     step, chance = (high - low).item(), ((exact[0] - low) / (high - low)).item()
@@ -102,9 +102,35 @@ def test_the_mean_is_the_value(dtype: torch.dtype, value: float, over: str) -> N
 def test_rounding_is_a_function_of_seed_slot_and_index(dtype: torch.dtype) -> None:
     values = magnitudes(dtype)
     whole = stochastic_round(values.clone(), dtype, KEYS[0], 0)
-    parts = [stochastic_round(values[at : at + 1000].clone(), dtype, KEYS[0], at) for at in range(0, len(values), 1000)]
+    parts = [stochastic_round(values[at : at + 1024].clone(), dtype, KEYS[0], at) for at in range(0, len(values), 1024)]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(stochastic_round(values.clone(), dtype, KEYS[1], 0), whole)
+
+
+@EVERY_16_BIT_TYPE
+@pytest.mark.parametrize("other", ["slot", "span", "seed", "neighbour"])
+def test_any_two_roundings_of_a_run_are_independent(dtype: torch.dtype, other: str) -> None:
+    """Of one element in two slots, in two spans of a slot, at two steps; and of two elements of a span."""
+    size = ROUNDING_SPAN
+    halfway = torch.full((size,), 1 + torch.finfo(dtype).eps / 2)
+
+    def ups(seed: int, slot: str, start: int) -> Tensor:
+        return (stochastic_round(halfway.clone(), dtype, rounding_key(seed, slot), start) > 1).double() - 0.5
+
+    # One pair of masks may agree in a bit that decides; over many pairs that averages out.
+    products = []
+    for pair in range(64):
+        first = ups(pair, "a", 0)
+        second = {
+            "slot": lambda pair=pair: ups(pair, "b", 0),
+            "span": lambda pair=pair: ups(pair, "a", size),
+            "seed": lambda pair=pair: ups(pair + 64, "a", 0),
+            "neighbour": lambda first=first: first.roll(1),
+        }[other]()
+        products.append((first * second).mean().item() * 4)
+    # Where a mask is shared by all elements a pair gives +1 or -1, and the mean of 64 of those has the
+    # standard deviation 1/8; elsewhere it is smaller.
+    assert abs(sum(products) / len(products)) <= SIGMAS / 8
 
 
 @EVERY_16_BIT_TYPE

@@ -17,8 +17,7 @@ from traces import same_bits, weights
 from zo_core import NOISES, RULES, StepRecord, UpdateRule, ZeroOrder
 from zo_core.noise import Direction
 from zo_core.noise.direction import CPU_CHUNK
-from zo_core.noise.hashing import ROUNDING, stream_key
-from zo_core.noise.rounding import DROPPED_BITS, stochastic_round
+from zo_core.noise.rounding import DROPPED_BITS, rounding_key, stochastic_round
 
 SHAPE = (37, 5)
 LR = 0.05
@@ -122,9 +121,9 @@ def test_stochastic_rounding_follows_the_index_through_the_chunks(rule: UpdateRu
     direction = next(directions("rademacher", rounding=True))
     naive = Naive(FORMULAS[rule.name])
     exact = naive.step(naive, theta.float(), direction, LR, 0.1)
-    key = stream_key(0, "w", ROUNDING)
+    key = rounding_key(0, "w")
     expected = [
-        stochastic_round(piece.clone(), dtype, key, 1000 * index) for index, piece in enumerate(exact.split(1000))
+        stochastic_round(piece.clone(), dtype, key, 1024 * index) for index, piece in enumerate(exact.split(1024))
     ]
     rule.update(theta, {}, direction, LR, 0.1)
     assert torch.equal(theta.float(), torch.cat(expected))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from zo_core.noise import Direction, Gaussian, Rademacher
 from zo_core.noise.direction import float32
-from zo_core.noise.hashing import rounding_words, words
+from zo_core.noise.hashing import rounding_bits, words
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -37,7 +37,7 @@ TERMS = {1: ((9, 3e-6),), 3: ((9, 3e-6), (2**62 + 5, -5e-4), (11, 2e-2))}
 OPTIONS = list(itertools.product(TERMS, (None, 5), (1.0, 0.999)))
 SIZES = (0, 1, 31, 32, 33, 1000, 5000)
 GPU_SIZES = (1, 33, 1000, 4096, (1 << 18) + 7, 5_000_000)
-HIGH = (0, 1 << 31, (1 << 32) - 64, 1 << 32, 3 << 33)
+HIGH = (0, (1 << 18) - 64, 1 << 18, 1 << 31, (1 << 32) - 64, 1 << 32, 3 << 33)
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
 
@@ -80,7 +80,7 @@ def arange_kernel(out, BLOCK: tl.constexpr):
 def words_kernel(out, first, key0, key1, ROUNDING: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     if ROUNDING:
-        word = triton_backend._rounding_words(tl.load(first), index.to(tl.uint32), key0)
+        word = triton_backend._rounding_bits(tl.load(first), index.to(tl.uint32), key0, key1, 16)
     else:
         word = triton_backend._words(tl.load(first), index.to(tl.uint32), key0, key1)
     tl.store(out + index, word.to(tl.int32))
@@ -94,7 +94,8 @@ def word_mismatches(device: torch.device) -> list[str]:
         # In memory, because the interpreter stores scalar arguments from 2**31 to 2**32 as 32 bits.
         first = torch.tensor([start], dtype=torch.int64, device=device)
         words_kernel[(1,)](out, first, *key, ROUNDING=rounding, BLOCK=64)
-        wanted = (rounding_words if rounding else words)(key, start, 64, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        wanted = rounding_bits(key, 16, start, 64, cpu) if rounding else words(key, start, 64, cpu)
         if not torch.equal(out.cpu(), wanted):
             wrong.append(f"start={start} rounding={rounding}")
     return wrong

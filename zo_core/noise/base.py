@@ -20,6 +20,7 @@ class Noise:
         name: its name in the registry.
         values_per_word: how many consecutive elements one 32-bit word serves.
         variance: exact variance of one element.
+        signs: whether every value is +1 or -1, so that multiplying by it is exact.
         kurtosis: exact fourth standardised moment. The two-sided estimator over n directions in d
             dimensions then has the second moment ``(d + n + kurtosis - 2) / n * |grad|^2``.
     """
@@ -28,6 +29,7 @@ class Noise:
     values_per_word: ClassVar[int]
     variance: ClassVar[float]
     kurtosis: ClassVar[float]
+    signs: ClassVar[bool] = False
 
     def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
         """Writes ``round(scale * z)`` for the elements of some words.
@@ -35,7 +37,7 @@ class Noise:
         Args:
             bits: int32 ``[count]``.
             scale: a float32 value.
-            out: float32 ``[count * values_per_word]``.
+            out: float32 ``[count * values_per_word]``. Where `signs`, also a 16-bit type, with scale 1.
         """
         raise NotImplementedError
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .base import Noise
-from .hashing import BATCH_WORDS, DIRECTION, ROUNDING, Key, stream_key, words
-from .rounding import DROPPED_BITS, ROUNDING_SPAN, stochastic_round
+from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, stream_key, words
+from .rounding import DROPPED_BITS, rounding_key, stochastic_round
 
 #: Elements handled at a time, so that temporaries stay in the cache of a CPU core.
 CPU_CHUNK = 1 << 18
@@ -87,10 +87,23 @@ class Direction:
         """Key of the rounding bits, or None where weights of ``dtype`` round to nearest."""
         if self.rounding_seed is None or dtype not in DROPPED_BITS:
             return None
-        return stream_key(self.rounding_seed, self.slot, ROUNDING)
+        return rounding_key(self.rounding_seed, self.slot)
 
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; valid until the next chunk."""
+        coefficients = [c for _, c in self.keys()]
+        for start, stop, bits in self._words(numel, device):
+            size = bits[0].numel() * self.noise.values_per_word
+            total = workspace("sum", size, device)
+            self.noise.expand(bits[0], coefficients[0], total)
+            for word, c in zip(bits[1:], coefficients[1:], strict=True):
+                term = workspace("term", size, device)
+                self.noise.expand(word, c, term)
+                total.add_(term)
+            yield start, stop, total[: stop - start]
+
+    def _words(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """``(start, stop, words of each term)`` of every chunk."""
         keys = self.keys()
         per_word = self.noise.values_per_word
         batch = BATCH_WORDS * per_word
@@ -103,14 +116,7 @@ class Direction:
                 count = -(-min(batch, numel - start) // per_word)
                 bits = [words(key, start // per_word, count, device) for key, _ in keys]
             piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
-            size = (piece.stop - piece.start) * per_word
-            total = workspace("sum", size, device)
-            self.noise.expand(bits[0][piece], keys[0][1], total)
-            for word, (_, c) in zip(bits[1:], keys[1:], strict=True):
-                term = workspace("term", size, device)
-                self.noise.expand(word[piece], c, term)
-                total.add_(term)
-            yield start, stop, total[: stop - start]
+            yield start, stop, [word[piece] for word in bits]
 
     def values(self, shape: torch.Size, device: torch.device) -> Tensor:
         """``s`` as a whole, float32 of the given shape."""
@@ -141,20 +147,37 @@ class Direction:
     def _add_eager(self, theta: Tensor, decay: float, out: Tensor) -> None:
         source, target = flat(theta), flat_target(theta, out)
         wide = compute_dtype(theta.dtype)
-        for start, stop, s in self.chunks(source.numel(), theta.device):
+        half = theta.dtype in DROPPED_BITS and self.rounding_key(theta.dtype) is None
+        if half and self.noise.signs and len(self.terms) == 1 and decay == 1.0:
+            self._add_signs(source, target)
+        else:
+            self._add_wide(source, target, wide, decay)
+        if target.data_ptr() != out.data_ptr():
+            out.copy_(target.view(out.shape))
+
+    def _add_signs(self, source: Tensor, target: Tensor) -> None:
+        """A probe of 16-bit weights along signs, at half the traffic: the terms never exist in float32."""
+        one = source.new_ones(())
+        ((_, c),) = self.keys()
+        for start, stop, (bits,) in self._words(source.numel(), source.device):
+            signs = workspace("sum", 16 * bits.numel(), source.device).view(source.dtype)
+            self.noise.expand(bits, 1.0, signs)
+            # addcmul computes in float32 and rounds once; add(alpha=c) would round c to 16 bits.
+            torch.addcmul(source[start:stop], signs[: stop - start], one, value=c, out=target[start:stop])
+
+    def _add_wide(self, source: Tensor, target: Tensor, wide: torch.dtype, decay: float) -> None:
+        for start, stop, s in self.chunks(source.numel(), source.device):
             old, new = source[start:stop], target[start:stop]
-            if theta.dtype == wide:
+            if source.dtype == wide:
                 if decay == 1.0:
                     torch.add(old, s, out=new)
                 else:
                     torch.mul(old, decay, out=new).add_(s)
             else:
-                work = workspace("weights", stop - start, theta.device).copy_(old)
+                work = workspace("weights", stop - start, source.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
-                store(work.add_(s), new, self.rounding_key(theta.dtype), start)
-        if target.data_ptr() != out.data_ptr():
-            out.copy_(target.view(out.shape))
+                store(work.add_(s), new, self.rounding_key(source.dtype), start)
 
 
 def fused_backend(name: str, theta: Tensor) -> Any:

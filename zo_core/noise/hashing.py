@@ -24,6 +24,9 @@ DIRECTION, ROUNDING = 1, 2
 #: Words hashed at once, so that small operations do not dominate (512 KiB, half of a core's L2 here).
 BATCH_WORDS = 1 << 17
 
+#: Elements that share one word on top of the table of rounding bits.
+ROUNDING_SPAN = 2 * BATCH_WORDS
+
 Key = tuple[int, int]
 
 
@@ -63,6 +66,13 @@ def _digest(slot: str) -> int:
     return int.from_bytes(blake2b(slot.encode(), digest_size=8).digest(), "little")
 
 
+def mix32(value: int) -> int:
+    """`_mix32_` of one word, in plain integers."""
+    for shift, multiplier in ((16, MUL1), (15, MUL2)):
+        value = (value ^ value >> shift) * multiplier & MASK32
+    return value ^ value >> 16
+
+
 def stream_key(seed: int, slot: str, purpose: int) -> Key:
     """The key of one stream of words, as two int32."""
     mixed = mix64(mix64(seed & MASK64) ^ _digest(slot) ^ (purpose << 56))
@@ -98,16 +108,44 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     x = _cache.get(name)
     if x is None:
         # Two rounds with half of the key between them, so that streams share no structure.
-        x = _mix32_(rounding_words(key, start, count, device).add_(key[1]))
+        x = _mix32_(_first_round(key, start, count, device).add_(key[1]))
         _cache.put(name, x)
     return x
 
 
-def rounding_words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
-    """As `words`, with one round of mixing: enough for bits that only have to be even."""
+def _first_round(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         x = _counter(device)[:count] + signed(start)
         return _mix32_(x.bitwise_xor_(signed(key[0] + (start >> 32) * 0x9E3779B9)))
+
+
+@lru_cache(maxsize=4)
+def _rounding_table(key: int, dropped: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        halves = _first_round((key, 0), 0, ROUNDING_SPAN // 2, device).view(torch.int16)
+        return halves.to(torch.int32).bitwise_and_((1 << dropped) - 1)
+
+
+def rounding_bits(key: Key, dropped: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Random numbers of ``dropped`` bits for the elements ``start … start + count - 1`` of a slot.
+
+    A step hashes one table of `ROUNDING_SPAN` numbers, and every span of a slot has a word of its own
+    that is xored to all of it. Any two numbers of a step are thereby independent, and means and
+    variances of sums depend on nothing more; three or more of them need not be.
+
+    Args:
+        key: of the table (the same for all slots of a step), and of the slot.
+        dropped: at most 16.
+        start: index of the first element.
+        count: how many; no multiple of `ROUNDING_SPAN` may lie between first and last.
+        device: where to compute; the bits are the same everywhere.
+
+    Returns:
+        int32 tensor of shape ``[count]``.
+    """
+    span, at = divmod(start, ROUNDING_SPAN)
+    mask = mix32(key[1] + span * 0x9E3779B9 & MASK32) & ((1 << dropped) - 1)
+    return _rounding_table(key[0], dropped, device)[at : at + count] ^ mask
 
 
 class _WordCache:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hashing import BATCH_WORDS, Key, rounding_words
+from .hashing import ROUNDING, Key, rounding_bits, stream_key
 
 #: float32 mantissa bits that a 16-bit type drops.
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
-#: Values for which one batch of words gives random bits, 16 each.
-ROUNDING_SPAN = 2 * BATCH_WORDS
-
 FP16_NORMAL = 2.0**-14
 FP16_STEPS = 2.0**24
+
+
+def rounding_key(seed: int, slot: str) -> Key:
+    """The key of the random bits of one slot: the first half is the seed's alone, as slots share a table."""
+    return stream_key(seed, "", ROUNDING)[0], stream_key(seed, slot, ROUNDING)[1]
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -> Tensor:
@@ -29,18 +31,17 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -
     Values that ``dtype`` can hold are returned unchanged, whatever the bits.
 
     Args:
-        values: float32 ``[n]`` with ``n <= ROUNDING_SPAN``; overwritten.
+        values: float32 ``[n]``; overwritten.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        key: stream of the random bits.
-        start: index of the first value within its slot, even.
+        key: of the random bits, from `rounding_key`.
+        start: index of the first value within its slot; no multiple of ``ROUNDING_SPAN`` may lie
+            between it and the last.
 
     Returns:
         ``[n]`` in float32, holding values that ``dtype`` represents exactly.
     """
     dropped = DROPPED_BITS[dtype]
-    count = values.numel()
-    bits = rounding_words(key, start // 2, (count + 1) // 2, values.device).view(torch.int16)[:count]
-    random = bits.to(torch.int32).bitwise_and_((1 << dropped) - 1)
+    random = rounding_bits(key, dropped, start, values.numel(), values.device)
     if dtype == torch.float16:
         # Below 2**-14 the steps of fp16 are 2**-24 apart, whatever the exponent.
         fraction = random.to(torch.float32).mul_(2.0**-dropped)

@@ -2,9 +2,9 @@
 
 No words are stored: each thread hashes those of its own eight elements, which share them (22 integer
 operations a word). Compiled for an H200 that is 22 instructions an element to perturb bf16 weights by
-signs and 26 to update them, all told, of the 33 or so that fit into the time in which the memory
-moves them. A Gaussian element costs 14 more and a gather from 128 KiB of table. These are counts of
-instructions and data-sheet rates; they are no measurement.
+signs, all told, of the 33 or so that fit into the time in which the memory moves them. A Gaussian
+element costs 14 more and a gather from 128 KiB of table. These are counts of instructions and
+data-sheet rates; they are no measurement.
 
 What keeps the bits those of the eager passes: 32-bit integers that wrap around, no fused
 multiply-add, sums from left to right, and bf16 taken apart and put together as integers.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .direction import Direction, flat, flat_target
 from .gaussian import Gaussian, table
-from .hashing import MASK32, MUL1, MUL2
+from .hashing import MASK32, MUL1, MUL2, ROUNDING_SPAN
 from .rademacher import Rademacher, float_bits
 from .rounding import DROPPED_BITS, FP16_NORMAL, FP16_STEPS
 
@@ -35,6 +35,7 @@ MAX_TERMS = 32
 
 _MUL1 = tl.constexpr(MUL1 & MASK32)
 _MUL2 = tl.constexpr(MUL2 & MASK32)
+_SPAN = tl.constexpr(ROUNDING_SPAN)
 _FP16_NORMAL = tl.constexpr(FP16_NORMAL)
 _FP16_STEPS = tl.constexpr(FP16_STEPS)
 
@@ -56,16 +57,18 @@ def _mix(x):
 
 
 @triton.jit
-def _rounding_words(first, offset, key0):
-    """`hashing.rounding_words`: those at ``offset`` (uint32) from the word ``first`` (int64 scalar)."""
+def _words(first, offset, key0, key1):
+    """`hashing.words`: those at ``offset`` (uint32) from the word ``first`` (int64 scalar)."""
     key = key0.to(tl.uint32) + (first >> 32).to(tl.uint32) * 0x9E3779B9
-    return _mix((first.to(tl.uint32) + offset) ^ key)
+    return _mix(_mix((first.to(tl.uint32) + offset) ^ key) + key1.to(tl.uint32))
 
 
 @triton.jit
-def _words(first, offset, key0, key1):
-    """`hashing.words`, as above."""
-    return _mix(_rounding_words(first, offset, key0) + key1.to(tl.uint32))
+def _rounding_bits(start, lane, key0, key1, DROPPED: tl.constexpr):
+    """`hashing.rounding_bits` of the elements ``start + lane``, all of one span."""
+    word = _mix((((start % _SPAN) >> 1).to(tl.uint32) + (lane >> 1)) ^ key0.to(tl.uint32))
+    mask = _mix(key1.to(tl.uint32) + (start // _SPAN).to(tl.uint32) * 0x9E3779B9)
+    return ((word >> ((lane & 1) * 16)) ^ mask) & ((1 << DROPPED) - 1)
 
 
 @triton.jit
@@ -86,7 +89,7 @@ def _term(start, lane, key0, key1, coefficient, levels):
     return value
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "coefficient", "decay", "rounding_key"])
+@triton.jit(do_not_specialize=["key0", "key1", "coefficient", "decay", "rounding0", "rounding1"])
 def _add_kernel(
     theta,
     out,
@@ -96,7 +99,8 @@ def _add_kernel(
     key1,
     coefficient,
     decay,
-    rounding_key,
+    rounding0,
+    rounding1,
     count,
     TERMS: tl.constexpr,
     BFLOAT16: tl.constexpr,
@@ -112,7 +116,7 @@ def _add_kernel(
         terms: pointer to the terms after the first, ``[TERMS - 1, 3]`` int32; None if there are none.
         key0: with key1 and coefficient (the bits of a float32), the first term.
         decay: the bits of a float32. Multiplying by 1 is exact and needs no case of its own.
-        rounding_key: first half of the key of the rounding bits.
+        rounding0: with rounding1, the key of the rounding bits.
         count: number of weights.
         TERMS: how many there are.
         BFLOAT16: whether int16 stands for bf16.
@@ -135,8 +139,7 @@ def _add_kernel(
     value = weights.to(tl.float32) * decay.to(tl.float32, bitcast=True) + total
 
     if DROPPED:
-        word = _rounding_words(start >> 1, lane >> 1, rounding_key)
-        random = (word >> ((lane & 1) * 16)) & ((1 << DROPPED) - 1)
+        random = _rounding_bits(start, lane, rounding0, rounding1, DROPPED)
     bits = value.to(tl.uint32, bitcast=True)
     # NaN is kept apart: a GPU writes it as 0x7fffffff, and adding to that would make it a number.
     if BFLOAT16:
@@ -185,7 +188,7 @@ def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor
                 terms,
                 *rows[0],
                 float_bits(decay),
-                0 if rounding_key is None else rounding_key[0],
+                *(rounding_key or (0, 0)),
                 count,
                 TERMS=len(rows),
                 BFLOAT16=bfloat16,
