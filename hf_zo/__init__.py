@@ -12,6 +12,14 @@ from zo_core import ZOConfig
 
 from .arguments import ZOArguments, ZOTrainingArguments
 from .mixin import ZOTrainerMixin
+from .offload import from_pretrained_offloaded
 from .trainer import ZOTrainer
 
-__all__ = ["ZOArguments", "ZOConfig", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
+__all__ = [
+    "ZOArguments",
+    "ZOConfig",
+    "ZOTrainer",
+    "ZOTrainerMixin",
+    "ZOTrainingArguments",
+    "from_pretrained_offloaded",
+]

@@ -43,9 +43,13 @@ class ZOArguments:
     )
     zo_backend: str = field(default="auto", metadata={"help": "Noise kernels: auto, eager, compile or triton."})
     zo_offload: str | None = field(
-        default=None, metadata={"help": "Where the repeated layers live between their forwards: cpu or disk."}
+        default=None,
+        metadata={"help": "Where the repeated layers live between their forwards: cpu, disk, or auto (what fits stays)."},
     )
     zo_offload_dir: str | None = field(default=None, metadata={"help": "Folder of the block files, with disk."})
+    zo_device_memory: str | None = field(
+        default=None, metadata={"help": "What weights may take on the device, for example 8GB; what fits stays there."}
+    )
 
     def zo_settings(self) -> dict[str, Any]:
         """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
+from zo_core.offload import Streaming
 from zo_core.oracle.materialise import is_compiled
 
 from .arguments import ZOArguments
@@ -52,11 +54,11 @@ class ZOTrainerMixin(_Trainer):
 
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
         self.zo: ZeroOrder | None = None
+        self._zo_given = zo_config
         self._zo_batch: _MicroBatch | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
-        self._zo_given = zo_config
         self.zo_config = self._resolve_config(zo_config)
 
     def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
@@ -75,6 +77,13 @@ class ZOTrainerMixin(_Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """A model that is to be streamed never goes to the device as a whole."""
+        config = self._resolve_config(self._zo_given)
+        if config.offload is not None and device.type != "cpu" and Streaming.of(model) is None:
+            offload_model(model, config, config.resolve().target.slots(model), device)
+        super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The engine's `ZOOptimizer`, or one in front of the torch optimizer that was passed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from .rules import RULES, UpdateRule
 from .targets import TARGETS, Target
 
 BACKENDS = ("auto", "eager", "compile", "triton")
-OFFLOADS = (None, "cpu", "disk")
+OFFLOADS = (None, "cpu", "disk", "auto")
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class ZOConfig:
             about 10 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The
             values are the same to the last bit.
         offload: None keeps the model where it is; "cpu" keeps its repeated layers in host memory, "disk"
-            in files, and brings each to the device when its forward needs it.
+            in files, and brings each to the device when its forward needs it; "auto" does so with the
+            layers that do not fit, in ``offload_dir`` if it is given, else in host memory.
         offload_dir: folder of the block files; None makes a temporary one.
+        device_memory: how much of the device the weights may take, in bytes or as in "8GB"; layers that
+            fit are not streamed. None streams all of them, or, with "auto", takes what is free.
+        device: where a streamed model computes; None is where its embeddings are (in the trainers,
+            the trainer's device).
         blocks: names of the streamed modules, or of containers of them; None finds them.
     """
 
@@ -72,6 +78,8 @@ class ZOConfig:
     backend: str = "auto"
     offload: str | None = None
     offload_dir: str | None = None
+    device_memory: int | str | None = None
+    device: str | None = None
     blocks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -99,9 +107,21 @@ class ZOConfig:
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if self.offload not in OFFLOADS:
             problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
-        elif self.offload != "disk" and self.offload_dir is not None:
+        elif self.offload not in ("disk", "auto") and self.offload_dir is not None:
             problems.append(
                 f"offload_dir={self.offload_dir!r} has no use with offload={self.offload!r}; write offload='disk'"
+            )
+        elif self.offload is None:
+            problems += [
+                f"{name}={getattr(self, name)!r} has no use without offload; write offload='auto'"
+                for name in ("device_memory", "device", "blocks")
+                if getattr(self, name) is not None
+            ]
+        try:
+            parse_bytes(self.device_memory)
+        except ValueError:
+            problems.append(
+                f"device_memory={self.device_memory!r} must be a number of bytes, or one with a unit as in '8GB'"
             )
         if self.backend not in BACKENDS:
             problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
@@ -205,6 +225,24 @@ class Resolved:
     eps: float
     num_probes: int
     backend: str
+
+
+def parse_bytes(value: int | str | None) -> int | None:
+    """A number of bytes; units are powers of 1000 (``"8GB"``) or of 1024 (``"8GiB"``).
+
+    Raises:
+        ValueError: it is neither a number above 0 nor a text like these.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*([\d.]+)\s*(?:([KMGT])(i?)B)?\s*", str(value), re.IGNORECASE)
+    if match is None or isinstance(value, bool):
+        raise ValueError(value)
+    power = " KMGT".index((match[2] or " ").upper())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size <= 0:
+        raise ValueError(value)
+    return size
 
 
 def has_triton() -> bool:

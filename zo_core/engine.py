@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ZOConfig
+from .config import ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .noise import Direction, derive_seed
-from .offload import LockstepOracle, Streaming, offload
+from .offload import Block, LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
-from .rules import Torch
+from .rules import Torch, UpdateRule
 from .targets import Slot
 
 logger = logging.getLogger(__name__)
@@ -125,30 +125,52 @@ class ZeroOrder:
                 "this model's parameters (after moving or wrapping the model), or leave it out"
             )
         self.streaming: Streaming | None = None
+        self._stored: dict[tuple[Slot, str], tuple[Block, str, Tensor]] = {}
         self.oracle = self._oracle()
         self._group_of = self._groups()
         self._measured: _Measured | None = None
         self.optimizer.engine = self
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
-        config = self.config
-        if config.offload is None:
+        config, streaming = self.config, Streaming.of(self.model)
+        if streaming is None and config.offload is None:
             return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
         if isinstance(self.rule, Torch):
             raise ConfigError(
-                [f"offload={config.offload!r} needs a rule that works on one layer at a time; leave out the optimizer"]
+                ["a streamed model needs a rule that works on one layer at a time; leave out the optimizer, or offload"]
             )
-        moving = {id(tensor) for slot in self.slots for tensor in slot.tensors}
-        self.streaming = offload(self.model, config.offload, config.offload_dir, config.blocks, moving)
-        size = sum(block.nbytes for block in self.streaming.blocks)
-        logger.info(
-            "%d blocks of %.1f MB in all are streamed from %s, at most %d of them on the device at a time",
-            len(self.streaming.blocks),
-            size / 1e6,
-            {"cpu": "host memory", "disk": f"files in {config.offload_dir or 'a temporary folder'}"}[config.offload],
-            len(self.streaming.arenas),
-        )
-        return LockstepOracle(self.model, self.slots, self._perturbation, self.streaming, dropout=config.dropout)
+        if streaming is None:
+            streaming = offload_model(self.model, config, self.slots)
+        if streaming is None:
+            return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
+        self.streaming = streaming
+        for slot in self.slots:
+            home = streaming.home(slot.tensors)
+            for kind, (shape, dtype) in ({} if home is None else self.rule.state(slot.tensor)).items():
+                key = f"{home[1]}#{kind}"
+                token = streaming.keep_state(home[0], key, shape, dtype)
+                self.optimizer.state[slot.tensor][kind] = token
+                self._stored[slot, kind] = home[0], key, token
+        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, dropout=config.dropout)
+
+    def stored_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A slot's state with the values of what is streamed, for a checkpoint."""
+        places = {id(token): (block, key) for block, key, token in self._stored.values()}
+        streaming = self.streaming
+        return {
+            kind: streaming.state(*places[id(value)]) if streaming is not None and id(value) in places else value
+            for kind, value in state.items()
+        }
+
+    def store_state(self) -> None:
+        """Moves what was loaded into the optimizer to where it is streamed from."""
+        loaded: dict[Block, dict[str, Tensor | None]] = {}
+        for (slot, kind), (block, key, token) in self._stored.items():
+            loaded.setdefault(block, {})[key] = self.optimizer.state[slot.tensor].get(kind)
+            self.optimizer.state[slot.tensor][kind] = token
+        for block, values in loaded.items():
+            assert self.streaming is not None
+            self.streaming.load_state(block, values)
 
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
@@ -158,6 +180,11 @@ class ZeroOrder:
     def close(self) -> None:
         """Brings a streamed model back to the device as ordinary parameters, and ends the threads."""
         if self.streaming is not None:
+            self.flush()
+            for slot, kind in self._stored:
+                state = self.optimizer.state[slot.tensor]
+                state[kind] = self.stored_state(state)[kind].clone()
+            self._stored = {}
             self.streaming.close()
             self.streaming = None
             self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
@@ -271,19 +298,19 @@ class ZeroOrder:
             else:
                 for slot, direction in zip(self.slots, directions, strict=True):
                     group = self._group_of[slot]
-                    update = partial(self._move, slot, direction, float(group["lr"]), float(group["weight_decay"]))
+                    how = direction, float(group["lr"]), float(group["weight_decay"])
                     home = None if self.streaming is None else self.streaming.home(slot.tensors)
                     if home is None:
-                        update(slot.tensor.data)
+                        state = self.optimizer.state[slot.tensor]
+                        self.rule.update(slot.tensor.data, state, *how)
+                        if not state:
+                            del self.optimizer.state[slot.tensor]
                     else:
-                        home[0].pending.append((home[1], update))
+                        block, name = home
+                        state = {kind: self._stored[slot, kind][1] for kind in self.rule.state(slot.tensor)}
+                        move = partial(_move_streamed, self.rule, name, state, *how)
+                        block.pending.append(((name, *state.values()), move))
         torch.clear_autocast_cache()
-
-    def _move(self, slot: Slot, direction: Direction, lr: float, weight_decay: float, theta: Tensor) -> None:
-        state = self.optimizer.state[slot.tensor]
-        self.rule.update(theta, state, direction, lr, weight_decay)
-        if not state:
-            del self.optimizer.state[slot.tensor]
 
     def _groups(self) -> dict[Slot, dict[str, Any]]:
         """The optimizer's group of each slot; looked up anew, because loading a state replaces groups."""
@@ -332,3 +359,32 @@ class ZeroOrder:
             raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
         self.step_count, self.seed = state["step"], state["seed"]
         self.discard()
+
+
+def offload_model(
+    model: nn.Module, config: ZOConfig, slots: list[Slot], device: torch.device | None = None
+) -> Streaming | None:
+    """Streams a model as ``config`` says; ``device`` counts if that names none."""
+    assert config.offload is not None
+    return offload(
+        model,
+        config.offload,
+        config.offload_dir,
+        config.blocks,
+        {id(tensor) for slot in slots for tensor in slot.tensors},
+        device=device if config.device is None else torch.device(config.device),
+        memory=parse_bytes(config.device_memory),
+    )
+
+
+def _move_streamed(
+    rule: UpdateRule,
+    name: str,
+    state: dict[str, str],
+    direction: Direction,
+    lr: float,
+    weight_decay: float,
+    tensors: dict[str, Tensor],
+) -> None:
+    """An update that waited for its block, whose ``tensors`` have come."""
+    rule.update(tensors[name], {kind: tensors[key] for kind, key in state.items()}, direction, lr, weight_decay)

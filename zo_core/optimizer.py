@@ -90,6 +90,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
+        if self.engine is not None:
+            self.engine.store_state()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -106,9 +108,12 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, after the updates that wait for their block."""
-        if self.engine is not None:
-            self.engine.flush()
-        return super().state_dict()
+        if self.engine is None:
+            return super().state_dict()
+        self.engine.flush()
+        result = super().state_dict()
+        result["state"] = {index: self.engine.stored_state(kept) for index, kept in result["state"].items()}
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}

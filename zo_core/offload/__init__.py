@@ -1,7 +1,19 @@
 """Training models larger than the device, or than the memory, block by block."""
 
-from .build import offload
+from .blocks import find_blocks
+from .build import describe, offload
 from .oracle import LockstepOracle
-from .streaming import Streaming
+from .store import DiskStore, Piece, read_header
+from .streaming import Block, Streaming
 
-__all__ = ["LockstepOracle", "Streaming", "offload"]
+__all__ = [
+    "Block",
+    "DiskStore",
+    "LockstepOracle",
+    "Piece",
+    "Streaming",
+    "describe",
+    "find_blocks",
+    "offload",
+    "read_header",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from ..oracle.materialise import is_compiled
 from ..targets import memory_of
 from .blocks import find_blocks
 from .store import DiskStore, RamStore
-from .streaming import Block, Streaming
+from .streaming import ARENA_SLOTS, Block, Streaming
+
+logger = logging.getLogger(__name__)
 
 
 def offload(
@@ -22,22 +25,56 @@ def offload(
     folder: str | os.PathLike[str] | None = None,
     names: Sequence[str] | None = None,
     moving: Collection[int] = (),
-) -> Streaming:
+    *,
+    device: torch.device | None = None,
+    memory: int | None = None,
+) -> Streaming | None:
     """Moves the blocks of a model into a store; from then on they come when their forward needs them.
 
     Args:
-        model: its parameters that are reachable from outside their block stay where they are.
-        kind: "cpu" (host memory) or "disk".
+        model: its parameters that are reachable from outside their block stay resident.
+        kind: "cpu" (host memory), "disk", or "auto": in ``folder`` if there is one, else in host
+            memory, and only what does not fit into the device's free memory.
         folder: for "disk", where the block files go; None makes a temporary folder.
         names: of the blocks; None finds them.
         moving: ``id`` of the tensors that training changes. Where they are the smaller part of their
             block (adapters on a frozen base) they stay, and the block is never written.
+        device: where the model computes; what is resident is moved there. None leaves it where it is.
+        memory: bytes that weights may take on the device; blocks that fit are not streamed. None
+            streams all of them, or, with "auto", takes what is free.
+
+    Returns:
+        What streams the blocks; None if all of them stay.
 
     Raises:
         ModelError: no blocks, or a compiled model.
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
+    blocks = plan(model, names, moving)
+    if not blocks:
+        raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
+    place = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    if kind == "auto" and memory is None and place.type == "cuda":
+        memory = torch.cuda.mem_get_info(place)[0]
+    if memory is not None or kind == "auto":
+        blocks = beyond(blocks, resident_bytes(model, blocks), memory)
+    streaming = None
+    if blocks:
+        store = DiskStore(folder) if kind == "disk" or folder is not None else RamStore()
+        with torch.no_grad():
+            for block in blocks:
+                store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
+        streaming = Streaming(blocks, store, place)
+    if device is not None:
+        model.to(device)
+    if streaming is not None:
+        describe(model, streaming)
+    return streaming
+
+
+def plan(model: nn.Module, names: Sequence[str] | None = None, moving: Collection[int] = ()) -> list[Block]:
+    """The blocks of a model with the parameters that can be streamed; see `offload`."""
     modules = find_blocks(model, names)
     holders: dict[tuple[object, ...], list[tuple[nn.Module, Tensor]]] = {}
     for module in model.modules():
@@ -52,16 +89,61 @@ def offload(
             if all(holder in inside for holder, _ in held) and parameter.is_contiguous():
                 streamed[local] = list({id(tensor): tensor for _, tensor in held}.values())
         still = {local: tensors for local, tensors in streamed.items() if not any(id(t) in moving for t in tensors)}
-        if 2 * _nbytes(still) > _nbytes(streamed):
+        if 2 * _nbytes(t[0] for t in still.values()) > _nbytes(t[0] for t in streamed.values()):
             streamed = still
         if streamed:
             blocks.append(Block(name, module, streamed))
-    if not blocks:
-        raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    store = RamStore() if kind == "cpu" else DiskStore(folder)
-    return Streaming(blocks, store, device)
+    return blocks
 
 
-def _nbytes(tensors: dict[str, list[Tensor]]) -> int:
-    return sum(held[0].numel() * held[0].element_size() for held in tensors.values())
+def beyond(blocks: list[Block], resident: int, memory: int | None) -> list[Block]:
+    """The first of ``blocks``, as many as do not fit.
+
+    Args:
+        blocks: all that could be streamed.
+        resident: bytes that stay in any case.
+        memory: bytes for what stays, and the arena for the rest; None for no limit.
+    """
+    if memory is None or resident + sum(block.nbytes for block in blocks) <= memory:
+        return []
+    arena = ARENA_SLOTS * max(block.nbytes for block in blocks)
+    count = len(blocks)
+    while count > 1 and resident + arena + blocks[count - 1].nbytes <= memory:
+        count -= 1
+        resident += blocks[count].nbytes
+    return blocks[:count]
+
+
+def resident_bytes(model: nn.Module, blocks: list[Block]) -> int:
+    """Bytes of the parameters that are in none of ``blocks``."""
+    streamed = {id(tensor) for block in blocks for held in block.holders.values() for tensor in held}
+    rest = {memory_of(p): p for p in model.parameters() if id(p) not in streamed}
+    return _nbytes(rest.values())
+
+
+def describe(model: nn.Module, streaming: Streaming) -> None:
+    """One line of log: what is where, and what a step moves."""
+    blocks, store = streaming.blocks, streaming.store
+    size = sum(block.nbytes for block in blocks)
+    written = sum(b.nbytes for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held))
+    logger.info(
+        "%d blocks, %s, are streamed from %s; %s stay on %s, with %d arena slots of %s; a step reads %s and writes %s",
+        len(blocks),
+        human(size),
+        f"files in {store.folder}" if isinstance(store, DiskStore) else "host memory",
+        human(resident_bytes(model, blocks)),
+        streaming.device,
+        len(streaming.arenas),
+        human(streaming.arenas[0].numel()),
+        human(size),
+        human(written),
+    )
+
+
+def human(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

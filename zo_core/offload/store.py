@@ -8,9 +8,11 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +31,11 @@ class RamStore:
         """Takes over the tensors of a block."""
         self.blocks[block] = {name: tensor.to("cpu") for name, tensor in tensors.items()}
 
+    def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        """Lets a block have one more tensor."""
+        with torch.inference_mode(False):
+            self.blocks[block][name] = torch.zeros(shape, dtype=dtype)
+
     def read(self, block: str, into: Tensors) -> None:
         """Copies a block's values into tensors of the same names and shapes."""
         for name, tensor in self.blocks[block].items():
@@ -43,9 +50,32 @@ class RamStore:
         """The stored tensors themselves."""
         return self.blocks[block]
 
+    def mapped(self, block: str) -> Tensors:
+        """The same."""
+        return self.blocks[block]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the bytes of a tensor are.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor and of the bytes.
+        path: a safetensors file; None for zeros that were never written.
+        key: the tensor's name in the file.
+        begin: offset of its first byte in the file.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    path: Path | None = None
+    key: str = ""
+    begin: int = 0
+
 
 class DiskStore:
-    """Blocks as safetensors files, one each, read with positioned reads and never mapped.
+    """Blocks in safetensors files, read with positioned reads and not mapped while they are trained.
 
     A live mapping would count as resident memory, and the page cache is advised to let go of what
     was read. A file is written under another name, synced and renamed, so that it is always whole.
@@ -67,56 +97,51 @@ class DiskStore:
             probe.unlink()
         except OSError as error:
             raise ConfigError([f"offload_dir={str(folder)!r} cannot be written to: {error.strerror}"]) from error
-        self.specs: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
-
-    def _path(self, block: str) -> Path:
-        return self.folder / f"{block}.safetensors"
+        self.pieces: dict[str, dict[str, Piece]] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
-        """Writes a block for the first time."""
-        self.specs[block] = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        temporary = self.folder / f"{block}.tmp"
+        """Writes a block as a file of its own."""
+        path, temporary = self.folder / f"{block}.safetensors", self.folder / f"{block}.tmp"
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, self._path(block))
+            pieces = read_header(temporary)
+            os.replace(temporary, path)
         except Exception as error:  # safetensors has an error type of its own for a full disk
             temporary.unlink(missing_ok=True)
             raise StateError(
                 f"block {block!r} could not be written to {self.folder}: {error}; the file from before is still "
                 "whole. Free some space, or choose another offload_dir"
             ) from error
+        self.pieces[block] = {name: replace(piece, path=path) for name, piece in pieces.items()}
+
+    def adopt(self, block: str, pieces: dict[str, Piece]) -> None:
+        """Takes a block as it lies in other files, which are never written."""
+        self.pieces[block] = pieces
+
+    def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
+        """Lets a block have one more tensor; it takes no space until the block is written."""
+        self.pieces[block][name] = Piece(shape, dtype)
 
     def read(self, block: str, into: Tensors) -> None:
         """Reads a block's values into tensors of the same names and shapes."""
-        try:
-            with open(self._path(block), "rb", buffering=0) as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                for name, tensor in into.items():
-                    begin, end = header[name]["data_offsets"]
-                    self._fill(file.fileno(), tensor, 8 + length + begin, end - begin)
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except (OSError, ValueError, KeyError) as error:
-            raise StateError(
-                f"block {block!r} cannot be read from {self._path(block)}: {error}; the file is missing or damaged"
-            ) from error
-
-    @staticmethod
-    def _fill(descriptor: int, tensor: Tensor, offset: int, size: int) -> None:
-        host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
-        target = host.view(-1).view(torch.uint8).numpy().data
-        if len(target) != size:
-            raise ValueError(f"{len(target)} bytes expected, {size} found")
-        done = 0
-        while done < size:
-            count = os.preadv(descriptor, [target[done:]], offset + done)
-            if count == 0:
-                raise ValueError("the file ends too early")
-            done += count
-        if host is not tensor:
-            tensor.copy_(host)
+        paths: dict[Path, list[str]] = {}
+        for name, tensor in into.items():
+            path = self.pieces[block][name].path
+            if path is None:
+                tensor.zero_()
+            else:
+                paths.setdefault(path, []).append(name)
+        for path, names in paths.items():
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    for name in names:
+                        _fill(file.fileno(), into[name], self.pieces[block][name].begin)
+            except (OSError, ValueError) as error:
+                raise StateError(
+                    f"block {block!r} cannot be read from {path}: {error}; the file is missing or damaged"
+                ) from error
 
     def write(self, block: str, tensors: Tensors, changed: Collection[str]) -> None:
         """Writes the block anew."""
@@ -124,6 +149,74 @@ class DiskStore:
 
     def whole(self, block: str) -> Tensors:
         """The block's tensors, read into fresh memory."""
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self.specs[block].items()}
+        tensors = {name: torch.empty(piece.shape, dtype=piece.dtype) for name, piece in self.pieces[block].items()}
         self.read(block, tensors)
         return tensors
+
+    def mapped(self, block: str) -> Tensors:
+        """The block's tensors as mappings of its files, whose memory the kernel can take back at any time."""
+        tensors: Tensors = {}
+        for name, piece in self.pieces[block].items():
+            if piece.path is None:
+                tensors[name] = torch.zeros((), dtype=piece.dtype).expand(piece.shape)
+            else:
+                with safe_open(piece.path, "pt") as file:
+                    tensors[name] = file.get_tensor(piece.key)
+        return tensors
+
+
+#: The names that safetensors gives to the dtypes that weights and codes have.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Piece]:
+    """What is in a safetensors file, by name.
+
+    Raises:
+        StateError: the file is missing, damaged, or shorter than it says.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        if max((entry["data_offsets"][1] for entry in header.values()), default=0) > size - 8 - length:
+            raise ValueError("it ends too early")
+        return {
+            name: Piece(
+                torch.Size(entry["shape"]), DTYPES[entry["dtype"]], Path(path), name, 8 + length + entry["data_offsets"][0]
+            )
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _fill(descriptor: int, tensor: Tensor, offset: int) -> None:
+    """Reads as many bytes as a tensor has."""
+    host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
+    target = host.view(-1).view(torch.uint8).numpy().data
+    done, size = 0, len(target)
+    while done < size:
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if count == 0:
+            raise ValueError("the file ends too early")
+        done += count
+    if size:
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+    if host is not tensor:
+        tensor.copy_(host)

@@ -6,19 +6,20 @@ survive, and a stray use gives NaN, never a quietly wrong loss.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..oracle.scratch import nan_like
 from .store import DiskStore, RamStore, Tensors
 
-Update = Callable[[Tensor], None]
+#: Changes some tensors of a block, given all of them by name.
+Update = Callable[[Tensors], None]
 
 #: Blocks on the device at a time: the one in use, the one being fetched, the one being written.
 ARENA_SLOTS = 3
@@ -32,17 +33,25 @@ class Block:
         name: of the module within the model.
         module: the layer itself.
         holders: parameter objects by their name within the block; several if they share memory.
-        pending: updates that were not applied yet, oldest first.
+        state: what a rule keeps for the parameters (momentum) and travels with them, by name; these
+            tensors only stand for it, and are always NaN.
+        pending: updates that were not applied yet, oldest first, each with the names that it changes.
     """
 
     name: str
     module: nn.Module
     holders: dict[str, list[Tensor]]
-    pending: list[tuple[str, Update]] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    pending: list[tuple[tuple[str, ...], Update]] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """One tensor object for each that travels, by name."""
+        return {name: held[0] for name, held in self.holders.items()} | self.state
 
     @property
     def nbytes(self) -> int:
-        return sum(tensors[0].numel() * tensors[0].element_size() for tensors in self.holders.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 class Streaming:
@@ -50,14 +59,16 @@ class Streaming:
 
     Args:
         blocks: in the order in which a forward is expected to visit them.
-        store: takes over their values.
+        store: has their values.
         device: where they compute.
     """
 
+    #: Who streams a module of this process, by its ``id``.
+    attached: ClassVar[weakref.WeakValueDictionary[int, Streaming]] = weakref.WeakValueDictionary()
+
     def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
         self.blocks, self.store, self.device = blocks, store, device
-        self.arenas = [self._arena() for _ in range(min(ARENA_SLOTS, len(blocks)))]
-        self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
+        self._make_arenas()
         self.fetching: dict[Block, Future[None]] = {}
         self.writing: dict[Block, Future[None]] = {}
         self.following = dict(zip(blocks, [*blocks[1:], blocks[0]], strict=True))
@@ -68,11 +79,47 @@ class Streaming:
         self.sweeping = False
         self.pinned: dict[Block, int] = {}
         self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
+        # Each has memory of its own, so that parameters which share none do not seem to be tied.
+        self._absent = {
+            (b, name): _absent(held[0].shape, held[0].dtype, device) for b in blocks for name, held in b.holders.items()
+        }
         for block in blocks:
-            with torch.no_grad():
-                store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
             self.evict_view(block)
             self._attach(block)
+            self.attached[id(block.module)] = self
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Streaming | None:
+        """What streams the blocks of a model; None if they are resident."""
+        return next((cls.attached[id(m)] for m in model.modules() if id(m) in cls.attached), None)
+
+    def keep_state(self, block: Block, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Lets a tensor of zeros travel with a block from now on, for what a rule keeps for a parameter.
+
+        Returns:
+            A tensor that stands for it.
+        """
+        if key in block.state:
+            self.load_state(block, {key: None})
+        else:
+            for other in self.blocks:
+                self._finish(other)
+            self.store.add_zeros(block.name, key, shape, dtype)
+            block.state[key] = _absent(shape, dtype, self.device)
+            self._make_arenas()
+        return block.state[key]
+
+    def state(self, block: Block, key: str) -> Tensor:
+        """The stored values of what `keep_state` made."""
+        self._finish(block)
+        return self.store.mapped(block.name)[key]
+
+    def load_state(self, block: Block, values: dict[str, Tensor | None]) -> None:
+        """Stores new values for what `keep_state` made; None for zeros."""
+        tensors = self.values(block)
+        for key, value in values.items():
+            tensors[key].zero_() if value is None else tensors[key].copy_(value)
+        self._write_back(block, tensors, set(values))
 
     def _attach(self, block: Block) -> None:
         """Outside of sweeps (evaluation, generation) a block comes for its own forward; states are whole."""
@@ -80,20 +127,22 @@ class Streaming:
         self.handles += [
             module.register_forward_pre_hook(lambda *_: None if self.sweeping else self.open(block), prepend=True),
             module.register_forward_hook(lambda *_: None if self.sweeping else self.shut(block), always_call=True),
-            module.register_state_dict_pre_hook(lambda *_: self._show_whole(block)),
+            module.register_state_dict_pre_hook(lambda *_: self._show_whole(block, to_read=True)),
             module.register_state_dict_post_hook(lambda *_: self.evict_view(block)),
-            module.register_load_state_dict_pre_hook(lambda *_: self._show_whole(block)),
+            module.register_load_state_dict_pre_hook(lambda *_: self._show_whole(block, to_read=False)),
             module.register_load_state_dict_post_hook(lambda *_: self._take_whole(block)),
         ]
 
-    def _show_whole(self, block: Block) -> None:
+    def _show_whole(self, block: Block, to_read: bool) -> None:
         if block.pending:
             self.values(block)
         self._finish(block)
-        self.point(block, self.store.whole(block.name))
+        self.point(block, self.store.mapped(block.name) if to_read else self.store.whole(block.name))
 
     def _take_whole(self, block: Block) -> None:
-        self.store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
+        kept = self.store.mapped(block.name)
+        values = {name: tensors[0].data for name, tensors in block.holders.items()}
+        self.store.put(block.name, values | {name: kept[name] for name in block.state})
         if block in self.loaded:
             self.arenas.append(self.loaded.pop(block)[0])
         self.evict_view(block)
@@ -102,8 +151,12 @@ class Streaming:
         """The block that a parameter is streamed with, and its name there; None if it is resident."""
         return next((self._home[id(tensor)] for tensor in tensors if id(tensor) in self._home), None)
 
+    def _make_arenas(self) -> None:
+        self.arenas = [self._arena() for _ in range(min(ARENA_SLOTS, len(self.blocks)))]
+        self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
+
     def _arena(self) -> Tensor:
-        size = max(sum(_aligned(t[0]) for t in block.holders.values()) for block in self.blocks)
+        size = max(sum(map(_aligned, block.tensors.values())) for block in self.blocks)
         with torch.inference_mode(False):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -155,7 +208,7 @@ class Streaming:
         """Lets the parameters show NaN."""
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
-                holder.data = nan_like(holder)
+                holder.data = self._absent[block, name]
         torch.clear_autocast_cache()
 
     # Movement
@@ -186,10 +239,14 @@ class Streaming:
         if block in self.writing:
             self.writing.pop(block).result()
         pending, block.pending = block.pending, []
-        for name, update in pending:
-            update(tensors[name])
+        for _, update in pending:
+            update(tensors)
+        self._write_back(block, tensors, {name for names, _ in pending for name in names})
+
+    def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
+        if block in self.writing:
+            self.writing.pop(block).result()
         self.bytes_written += block.nbytes
-        changed = {name for name, _ in pending}
         self.writing[block] = self.pool.submit(self.store.write, block.name, tensors, changed)
 
     def flush(self) -> None:
@@ -205,9 +262,16 @@ class Streaming:
         self.flush()
         for block in self.blocks:
             self.point(block, {name: tensor.to(self.device) for name, tensor in self.store.whole(block.name).items()})
+            del self.attached[id(block.module)]
         self.pool.shutdown()
         for handle in self.handles:
             handle.remove()
+
+
+def _absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN in the memory of one element."""
+    with torch.inference_mode(False):
+        return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
 def _aligned(tensor: Tensor) -> int:
@@ -218,7 +282,7 @@ def _carve(arena: Tensor, block: Block) -> Tensors:
     """Views of an arena slot with the shapes and dtypes of a block's tensors."""
     tensors: Tensors = {}
     offset = 0
-    for name, (holder, *_) in block.holders.items():
+    for name, holder in block.tensors.items():
         size = holder.numel() * holder.element_size()
         tensors[name] = arena[offset : offset + size].view(holder.dtype).view(holder.shape)
         offset += _aligned(holder)

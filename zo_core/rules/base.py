@@ -6,6 +6,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..noise import Direction
@@ -24,6 +25,10 @@ class UpdateRule:
     name: ClassVar[str]
     wants_optimizer: ClassVar[bool] = False
 
+    def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each tensor that this rule keeps for a slot between steps; zeros at first."""
+        return {}
+
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
@@ -31,7 +36,7 @@ class UpdateRule:
 
         Args:
             theta: the slot's weights.
-            state: what this rule keeps for the slot between steps; saved in checkpoints.
+            state: what `state` names, saved in checkpoints; made here where it is missing.
             direction: ``G``.
             lr: learning rate of the slot's group.
             weight_decay: decoupled: the weights shrink by ``1 - lr * weight_decay`` first.

@@ -30,13 +30,16 @@ class Momentum(UpdateRule):
         if not 0.0 <= self.beta < 1.0:
             raise ValueError(f"beta={self.beta!r} must be at least 0 and below 1, for example 0.9")
 
+    def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {"momentum": (theta.shape, compute_dtype(theta.dtype))}
+
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
         if "momentum" not in state:
             with torch.inference_mode(False):
-                wide = compute_dtype(theta.dtype)
-                state["momentum"] = torch.zeros(theta.shape, dtype=wide, device=theta.device)
+                shape, dtype = self.state(theta)["momentum"]
+                state["momentum"] = torch.zeros(shape, dtype=dtype, device=theta.device)
         momentum = state["momentum"].view(-1)
         beta, rate, decay = float32(self.beta), float32(-lr), float32(1.0 - lr * weight_decay)
 
