@@ -126,9 +126,14 @@ class _Worker(threading.Thread):
 
 
 def _stop(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.turn.release()
+    """Ends the threads and waits for them: one that is left when the interpreter ends aborts the process."""
+    ending = list(workers)
     workers.clear()
+    for worker in ending:
+        worker.turn.release()
+    for worker in ending:
+        if worker is not threading.current_thread():
+            worker.join()
 
 
 def _ambient() -> Callable[[Callable[[], Any]], Any]:
