@@ -61,10 +61,13 @@ def offload(
         blocks = beyond(blocks, resident_bytes(model, blocks), memory)
     streaming = None
     if blocks:
-        store = DiskStore(folder) if kind == "disk" or folder is not None else RamStore()
+        disk = kind == "disk" or folder is not None
+        store = DiskStore(folder) if disk else RamStore(pinned=place.type == "cuda")
         with torch.no_grad():
             for block in blocks:
                 store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
+                for tensor in (tensor for held in block.holders.values() for tensor in held):
+                    tensor.data = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
         streaming = Streaming(blocks, store, place)
     if device is not None:
         model.to(device)

@@ -142,6 +142,7 @@ def _ambient() -> Callable[[Callable[[], Any]], Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
     cache = torch.is_autocast_cache_enabled()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     modes = list(_get_current_function_mode_stack())
     variables = contextvars.copy_context()
 
@@ -149,6 +150,8 @@ def _ambient() -> Callable[[Callable[[], Any]], Any]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
             for device, dtype, enabled in casts:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
             for mode in modes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -22,19 +23,42 @@ Tensors = dict[str, Tensor]
 
 
 class RamStore:
-    """Blocks in host memory: each tensor exactly once, in the memory it came in."""
+    """Blocks in host memory, each tensor exactly once.
 
-    def __init__(self) -> None:
+    Args:
+        pinned: for copies to and from CUDA; each block then gets memory of its own that the driver
+            knows, exactly as large as the block. (PyTorch's allocator of pinned memory rounds up to
+            powers of two.) Otherwise tensors stay in the memory they came in.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned
         self.blocks: dict[str, Tensors] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
-        """Takes over the tensors of a block."""
-        self.blocks[block] = {name: tensor.to("cpu") for name, tensor in tensors.items()}
+        """Takes over the tensors of a block, or copies them to where they were put before."""
+        kept = self.blocks.setdefault(block, {})
+        for name, tensor in tensors.items():
+            if self.pinned and name in kept:
+                kept[name].copy_(tensor)
+            else:
+                kept[name] = self._own(tensor.to("cpu"))
 
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
         """Lets a block have one more tensor."""
         with torch.inference_mode(False):
-            self.blocks[block][name] = torch.zeros(shape, dtype=dtype)
+            self.blocks[block][name] = self._own(torch.zeros(shape, dtype=dtype))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        if not self.pinned or not tensor.numel():
+            return tensor
+        # Of whole pages, or two tensors that share one could not both be registered.
+        used = tensor.numel() * tensor.element_size()
+        memory = torch.frombuffer(mmap.mmap(-1, -(-used // mmap.PAGESIZE) * mmap.PAGESIZE), dtype=torch.uint8)
+        driver = torch.cuda.cudart()
+        torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        weakref.finalize(self, driver.cudaHostUnregister, memory.data_ptr())
+        return memory[:used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def read(self, block: str, into: Tensors) -> None:
         """Copies a block's values into tensors of the same names and shapes."""
@@ -44,7 +68,7 @@ class RamStore:
     def write(self, block: str, tensors: Tensors, changed: Collection[str]) -> None:
         """Takes the new values of the tensors named in ``changed``; ``tensors`` are all of the block."""
         for name in changed:
-            self.blocks[block][name].copy_(tensors[name])
+            self.blocks[block][name].copy_(tensors[name], non_blocking=True)
 
     def whole(self, block: str) -> Tensors:
         """The stored tensors themselves."""

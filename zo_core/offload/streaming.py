@@ -9,13 +9,15 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .copies import Copies, Moment
 from .store import DiskStore, RamStore, Tensors
 
 #: Changes some tensors of a block, given all of them by name.
@@ -69,11 +71,11 @@ class Streaming:
     def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
         self.blocks, self.store, self.device = blocks, store, device
         self._make_arenas()
-        self.fetching: dict[Block, Future[None]] = {}
-        self.writing: dict[Block, Future[None]] = {}
+        self.copies = Copies(device)
+        self.fetching: dict[Block, Future[Moment]] = {}
+        self.writing: dict[Block, Future[Moment]] = {}
         self.following = dict(zip(blocks, [*blocks[1:], blocks[0]], strict=True))
         self.previous: Block | None = None
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zo-offload")
         self.bytes_read = self.bytes_written = 0
         self.handles: list[Any] = []
         self.sweeping = False
@@ -168,7 +170,7 @@ class Streaming:
             self._start_fetch(block)
         self.loaded.move_to_end(block)
         if block in self.fetching:
-            self.fetching.pop(block).result()
+            self.copies.let_wait(self.fetching.pop(block))
         tensors = self.loaded[block][1]
         if block.pending:
             self._apply(block, tensors)
@@ -214,30 +216,34 @@ class Streaming:
     # Movement
 
     def _start_fetch(self, block: Block) -> None:
+        after = [self.copies.now()]  # what was given to the device to compute may still use the slot
         if not self.arenas:
             oldest = next((b for b in self.loaded if b not in self.pinned), None)
             if oldest is None:
                 self.arenas.append(self._arena())
             else:
-                self._finish(oldest)
+                after += self._moments(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
         arena = self.arenas.pop()
         tensors = _carve(arena, block)
         self.loaded[block] = (arena, tensors)
-        if block in self.writing:
-            self.writing.pop(block).result()
+        after += self._moments(block)
         self.bytes_read += block.nbytes
-        self.fetching[block] = self.pool.submit(self.store.read, block.name, tensors)
+        self.fetching[block] = self.copies.fetch(partial(self.store.read, block.name, tensors), after)
+
+    def _moments(self, block: Block) -> list[Moment]:
+        """When the copies that are under way for a block are done."""
+        return [futures[block].result() for futures in (self.fetching, self.writing) if block in futures]
 
     def _finish(self, block: Block) -> None:
         """Waits for what is under way for a block."""
         for futures in (self.fetching, self.writing):
             if block in futures:
-                futures.pop(block).result()
+                self.copies.wait(futures.pop(block))
 
     def _apply(self, block: Block, tensors: Tensors) -> None:
         if block in self.writing:
-            self.writing.pop(block).result()
+            self.copies.let_wait(self.writing.pop(block))
         pending, block.pending = block.pending, []
         for _, update in pending:
             update(tensors)
@@ -245,9 +251,10 @@ class Streaming:
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
         if block in self.writing:
-            self.writing.pop(block).result()
+            self.copies.let_wait(self.writing.pop(block))
         self.bytes_written += block.nbytes
-        self.writing[block] = self.pool.submit(self.store.write, block.name, tensors, changed)
+        write = partial(self.store.write, block.name, tensors, changed)
+        self.writing[block] = self.copies.send(write, [self.copies.now()])
 
     def flush(self) -> None:
         """Applies all pending updates and waits until they are stored."""
@@ -263,7 +270,7 @@ class Streaming:
         for block in self.blocks:
             self.point(block, {name: tensor.to(self.device) for name, tensor in self.store.whole(block.name).items()})
             del self.attached[id(block.module)]
-        self.pool.shutdown()
+        self.copies.close()
         for handle in self.handles:
             handle.remove()
 

@@ -1,0 +1,71 @@
+"""Copies in the background: a thread, and on CUDA two streams that are ordered by events.
+
+On CUDA the thread only enqueues copies, and nothing waits for the device: an event says when a copy may
+begin (nobody uses its destination any more) and another when it is done, and both are given to streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+#: A moment on a stream of the device; None where there are no streams, and everything has happened.
+Moment = Any
+
+
+class Copies:
+    """Runs copies one after another, beside the caller.
+
+    Args:
+        device: to and from which they go.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zo-offload")
+        cuda = device.type == "cuda"
+        self.incoming = torch.cuda.Stream(device) if cuda else None
+        self.outgoing = torch.cuda.Stream(device) if cuda else None
+
+    def fetch(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
+        """Starts a copy to the device, once the moments ``after`` have come."""
+        return self.pool.submit(self._run, self.incoming, work, list(after))
+
+    def send(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
+        """Starts a copy from the device."""
+        return self.pool.submit(self._run, self.outgoing, work, list(after))
+
+    def now(self) -> Moment:
+        """The end of what the current stream has been given to compute."""
+        return None if self.incoming is None else torch.cuda.current_stream(self.device).record_event()
+
+    def let_wait(self, copy: Future[Moment]) -> None:
+        """What is computed from now on begins after a copy."""
+        moment = copy.result()
+        if moment is not None:
+            torch.cuda.current_stream(self.device).wait_event(moment)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.pool.shutdown()
+
+    @staticmethod
+    def wait(copy: Future[Moment]) -> None:
+        """Returns when a copy is done."""
+        moment = copy.result()
+        if moment is not None:
+            moment.synchronize()
+
+    @staticmethod
+    def _run(stream: Any, work: Callable[[], object], after: list[Moment]) -> Moment:
+        if stream is None:
+            work()
+            return None
+        with torch.cuda.stream(stream):
+            for moment in after:
+                stream.wait_event(moment)
+            work()
+            return stream.record_event()
