@@ -155,10 +155,16 @@ class ZeroOrder:
         if self.streaming is not None:
             self.streaming.flush()
 
-    def close(self) -> None:
-        """Brings a streamed model back to the device as ordinary parameters, and ends the threads."""
+    def close(self, device: torch.device | None = None) -> None:
+        """Brings a streamed model back as ordinary parameters, and ends the threads.
+
+        Args:
+            device: where the streamed parameters go; None takes the device they computed on.
+        """
         if self.streaming is not None:
-            self.streaming.close()
+            if isinstance(self.oracle, LockstepOracle):
+                self.oracle.lockstep.close()
+            self.streaming.close(device)
             self.streaming = None
             self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
 

@@ -58,7 +58,9 @@ def offload(
             blocks.append(Block(name, module, streamed))
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    home = {id(tensor) for block in blocks for tensors in block.holders.values() for tensor in tensors}
+    resident = [parameter for parameter in model.parameters() if id(parameter) not in home]
+    device = next((p.device for p in (*resident, *model.parameters())), torch.device("cpu"))
     store = RamStore() if kind == "cpu" else DiskStore(folder)
     return Streaming(blocks, store, device)
 

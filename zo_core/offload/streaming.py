@@ -169,7 +169,8 @@ class Streaming:
                 self._finish(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
         arena = self.arenas.pop()
-        tensors = _carve(arena, block)
+        with torch.inference_mode(False):  # a view as another dtype would be an inference tensor, which nobody may fill
+            tensors = _carve(arena, block)
         self.loaded[block] = (arena, tensors)
         if block in self.writing:
             self.writing.pop(block).result()
@@ -200,11 +201,12 @@ class Streaming:
         for block in self.blocks:
             self._finish(block)
 
-    def close(self) -> None:
+    def close(self, device: torch.device | None = None) -> None:
         """Flushes, gives the parameters their values back as ordinary tensors, and ends the thread."""
         self.flush()
+        device = self.device if device is None else device
         for block in self.blocks:
-            self.point(block, {name: tensor.to(self.device) for name, tensor in self.store.whole(block.name).items()})
+            self.point(block, {name: tensor.to(device) for name, tensor in self.store.whole(block.name).items()})
         self.pool.shutdown()
         for handle in self.handles:
             handle.remove()
