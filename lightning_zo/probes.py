@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -50,21 +51,28 @@ class Probes:
         module: its `log` is replaced while probes run.
         count: how many probes there are.
         accumulated: number of micro-batches in a step; losses are divided by it, as Lightning does.
+        in_turns: whether the probes run by turns, those of a streamed model.
     """
 
-    def __init__(self, module: LightningModule, count: int, accumulated: int):
-        self.module, self.count, self.accumulated = module, count, accumulated
+    def __init__(self, module: LightningModule, count: int, accumulated: int, in_turns: bool):
+        self.module, self.count, self.accumulated, self.in_turns = module, count, accumulated, in_turns
         self.runs: list[Run] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """In this context the module's logs are kept, and none reaches the trainer."""
-        own = vars(self.module).get("log")
+        """In this context the module's logs are kept, and none reaches the trainer.
+
+        The profiler rests where probes run in turns: a part of the step would begin twice before it ends.
+        """
+        own, trainer = vars(self.module).get("log"), self.module.trainer
+        profiler = trainer.profiler
+        trainer.profiler = PassThroughProfiler() if self.in_turns else profiler
         self.module.log = lambda *args, **kwargs: _current.get().log(*args, **kwargs)  # type: ignore[method-assign]
         try:
             yield
         finally:
             del self.module.log
+            trainer.profiler = profiler
             if own is not None:
                 self.module.log = own  # type: ignore[method-assign]
 
@@ -75,6 +83,7 @@ class Probes:
             The loss for the engine; 0.0 where there was none, which changes no difference of losses.
         """
         run = Run()
+        self.runs.append(run)  # now, in the order of the probes: by turns, they may end in another
         token = _current.set(run)
         try:
             args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor)
@@ -82,7 +91,6 @@ class Probes:
         finally:
             _current.reset(token)
         run.loss = run.output.get("loss") if isinstance(run.output, Mapping) else run.output
-        self.runs.append(run)
         if run.loss is None and not isinstance(run.output, Mapping):
             return 0.0
         if self.accumulated == 1 or not isinstance(run.loss, (Tensor, Number)):

@@ -193,7 +193,7 @@ class ZOStrategy(SingleDeviceStrategy):
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
         count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
-        probes = Probes(module, count, module.trainer.accumulate_grad_batches)
+        probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
         # Around all probes, too: the default dtype that half precision sets belongs to the process, and probes
         # of a streamed model run in turns.
         with self.precision_plugin.train_step_context(), probes.recording():

@@ -22,6 +22,8 @@ QUIET = [
     for message in (
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         "The '.*_dataloader' does not have many workers",
+        "`training_step` returned `None`",
+        "Checkpoint directory .* exists and is not empty",
         "You defined a `validation_step` but have no `val_dataloader`",
     )
 ]
