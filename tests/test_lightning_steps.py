@@ -59,11 +59,12 @@ def test_each_step_is_logged_once_with_the_mean_over_the_probes(tmp_path: Path, 
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.calls += 1
+            call = self.calls
             loss = self.loss(batch)
             self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=2)
             self.log_dict({"twice": loss * 2, "count": 1})
             self.log("ones", 1.0, reduce_fx="sum", on_epoch=True, on_step=False)
-            return {"loss": loss, "calls": self.calls}
+            return {"loss": loss, "call": call}
 
     module, noting = Logging(), Noting()
     run = trainer(tmp_path, {"offload": tier}, logger=CSVLogger(tmp_path), callbacks=[noting])
@@ -79,7 +80,7 @@ def test_each_step_is_logged_once_with_the_mean_over_the_probes(tmp_path: Path, 
     assert float(epoch["loss_epoch"]) == pytest.approx(sum(expected) / 4, abs=1e-6)
     assert float(epoch["ones"]) == 4.0
     assert [float(output["loss"]) for output in noting.outputs] == pytest.approx(expected, abs=1e-6)
-    assert [output["calls"] for output in noting.outputs] == [1, 3, 5, 7]
+    assert [output["call"] for output in noting.outputs] == [1, 3, 5, 7]
     assert run.progress_bar_metrics["loss_step"] == pytest.approx(expected[-1], abs=1e-6)
 
 
