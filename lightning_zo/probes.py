@@ -64,7 +64,8 @@ class Probes:
 
         The profiler rests where probes run in turns: a part of the step would begin twice before it ends.
         """
-        own, trainer = vars(self.module).get("log"), self.module.trainer
+        own = vars(self.module).get("log")
+        trainer: Any = self.module.trainer
         profiler = trainer.profiler
         trainer.profiler = PassThroughProfiler() if self.in_turns else profiler
         self.module.log = lambda *args, **kwargs: _current.get().log(*args, **kwargs)  # type: ignore[method-assign]
