@@ -65,14 +65,13 @@ class ZOStrategy(SingleDeviceStrategy):
         self._trained: list[int] = []
         self._losses = 0
         self._partial = False
-        self._parallel_devices: list[torch.device] | None = None
 
     # The device: the connector of the Trainer sets these two
 
     @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The devices of the Trainer, exactly one."""
-        return self._parallel_devices
+    def parallel_devices(self) -> list[torch.device]:
+        """Empty, so that each Trainer that takes this strategy sets its own; see `root_device`."""
+        return []
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device]) -> None:
@@ -83,7 +82,7 @@ class ZOStrategy(SingleDeviceStrategy):
                     "Trainer(devices=1)"
                 ]
             )
-        self._parallel_devices = devices
+        self._root_device = devices[0]
 
     @property
     def num_nodes(self) -> int:
@@ -94,11 +93,6 @@ class ZOStrategy(SingleDeviceStrategy):
     def num_nodes(self, count: int) -> None:
         if count > 1:
             raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
-
-    @property
-    def root_device(self) -> torch.device:
-        """Where the model computes."""
-        return self._parallel_devices[0] if self._parallel_devices else self._root_device
 
     def model_to_device(self) -> None:
         """Moves the model to the device; the layers that are to be streamed stay in host memory."""
@@ -151,7 +145,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if running:
             assert before is not None
             before.close(torch.device("cpu"))
-        zo = build(module, optimizer, self._settings)
+        zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
             zo.listeners = before.listeners
             zo.optimizer.state.update(before.optimizer.state)
@@ -159,7 +153,7 @@ class ZOStrategy(SingleDeviceStrategy):
             settle(module, zo.streaming, self.root_device)
         if getattr(module, "_compiler_ctx", None):
             zo.oracle.copy_whole()
-        self.zo, self._trained = zo, self._trainable()
+        self._trained = self._trainable()
         self._losses, self._partial = 0, False
         return zo
 

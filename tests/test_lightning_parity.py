@@ -39,7 +39,7 @@ def bare(model: nn.Module, name: str = "llama", accumulate: int = 1, gamma: floa
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_bare_loop_and_lightning_agree(tmp_path: Path, name: str, tier: str | None) -> None:
     theirs = bare(tiny(name), name, lr=1e-3)
     module = Wrapped(name)
@@ -129,7 +129,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(s, id=name, marks=[] if name in ("fzoo", "clip") else pytest.mark.slow)
+        for name, s in SETTINGS.items()
+    ],
+)
 def test_every_setting_reaches_the_engine(tmp_path: Path, settings: dict[str, Any]) -> None:
     mine = fitted(tmp_path, strategy=settings)
     assert not differing(mine, bare(tiny("llama"), lr=1e-3, **settings))
@@ -140,8 +146,8 @@ def test_every_setting_reaches_the_engine(tmp_path: Path, settings: dict[str, An
     "make",
     [
         lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3),
-        lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-3),
-        sgd(momentum=0.9, nesterov=True),
+        pytest.param(lambda m: torch.optim.Adagrad(m.parameters(), lr=1e-3), marks=pytest.mark.slow),
+        pytest.param(sgd(momentum=0.9, nesterov=True), marks=pytest.mark.slow),
     ],
     ids=["AdamW", "Adagrad", "nesterov"],
 )
@@ -170,6 +176,7 @@ def test_bf16_true_is_a_model_in_bfloat16(tmp_path: Path, tier: str | None) -> N
     assert not differing(mine, bare(tiny("llama", dtype=torch.bfloat16), lr=1e-3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", TIERS)
 def test_64_true_leaves_the_default_dtype_alone(tmp_path: Path, tier: str | None) -> None:
     mine = fitted(tmp_path, strategy={"offload": tier}, precision="64-true")

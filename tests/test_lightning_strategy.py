@@ -45,6 +45,16 @@ def test_the_trainer_takes_either_name_and_gives_the_device(tmp_path: Path) -> N
         assert (run.num_devices, run.world_size, run.num_nodes, run.is_global_zero) == (1, 1, 1, True)
 
 
+def test_a_strategy_may_be_used_again(tmp_path: Path) -> None:
+    strategy = ZOStrategy({"num_probes": 2})
+    runs = []
+    for _ in range(2):
+        module = Wrapped("mlp")
+        trainer(tmp_path, strategy, accelerator="auto").fit(module, loader("mlp"))
+        runs.append(weights(module))
+    assert not differing(*runs)
+
+
 def test_a_model_is_as_ordinary_after_a_run_as_before(tmp_path: Path) -> None:
     variables, threads = dict(os.environ), set(threading.enumerate())
     module = Wrapped(optimizer=sgd(momentum=0.9))
@@ -202,8 +212,10 @@ def test_a_compiled_module_trains_with_whole_copies(tmp_path: Path) -> None:
     run.fit(compiled, loader("mlp"))
     mine = {n.removeprefix("model."): v for n, v in weights(run.lightning_module).items()}
     assert not differing(mine, fitted(tmp_path, Wrapped("mlp"), data=loader("mlp")))
+    module = Wrapped()
     with pytest.raises(ConfigError, match="compiled"):
-        trainer(tmp_path, "zo_offload").fit(torch.compile(Wrapped(), backend="eager"), loader())
+        trainer(tmp_path, "zo_offload").fit(torch.compile(module, backend="eager"), loader())
+    assert not differing(weights(module), weights(Wrapped()))
 
 
 class Manual(Wrapped):
