@@ -52,7 +52,8 @@ class ZOStrategy(SingleDeviceStrategy):
 
     strategy_name = "zo"
 
-    def __init__(self, config: ZOConfig | dict[str, Any] | None = None):
+    # dict comes first in the annotation: LightningCLI passes on what YAML has, and our own check explains mistakes.
+    def __init__(self, config: dict[str, Any] | ZOConfig | None = None):
         super().__init__()
         if isinstance(config, Mapping):
             config = ZOConfig.from_dict(dict(config))
