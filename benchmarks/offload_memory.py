@@ -104,10 +104,17 @@ def main() -> None:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 2**20
         rows = []
         losses = set()
-        for mode, rule in (("in place", "sgd"), ("in place", "momentum"), ("in memory", "sgd"), ("in memory", "momentum")):
+        for mode, rule in (
+            ("in place", "sgd"),
+            ("in place", "momentum"),
+            ("in memory", "sgd"),
+            ("in memory", "momentum"),
+        ):
             command = [sys.executable, "-m", "benchmarks.offload_memory", "--folder", folder, "--run", mode, rule]
             command += ["--tokens", str(args.tokens), "--steps", str(args.steps)]
-            out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            out = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
             losses.add((rule, out["loss"]))
             rows.append(
                 [f"{mode}, {rule}", f"{out['VmRSS']:.0f}", f"{out['RssAnon']:.0f}", f"{size / out['VmRSS']:.1f}"]

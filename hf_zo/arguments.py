@@ -44,7 +44,9 @@ class ZOArguments:
     zo_backend: str = field(default="auto", metadata={"help": "Noise kernels: auto, eager, compile or triton."})
     zo_offload: str | None = field(
         default=None,
-        metadata={"help": "Where the repeated layers live between their forwards: cpu, disk, or auto (what fits stays)."},
+        metadata={
+            "help": "Where the repeated layers live between their forwards: cpu, disk, or auto (what fits stays)."
+        },
     )
     zo_offload_dir: str | None = field(default=None, metadata={"help": "Folder of the block files, with disk."})
     zo_device_memory: str | None = field(

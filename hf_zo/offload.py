@@ -89,7 +89,9 @@ def _skeleton(model_class: Any, name_or_path: Any, kwargs: dict[str, Any]) -> nn
     hub = {key: kwargs[key] for key in HUB if key in kwargs}
     config = kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **hub)
     with torch.device("meta"):
-        model: nn.Module = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+        model: nn.Module = (
+            model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+        )
     return model
 
 
@@ -110,7 +112,7 @@ def _take_over(model: nn.Module) -> dict[str, dict[str, str]]:
     from accelerate.hooks import remove_hook_from_module
 
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
-    maps = [hook.weights_map for hook in hooks if getattr(hook, "weights_map", None) is not None]
+    maps: list[Any] = [held for hook in hooks if (held := getattr(hook, "weights_map", None)) is not None]
     index: dict[str, dict[str, str]] = maps[0].dataset.index
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():

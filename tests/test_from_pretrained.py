@@ -174,7 +174,13 @@ def test_wrong_arguments_say_what_to_write(tmp_path: Path) -> None:
         from_pretrained_offloaded(AutoModelForCausalLM, path, offload_dir="/proc/nowhere")
     with pytest.raises(ConfigError, match="not a module"):
         from_pretrained_offloaded(AutoModelForCausalLM, path, blocks=["model.layer"])
-    shape = {"vocab_size": 64, "embedding_size": 16, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    shape = {
+        "vocab_size": 64,
+        "embedding_size": 16,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     AlbertForMaskedLM(AlbertConfig(**shape)).save_pretrained(tmp_path / "albert")
     with pytest.raises(ModelError, match="no repeated layers"):
         from_pretrained_offloaded(AutoModelForMaskedLM, tmp_path / "albert")

@@ -145,12 +145,13 @@ class ZeroOrder:
             return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
         self.streaming = streaming
         for slot in self.slots:
-            home = streaming.home(slot.tensors)
-            for kind, (shape, dtype) in ({} if home is None else self.rule.state(slot.tensor)).items():
-                key = f"{home[1]}#{kind}"
-                token = streaming.keep_state(home[0], key, shape, dtype)
-                self.optimizer.state[slot.tensor][kind] = token
-                self._stored[slot, kind] = home[0], key, token
+            if (home := streaming.home(slot.tensors)) is None:
+                continue
+            block, name = home
+            for kind, (shape, dtype) in self.rule.state(slot.tensor).items():
+                key = f"{name}#{kind}"
+                token = self.optimizer.state[slot.tensor][kind] = streaming.keep_state(block, key, shape, dtype)
+                self._stored[slot, kind] = block, key, token
         return LockstepOracle(self.model, self.slots, self._perturbation, streaming, dropout=config.dropout)
 
     def stored_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -177,15 +178,25 @@ class ZeroOrder:
         if self.streaming is not None:
             self.streaming.flush()
 
-    def close(self) -> None:
-        """Brings a streamed model back to the device as ordinary parameters, and ends the threads."""
+    def stop(self) -> None:
+        """Applies what waits, and ends the threads of the probes; the next step starts them again."""
+        self.flush()
+        if isinstance(self.oracle, LockstepOracle):
+            self.oracle.lockstep.close()
+
+    def close(self, device: torch.device | None = None) -> None:
+        """Brings a streamed model back as ordinary parameters, and ends the threads.
+
+        Args:
+            device: where the streamed parameters go; None takes the device they computed on.
+        """
         if self.streaming is not None:
-            self.flush()
+            self.stop()
             for slot, kind in self._stored:
                 state = self.optimizer.state[slot.tensor]
                 state[kind] = self.stored_state(state)[kind].clone()
             self._stored = {}
-            self.streaming.close()
+            self.streaming.close(device)
             self.streaming = None
             self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
 

@@ -54,7 +54,9 @@ def offload(
     blocks = plan(model, names, moving)
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
-    place = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    home = {id(tensor) for block in blocks for held in block.holders.values() for tensor in held}
+    resident = [parameter for parameter in model.parameters() if id(parameter) not in home]
+    place = device or next(p.device for p in (*resident, *model.parameters()))
     if kind == "auto" and memory is None and place.type == "cuda":
         memory = torch.cuda.mem_get_info(place)[0]
     if memory is not None or kind == "auto":

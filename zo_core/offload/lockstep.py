@@ -80,6 +80,13 @@ class Lockstep:
         if self.error is not None:
             raise _Abort
 
+    def close(self) -> None:
+        """Ends the threads; a later run starts new ones."""
+        workers = list(self.workers)
+        _stop(self.workers)
+        for worker in workers:
+            worker.join()
+
     def _task(self, worker: _Worker, closure: Callable[[], Any]) -> None:
         """What a worker does with its first turn of a run."""
         try:

@@ -222,7 +222,11 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Piece]:
             raise ValueError("it ends too early")
         return {
             name: Piece(
-                torch.Size(entry["shape"]), DTYPES[entry["dtype"]], Path(path), name, 8 + length + entry["data_offsets"][0]
+                torch.Size(entry["shape"]),
+                DTYPES[entry["dtype"]],
+                Path(path),
+                name,
+                8 + length + entry["data_offsets"][0],
             )
             for name, entry in header.items()
         }

@@ -225,7 +225,8 @@ class Streaming:
                 after += self._moments(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
         arena = self.arenas.pop()
-        tensors = _carve(arena, block)
+        with torch.inference_mode(False):  # a view as another dtype would be an inference tensor, which nobody may fill
+            tensors = _carve(arena, block)
         self.loaded[block] = (arena, tensors)
         after += self._moments(block)
         self.bytes_read += block.nbytes
@@ -264,11 +265,12 @@ class Streaming:
         for block in self.blocks:
             self._finish(block)
 
-    def close(self) -> None:
+    def close(self, device: torch.device | None = None) -> None:
         """Flushes, gives the parameters their values back as ordinary tensors, and ends the thread."""
         self.flush()
+        device = self.device if device is None else device
         for block in self.blocks:
-            self.point(block, {name: tensor.to(self.device) for name, tensor in self.store.whole(block.name).items()})
+            self.point(block, {name: tensor.to(device) for name, tensor in self.store.whole(block.name).items()})
             del self.attached[id(block.module)]
         self.copies.close()
         for handle in self.handles:

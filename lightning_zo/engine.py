@@ -1,0 +1,108 @@
+"""Building the engine from what ``configure_optimizers`` returned."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+
+from zo_core import RULES, ConfigError, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
+
+from .sgd import SGDFace, is_plain
+
+
+def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOConfig) -> ZeroOrder:
+    """An engine that moves what ``optimizer`` holds, by its hyperparameters.
+
+    Args:
+        module: the model.
+        optimizer: a `ZOOptimizer` is used as it is; a plain SGD gives its numbers to the engine's own
+            rules; any other finds the gradient estimate in ``.grad``.
+        config: the settings; its ``lr`` and ``weight_decay`` belong into the optimizer.
+
+    Raises:
+        ConfigError: settings, optimizer and offload do not fit together.
+    """
+    if isinstance(optimizer, ZOOptimizer):
+        return ZeroOrder(module, config, optimizer=optimizer)
+    fused = config.rule == "auto" or not RULES.resolve(config.rule).wants_optimizer
+    if is_plain(optimizer) and fused:
+        face = SGDFace(optimizer, config.resolve().eps)
+        rule = _rule(face.beta, config)
+        return ZeroOrder(module, config.replace(rule=rule, eps=None), optimizer=face)
+    if config.offload is not None:
+        raise ConfigError(
+            [
+                f"configure_optimizers returned a {type(optimizer).__name__}, which looks at whole gradients, and "
+                f"offload={config.offload!r} has the weights of one layer at a time; return "
+                "zo_core.ZOOptimizer(self.parameters(), lr=1e-6) or torch.optim.SGD without nesterov or dampening, "
+                "or use strategy='zo'"
+            ]
+        )
+    return ZeroOrder(module, config, optimizer=optimizer)
+
+
+def _rule(momentum: float, config: ZOConfig) -> Any:
+    if config.rule == "auto":
+        return Momentum(momentum) if momentum else "sgd"
+    if momentum:
+        raise ConfigError(
+            [
+                f"rule={config.rule!r} was given together with SGD(momentum={momentum:g}); leave out the rule, or "
+                "write momentum=0.0"
+            ]
+        )
+    return config.rule
+
+
+def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConfig:
+    """The configuration with what the trainer says where it says nothing: device, seed and clipping.
+
+    Raises:
+        ConfigError: clipping was given twice.
+    """
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if config.seed is None else config.seed
+    if config.offload is not None and config.device is None:
+        config = config.replace(device=str(device))
+    bound = trainer.gradient_clip_val
+    if not bound:
+        return config.replace(seed=seed)
+    if config.clip is not None:
+        raise ConfigError(
+            [f"clip={config.clip:g} was given together with gradient_clip_val={bound:g}; leave out one of them"]
+        )
+    rank_zero_info(
+        f"gradient_clip_val={bound:g} bounds the projected gradient of each direction: there is no gradient whose "
+        "norm or values could be clipped"
+    )
+    return config.replace(seed=seed, clip=float(bound))
+
+
+def check(trainer: Trainer, module: LightningModule, config: ZOConfig) -> None:
+    """Raises `ConfigError` for what this module or trainer does that cannot work with probes."""
+    name = type(module).__name__
+    problems = []
+    if not module.automatic_optimization:
+        problems.append(
+            f"{name}.automatic_optimization is False, but a zeroth-order step has no backward pass to call; leave it "
+            "True and return the loss from training_step, or write the loop yourself with zo_core.ZeroOrder"
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        problems.append(
+            f"{name}.training_step takes dataloader_iter, but it runs several times on each batch; take batch instead"
+        )
+    if config.offload is not None:
+        averaging = (StochasticWeightAveraging, WeightAveraging)
+        problems += [
+            f"{type(callback).__name__} reads weights behind the strategy's back, and those of streamed layers are "
+            "elsewhere; leave it out, or use strategy='zo'"
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, averaging)
+        ]
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,78 @@
+"""The engine's own rules behind a `torch.optim.SGD`: updates in one pass, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zo_core import Momentum, ZOOptimizer
+from zo_core.noise.direction import compute_dtype
+
+BUFFER = "momentum_buffer"
+
+
+def is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is SGD as the rules ``sgd`` and ``momentum`` compute it."""
+    groups = optimizer.param_groups
+    return (
+        type(optimizer) is torch.optim.SGD
+        and not any(group["nesterov"] or group["maximize"] or group["dampening"] for group in groups)
+        and len({float(group["momentum"]) for group in groups}) == 1
+    )
+
+
+class SGDFace(ZOOptimizer):
+    """A `ZOOptimizer` in front of an SGD, whose learning rate, weight decay and momentum it follows.
+
+    The SGD stays what the trainer, schedulers and callbacks see, and checkpoints have its format. Its
+    own ``step`` finds no gradients and changes nothing; it is called because schedulers look for it.
+
+    Args:
+        inner: the SGD.
+        eps: distance of the probes from the weights.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, eps: float):
+        self.inner = inner
+        super().__init__([{"params": list(group["params"])} for group in inner.param_groups], eps=eps)
+        self.follow()
+
+    @property
+    def beta(self) -> float:
+        """The momentum of the SGD."""
+        return float(self.inner.param_groups[0]["momentum"])
+
+    def follow(self) -> None:
+        """Takes over what a scheduler may have changed."""
+        for mine, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine["lr"], mine["weight_decay"] = theirs["lr"], theirs["weight_decay"]
+        engine = self.engine
+        if engine is not None and self.beta and isinstance(engine.rule, Momentum) and engine.rule.beta != self.beta:
+            engine.flush()  # what waits belongs to the momentum of its own step
+            engine.rule = Momentum(self.beta)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        self.follow()
+        record = super().step(closure)
+        self.inner.step()
+        return record
+
+    def sgd_state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.SGD` would save it."""
+        mine = self.state_dict()["state"]
+        buffers = {index: {BUFFER: state["momentum"]} for index, state in mine.items() if "momentum" in state}
+        return {**self.inner.state_dict(), "state": buffers}
+
+    def load_sgd_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in."""
+        self.inner.load_state_dict({**state_dict, "state": {}})
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, tensor in zip(ids, tensors, strict=True):
+            buffer = state_dict["state"].get(index, {}).get(BUFFER)
+            if buffer is not None:
+                wide = compute_dtype(tensor.dtype)
+                self.state[tensor]["momentum"] = buffer.detach().to(tensor.device, wide, copy=True)
+        self.follow()

@@ -1,0 +1,274 @@
+"""The strategy: Lightning's loops, with forward passes only.
+
+It uses Lightning's own seams and copies none of its loops: ``training_step`` runs the module's
+``training_step`` once per probe, ``backward`` has nothing to do, and ``optimizer_step`` applies what
+was measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core.engine import offload_model
+from zo_core.offload import Streaming
+
+from .engine import build, check, settings
+from .probes import Probes
+from .sgd import SGDFace
+
+logger = logging.getLogger("lightning_zo")
+
+
+class ZOStrategy(SingleDeviceStrategy):
+    """Zeroth-order training of an unchanged `LightningModule`:
+
+        Trainer(strategy="zo")                                       # or "zo_offload"
+        Trainer(strategy=ZOStrategy(ZOConfig(estimator="fzoo")))
+
+    ``training_step`` runs once per probe (twice, by default), in eval mode and without gradients;
+    what it logs counts once per step, as the mean over the probes. Learning rate, weight decay and
+    momentum are those of the optimizer from ``configure_optimizers``.
+
+    Args:
+        config: a `ZOConfig`, or a dict of its fields, as YAML has it. None takes the defaults. Without a
+            ``seed`` the one of ``seed_everything`` counts, else 0.
+
+    Attributes:
+        zo: the engine of the run, from the start of ``fit`` on.
+
+    Raises:
+        ConfigError: settings that cannot work, several devices or optimizers, or manual optimization.
+    """
+
+    strategy_name = "zo"
+
+    # dict comes first in the annotation: LightningCLI passes on what YAML has, and our own check explains mistakes.
+    def __init__(self, config: dict[str, Any] | ZOConfig | None = None):
+        super().__init__()
+        if isinstance(config, Mapping):
+            config = ZOConfig.from_dict(dict(config))
+        elif config is not None and not isinstance(config, ZOConfig):
+            raise ConfigError([f"config={config!r} must be a ZOConfig or a dict, for example ZOConfig(eps=1e-3)"])
+        self.config = config or ZOConfig()
+        self.zo: ZeroOrder | None = None
+        self._settings = self.config
+        self._streaming: Streaming | None = None
+        self._trained: list[int] = []
+        self._losses = 0
+        self._partial = False
+
+    # The device: the connector of the Trainer sets these two
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """Empty, so that each Trainer that takes this strategy sets its own; see `root_device`."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) > 1:
+            raise ConfigError(
+                [
+                    f"devices={len(devices)}: zeroth-order training on several devices is not supported yet; write "
+                    "Trainer(devices=1)"
+                ]
+            )
+        self._root_device = devices[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """The nodes of the Trainer, exactly one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, count: int) -> None:
+        if count > 1:
+            raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
+
+    def model_to_device(self) -> None:
+        """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""
+        if self.config.offload is None or self.root_device.type == "cpu":
+            super().model_to_device()
+
+    # The run
+
+    def setup(self, trainer: Trainer) -> None:
+        """As any strategy's; a model that is only evaluated is streamed, too."""
+        super().setup(trainer)
+        if self.config.offload is not None and trainer.state.fn != TrainerFn.FITTING:
+            assert self.model is not None
+            self._streaming = offload_model(self.model, self.config, [], self.root_device)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Calls ``configure_optimizers``, and makes the engine."""
+        module = self._module()
+        check(trainer, module, self.config)
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise ConfigError(
+                [
+                    f"{type(module).__name__}.configure_optimizers returned several optimizers, but a zeroth-order "
+                    "step measures one loss and moves all weights at once; return one optimizer with a parameter group "
+                    "for each, which may have its own lr"
+                ]
+            ) from error
+        if not self.optimizers[0].param_groups:
+            raise ConfigError(
+                [
+                    f"{type(module).__name__}.configure_optimizers returned no optimizer, so nothing would be trained; "
+                    "return zo_core.ZOOptimizer(self.parameters(), lr=1e-6), or the torch optimizer it has elsewhere"
+                ]
+            )
+        self._settings = settings(trainer, self.config, self.root_device)
+        self._start()
+
+    def _start(self) -> ZeroOrder:
+        """Makes an engine for what the optimizer holds now; a running one hands over its state."""
+        module, optimizer, before = self._module(), self.optimizers[0], self.zo
+        running = before is not None and getattr(before.optimizer, "inner", before.optimizer) is optimizer
+        if running:
+            assert before is not None
+            before.close(torch.device("cpu"))
+        zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
+        if running and before is not None:
+            zo.listeners = before.listeners
+            zo.optimizer.state.update(before.optimizer.state)
+            zo.store_state()
+        if getattr(module, "_compiler_ctx", None):
+            zo.oracle.copy_whole()
+        self._trained = self._trainable()
+        self._losses, self._partial = 0, False
+        return zo
+
+    def _trainable(self) -> list[int]:
+        groups = self.optimizers[0].param_groups
+        return [id(tensor) for group in groups for tensor in group["params"] if tensor.requires_grad]
+
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None, "Trainer connects the module before it sets up anything"
+        return self.lightning_module
+
+    def teardown(self) -> None:
+        """Applies what is pending, and gives back a model in host memory; one that came streamed stays so."""
+        if self.zo is not None:
+            self.zo.stop()
+            if self.config.offload is not None:
+                self.zo.close(torch.device("cpu"))
+        if self._streaming is not None:
+            self._streaming.close(torch.device("cpu"))
+            self._streaming = None
+        super().teardown()
+
+    # The step
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch: the module's ``training_step``, once per probe.
+
+        Returns:
+            What the module returns, with the mean loss over the probes. None if a probe had no loss.
+        """
+        run, module = super().training_step, self._module()
+        if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
+            return run(*args, **kwargs)
+        zo = self._at_step(module.trainer.global_step)
+        count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
+        probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
+        # Around all probes, too: the default dtype that half precision sets belongs to the process, and probes
+        # of a streamed model run in turns.
+        with self.precision_plugin.train_step_context(), probes.recording():
+            zo.measure(lambda: probes.run(run, args, kwargs))
+        probes.finish()
+        probes.log()
+        self._losses += not probes.without_loss
+        self._partial |= 0 < probes.without_loss < len(probes.runs)
+        return probes.output()
+
+    def _at_step(self, step: int) -> ZeroOrder:
+        """The engine, about to measure for the step with this index."""
+        assert self.zo is not None, "setup_optimizers makes the engine"
+        zo = self.zo
+        if zo.step_count != step:  # the first step, or the one before was measured and not applied
+            zo.discard()
+            zo.step_count = step
+            self._losses, self._partial = 0, False
+        if not self._losses and self._trained != self._trainable():  # a callback froze or unfroze layers
+            zo = self._start()
+            zo.step_count = step
+        return zo
+
+    def backward(self, closure_loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing to do; hooks around a backward pass are not called."""
+        return closure_loss
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Measures the last micro-batch and moves the weights. There is no scaler, whatever the precision."""
+        result, trainer = closure(), self._module().trainer
+        if trainer.fit_loop._skip_backward:
+            return result
+        call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
+        call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
+        assert self.zo is not None
+        if self._partial or not self._losses:
+            which = "some probes" if self._partial else "every probe"
+            logger.warning(
+                "step %d skipped, weights untouched: training_step returned None in %s", self.zo.step_count, which
+            )
+            self.zo.discard()
+            self.zo.step_count += 1
+        else:
+            self.zo.optimizer.step()
+        self._losses, self._partial = 0, False
+        return result
+
+    # Checkpoints and evaluation see final weights
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights, after the updates that wait for their layer."""
+        self._flush()
+        return super().lightning_module_state_dict()
+
+    def on_validation_start(self) -> None:
+        """Applies what is pending."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.zo is not None:
+            self.zo.flush()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, in the format of its own class."""
+        face = None if self.zo is None else self.zo.optimizer
+        return face.sgd_state_dict() if isinstance(face, SGDFace) else super().optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Continues with the state of a checkpoint; it may come from a run with backpropagation."""
+        if self._trained != self._trainable():  # a callback has restored its own parameter groups
+            self._start()
+        face = None if self.zo is None else self.zo.optimizer
+        if isinstance(face, SGDFace):
+            face.load_sgd_state_dict(checkpoint["optimizer_states"][0])
+        else:
+            super().load_optimizer_state_dict(checkpoint)
+
+
+def register() -> None:
+    """Makes "zo" and "zo_offload" names for ``Trainer(strategy=...)``."""
+    names = {
+        "zo": (None, "Zeroth-order training: forward passes only"),
+        "zo_offload": (ZOConfig(offload="cpu"), "Zeroth-order training, layers streamed from host memory"),
+    }
+    for name, (config, description) in names.items():
+        StrategyRegistry.register(name, ZOStrategy, description=description, override=True, config=config)

@@ -1,0 +1,68 @@
+"""Law: on CUDA a streamed model has the losses and the weights of a resident one, in less memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCAB
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zo_core import ZeroOrder
+from zo_core.offload.store import RamStore
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available"),
+]
+
+
+def model(dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **shape)).to(dtype)
+
+
+def train(net: LlamaForCausalLM, **settings: Any) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], int]:
+    """Losses and projected gradients, final weights, and the peak of device memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    zo = ZeroOrder(net, lr=1e-4, rule="momentum", num_probes=2, **settings)
+    ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    records = [zo.step(lambda: net(input_ids=ids, labels=ids).loss) for _ in range(10)]
+    zo.flush()
+    peak = torch.cuda.max_memory_allocated() - before
+    weights = {name: value.cpu().clone() for name, value in net.state_dict().items()}
+    zo.close()
+    return [(r.loss, r.projected_grad) for r in records], weights, peak
+
+
+@pytest.mark.parametrize("tier", ["cpu", "disk", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_streamed_is_resident(tier: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"offload": tier, "device": "cuda"}
+    if tier == "disk":
+        settings["offload_dir"] = str(tmp_path)
+    if tier == "auto":
+        settings["device_memory"] = "30MB"
+    numbers, weights, peak = train(model(dtype), **settings)
+    expected, resident, whole = train(model(dtype).cuda())
+    assert numbers == expected
+    assert all(torch.equal(value, resident[name]) for name, value in weights.items())
+    if tier != "auto":
+        assert peak < whole
+
+
+def test_host_memory_is_known_to_the_driver_and_exact() -> None:
+    net = model(torch.float16)
+    size = sum(p.numel() * p.element_size() for p in net.model.layers.parameters())
+    zo = ZeroOrder(net, offload="cpu", device="cuda")
+    assert zo.streaming is not None
+    assert isinstance(zo.streaming.store, RamStore)
+    held = [tensor for block in zo.streaming.store.blocks.values() for tensor in block.values()]
+    assert all(tensor.is_pinned() for tensor in held)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == size
+    zo.close()
