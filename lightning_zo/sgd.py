@@ -72,7 +72,10 @@ class SGDFace(ZOOptimizer):
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
             buffer = state_dict["state"].get(index, {}).get(BUFFER)
+            self.state.pop(tensor, None)
             if buffer is not None:
                 wide = compute_dtype(tensor.dtype)
                 self.state[tensor]["momentum"] = buffer.detach().to(tensor.device, wide, copy=True)
+        if self.engine is not None:
+            self.engine.store_state()
         self.follow()

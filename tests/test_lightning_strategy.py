@@ -23,7 +23,7 @@ from torch import nn
 
 import lightning_zo
 from lightning_zo import ZOStrategy
-from zo_core import ConfigError, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import ConfigError, ZeroOrder, ZOConfig
 
 pytestmark = QUIET
 

@@ -114,7 +114,7 @@ class ZOConfig:
         elif self.offload is None:
             problems += [
                 f"{name}={getattr(self, name)!r} has no use without offload; write offload='auto'"
-                for name in ("device_memory", "device", "blocks")
+                for name in ("device_memory", "device")
                 if getattr(self, name) is not None
             ]
         try:
