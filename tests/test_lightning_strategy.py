@@ -317,10 +317,10 @@ trainer:
 def test_lightning_cli_configures_the_strategy_from_yaml(tmp_path: Path, yaml: str) -> None:
     pytest.importorskip("jsonargparse")
     (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "config.yaml").write_text(yaml)
+    (tmp_path / "run.yaml").write_text(yaml)
     here = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
-    command = [sys.executable, "script.py", "fit", "--config", "config.yaml"]
+    command = [sys.executable, "script.py", "fit", "--config", "run.yaml"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert ("offload='cpu'" if "zo_offload" in yaml else "eps=0.01") in result.stdout
