@@ -1,0 +1,15 @@
+"""Will it fit, and how long will a step take? Worked out from a model's shapes, without its weights.
+
+    python -m zo_core.estimate meta-llama/Llama-3.2-1B
+
+Nothing is guessed where the implementation can be asked: the blocks are those that streaming would
+choose, and the memory of a probe is counted while one runs on the meta device, where tensors have
+shapes and no bytes.
+"""
+
+from .plan import Row, Workload, estimate
+from .rates import Rates, measure_rates
+from .skeleton import skeleton
+from .table import as_json, as_table
+
+__all__ = ["Rates", "Row", "Workload", "as_json", "as_table", "estimate", "measure_rates", "skeleton"]

@@ -1,0 +1,85 @@
+"""The command ``zo-estimate``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..config import ZOConfig
+from ..errors import ZOError
+from .plan import Workload, estimate
+from .rates import Rates, measure_rates
+from .skeleton import skeleton
+from .table import as_json, as_table
+from .variants import LORA_TARGETS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the estimate; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        config = ZOConfig(
+            estimator=args.estimator,
+            num_probes=args.num_probes,
+            rule=args.rule,
+            blocks=tuple(args.blocks) if args.blocks else None,
+            offload=None if args.device_memory is None else "auto",
+            device_memory=args.device_memory,
+        )
+        dtype = DTYPES[args.dtype]
+        model = skeleton(args.model, dtype)
+        measured = measure_rates(torch.device(args.device), dtype, args.folder) if args.measure else Rates()
+        rates = Rates(args.link or measured.link, args.disk or measured.disk, args.flops or measured.flops)
+        work = Workload(
+            args.batch_size, args.length, args.device, config, rates, args.lora_rank, tuple(args.lora_targets.split(","))
+        )
+        rows = estimate(model, work)
+    except ZOError as error:
+        print(f"zo-estimate: {error}", file=sys.stderr)
+        return 2
+    count = sum(p.numel() for p in model.parameters())
+    title = (
+        f"{args.model}\n{type(model).__name__}, {count:,} parameters in {args.dtype}; "
+        f"batches of {work.tokens:,} tokens"
+    )
+    print(as_json(args.model, rows, work) if args.json else as_table(title, rows, work))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zo-estimate",
+        description="What it takes to fine-tune a model with forward passes only, worked out from its configuration.",
+    )
+    parser.add_argument("model", help="a folder with a config.json, or the name of a model on the Hub")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the weights")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences per batch (1)")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the model computes (cuda)")
+    parser.add_argument("--device-memory", help="let blocks that fit stay on the device, for example 16GB")
+    parser.add_argument("--blocks", nargs="+", help="names of the streamed modules, if they are not found")
+    parser.add_argument("--estimator", default="spsa", help="spsa or fzoo")
+    parser.add_argument("--num-probes", type=int, help="directions per step")
+    parser.add_argument("--rule", default="auto", help="sgd, momentum or sign")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--lora-targets", default=",".join(LORA_TARGETS), help="names of the layers with adapters")
+    parser.add_argument("--link", type=_rate, help="bytes per second between host and device, for example 25G")
+    parser.add_argument("--disk", type=_rate, help="bytes per second of the disk, for example 3G")
+    parser.add_argument("--flops", type=_rate, help="operations per second of the device, for example 100T")
+    parser.add_argument("--measure", action="store_true", help="measure the rates that are not given, on this machine")
+    parser.add_argument("--folder", help="for --measure: a folder on the disk that blocks would be on")
+    parser.add_argument("--json", action="store_true", help="all numbers, for machines")
+    return parser
+
+
+def _rate(text: str) -> float:
+    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)([KMGTP]?)B?(?:/s)?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0.0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, with K, M, G, T or P behind it or none")
+    return float(match[1]) * 1000.0 ** " KMGTP".index((match[2] or " ").upper())

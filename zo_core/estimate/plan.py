@@ -1,0 +1,285 @@
+"""What a training run takes: bytes in each place, bytes moved per step, and a bound on its time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ZOConfig, parse_bytes
+from ..errors import ConfigError, ModelError
+from ..noise.hashing import _WordCache
+from ..offload.build import beyond, plan, resident_bytes
+from ..offload.streaming import ARENA_SLOTS, Block, _aligned
+from ..targets import Slot, slot_keys
+from .rates import Rates
+from .trace import Scratch, Segment, formula, run_probe, together
+from .variants import LORA_TARGETS, with_int4, with_lora
+
+#: Mixed precision: weights and gradients in 16 bits, and in float32 the weights and Adam's two moments.
+#: In float32 throughout it is the same: weights, gradients, two moments of 4 bytes each.
+ADAMW_BYTES = 16
+
+#: bitsandbytes with double quantisation: a code of 4 bits, a scale of 8 bits for 64 weights, and one of 32
+#: bits for 256 of those.
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+
+PLACES = (None, "cpu", "disk")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, how, and on what.
+
+    Attributes:
+        batch_size: sequences per batch.
+        length: tokens per sequence.
+        device: "cuda" or "cpu", which treat scratch memory differently.
+        config: the estimator, number of probes, rule, blocks and device_memory that are used.
+        rates: for the time of a step.
+        lora_rank: rank of the adapters.
+        lora_targets: names of the layers that have adapters.
+    """
+
+    batch_size: int = 1
+    length: int = 512
+    device: str = "cuda"
+    config: ZOConfig = field(default_factory=ZOConfig)
+    rates: Rates = field(default_factory=Rates)
+    lora_rank: int = 16
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)!r} must be a whole number of at least 1"
+            for name in ("batch_size", "length", "lora_rank")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
+        ]
+        if self.device not in ("cuda", "cpu"):
+            problems.append(f"device={self.device!r} is not known; write 'cuda' or 'cpu'")
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.length
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train the model; all sizes in bytes.
+
+    Attributes:
+        name: the way, in words.
+        device: most memory in use on the device. What a process takes by itself (Python, libraries, a
+            CUDA context) comes on top.
+        host: memory of the host beside that; on a CPU both are the same memory, and add up.
+        disk: size of the block files; unchanged blocks are read from the checkpoint itself.
+        read, written: moved per step, to and from the device or between disk and memory.
+        forwards: per step; None where the time is not worked out.
+        seconds: a step takes at least this long; None where a rate is missing.
+        parts: what ``device`` is made of.
+        traced: the model's forward was run on the meta device, else activations are a formula.
+    """
+
+    name: str
+    device: int
+    host: int = 0
+    disk: int = 0
+    read: int = 0
+    written: int = 0
+    forwards: int | None = None
+    seconds: float | None = None
+    parts: dict[str, int] = field(default_factory=dict)
+    traced: bool = True
+
+
+def estimate(model: nn.Module, work: Workload) -> list[Row]:
+    """All ways to train a model, and full fine-tuning and QLoRA beside them.
+
+    Args:
+        model: on the meta device, for example from `skeleton`.
+        work: the batch, the method and the machine.
+
+    Returns:
+        One row each for resident, streamed from host memory and streamed from disk, of all weights,
+        int4 scales, LoRA, and LoRA on int4; then two for backpropagation. Ways that the model does not
+        allow are left out.
+    """
+    active = _active_parameters(model)
+    rank = work.lora_rank
+    ways = {"all weights": model}
+    for name, change in (
+        ("int4 scales", lambda: with_int4(model)),
+        (f"LoRA {rank}", lambda: with_lora(model, rank, work.lora_targets)),
+        (f"LoRA {rank}, int4", lambda: with_lora(with_int4(model), rank, work.lora_targets)),
+    ):
+        try:
+            ways[name] = change()
+        except ConfigError:
+            if work.lora_targets != LORA_TARGETS:
+                raise
+    rows = [row for name, variant in ways.items() for row in _streamed_or_not(name, variant, work, active)]
+    return rows + _backpropagation(model, ways.get(f"LoRA {rank}, int4"))
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """The slots of the trainable parameters; on meta, tied weights are those that are one parameter."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(module)
+    keys = slot_keys(name for name, _ in named)
+    return [Slot(key, (p,), tuple(holders[id(p)])) for key, (_, p) in zip(keys, named, strict=True)]
+
+
+def _streamed_or_not(name: str, model: nn.Module, work: Workload, active: int) -> list[Row]:
+    slots = slots_of(model)
+    moving = {id(slot.tensor) for slot in slots}
+    try:
+        blocks = plan(model, work.config.blocks, moving)
+    except ModelError:
+        blocks = []
+    if work.config.device_memory is not None and blocks:
+        blocks = beyond(blocks, resident_bytes(model, blocks), parse_bytes(work.config.device_memory))
+    segments, traced = _segments(model, slots, blocks, work)
+    places = PLACES if blocks else (None,)
+    return [_row(name, place, model, slots, blocks, segments, traced, work, active) for place in places]
+
+
+def _row(
+    name: str,
+    place: str | None,
+    model: nn.Module,
+    slots: list[Slot],
+    blocks: list[Block],
+    segments: list[Segment],
+    traced: bool,
+    work: Workload,
+    active: int,
+) -> Row:
+    settings = work.config.resolve()
+    points = len(settings.estimator.points((0,) * settings.num_probes, settings.eps))
+    blocks = [] if place is None else blocks
+    stay = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    where = {id(t): b for b in blocks for held in b.holders.values() for t in held}
+    state = 0
+    for slot in slots:
+        for kind, (shape, dtype) in settings.rule.state(slot.tensor).items():
+            kept = torch.empty(shape, dtype=dtype, device="meta")
+            if id(slot.tensor) in where:
+                where[id(slot.tensor)].state[f"{slot.key}#{kind}"] = kept
+            else:
+                state += _size(kept)
+    scratch = together(segments, points if blocks else 1, pooled=work.device == "cpu")
+    sizes = [block.nbytes for block in blocks]
+    trained = [b for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held)]
+    in_arena = [sum(map(_aligned, block.tensors.values())) for block in blocks]
+    parts = {
+        "weights": sum(_size(t) for key, t in stay.items() if key not in where),
+        "rule": state,
+        "arena": min(ARENA_SLOTS, len(blocks)) * max(in_arena, default=0),
+        "copies": scratch.copies,
+        "activations": scratch.activations,
+        "noise": _WordCache.MAX_BYTES if work.device == "cpu" else 0,
+    }
+    # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
+    read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0
+    written = sum(block.nbytes for block in trained)
+    transit = max((b.nbytes for b in trained), default=0)  # a copy of the block that is being written to a file
+    row = Row(
+        name=f"{name}, {'resident' if place is None else 'from ' + ('host' if place == 'cpu' else place)}",
+        device=sum(parts.values()),
+        host=sum(sizes) if place == "cpu" else transit if place == "disk" else 0,
+        disk=sum(sizes) + transit if place == "disk" else 0,
+        read=read,
+        written=written,
+        forwards=points,
+        seconds=_seconds(place, read, written, 2.0 * active * work.tokens * points, work.rates),
+        parts=parts,
+        traced=traced,
+    )
+    for block in blocks:
+        block.state.clear()
+    return row
+
+
+def _seconds(place: str | None, read: int, written: int, operations: float, rates: Rates) -> float | None:
+    """``max(bytes / bandwidth, operations / rate)``: copies to and from the device pass each other, those of a disk add up."""
+    bounds = [None if rates.flops is None else operations / rates.flops]
+    if place is not None:
+        bounds.append(None if rates.link is None else max(read, written) / rates.link)
+    if place == "disk":
+        bounds.append(None if rates.disk is None else (read + written) / rates.disk)
+    known = [bound for bound in bounds if bound is not None]
+    return max(known) if len(known) == len(bounds) else None
+
+
+def _segments(
+    model: nn.Module, slots: list[Slot], blocks: Sequence[Block], work: Workload
+) -> tuple[list[Segment], bool]:
+    ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64, device="meta")
+    config: Any = getattr(model, "config", None)
+    modules = [block.module for block in blocks]
+    for inputs in _inputs(type(model).__name__, ids):
+        try:
+            return run_probe(model, slots, modules, lambda inputs=inputs: _loss(model(**inputs))), True
+        except Exception:  # a forward may ask for values, which do not exist, in any way
+            continue
+    width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 0)
+    vocabulary = int(getattr(config, "vocab_size", 0) or 0)
+    return formula(model, slots, work.tokens, width, vocabulary), False
+
+
+def _inputs(class_name: str, ids: Tensor) -> list[dict[str, Tensor]]:
+    """Batches to try, for a model of this class."""
+    if class_name.endswith("Classification") and "Token" not in class_name:
+        return [{"input_ids": ids, "labels": ids[:, 0]}, {"input_ids": ids}]
+    return [{"input_ids": ids, "labels": ids}, {"input_ids": ids}]
+
+
+def _loss(output: Any) -> Tensor | None:
+    return getattr(output, "loss", None)
+
+
+def _active_parameters(model: nn.Module) -> int:
+    """Parameters that multiply each token: not the tables that are only looked up, nor experts that are not chosen."""
+    config: Any = getattr(model, "config", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = next(
+        (getattr(config, n) for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(config, n)), None
+    )
+    share = chosen / experts if chosen and experts else 1.0
+    users: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append((f"{name}.{leaf}", module, parameter))
+    total = 0.0
+    for held in users.values():
+        name, _, parameter = held[0]
+        if not all(isinstance(module, nn.Embedding) for _, module, _ in held):
+            total += parameter.numel() * (share if ".experts." in name else 1.0)
+    return int(total)
+
+
+def _backpropagation(model: nn.Module, qlora: nn.Module | None) -> list[Row]:
+    """Weights, gradients and moments; activations come on top."""
+    count = sum(p.numel() for p in model.parameters())
+    rows = [Row("backprop: AdamW, all weights", ADAMW_BYTES * count, parts={"weights, gradients, AdamW": ADAMW_BYTES * count})]
+    if qlora is not None:
+        adapters = ADAMW_BYTES * sum(p.numel() for p in qlora.parameters() if p.requires_grad)
+        codes = {id(p) for p in qlora.parameters() if p.dtype == torch.uint8}
+        scales = {id(p) for n, p in qlora.named_parameters() if n.endswith(".scales")}
+        coded = sum(2 * p.numel() for p in qlora.parameters() if id(p) in codes)
+        frozen = [p for p in qlora.parameters() if not p.requires_grad and id(p) not in codes | scales]
+        base = int(coded * NF4_BITS / 8) + sum(map(_size, frozen))
+        rows.append(Row("backprop: QLoRA", base + adapters, parts={"weights": base, "adapters, AdamW": adapters}))
+    return rows
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

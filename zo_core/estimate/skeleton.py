@@ -1,0 +1,51 @@
+"""A model without values, from its configuration alone. The only file here that knows transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+
+
+def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The model that a configuration describes, on the meta device and in eval mode.
+
+    Args:
+        name_or_path: a folder with a ``config.json``, or the name of a model on the Hub.
+        dtype: of the weights.
+
+    Returns:
+        An object of the class that the configuration names, else of ``AutoModelForCausalLM``; tied
+        weights are one parameter.
+
+    Raises:
+        ConfigError: transformers is missing, or there is no such configuration or class.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            [f"reading the configuration of {name_or_path!r} needs transformers; pip install 'zo-trainer[hf]'"]
+        ) from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            [f"{name_or_path!r} is neither a folder with a config.json nor a model that can be reached: {reason}"]
+        ) from error
+    config.use_cache = False  # as Trainer sets it; keys and values of all layers would be kept otherwise
+    named: list[str] = getattr(config, "architectures", None) or []
+    cls: Any = next((getattr(transformers, c) for c in named if hasattr(transformers, c)), None)
+    with torch.device("meta"):
+        try:
+            auto = transformers.AutoModelForCausalLM
+            model: nn.Module = auto.from_config(config, dtype=dtype) if cls is None else cls._from_config(config, dtype=dtype)
+        except ValueError as error:
+            raise ConfigError(
+                [f"{name_or_path!r}: {str(error).strip().splitlines()[0]}; add \"architectures\" to its config.json"]
+            ) from error
+    return model.eval()

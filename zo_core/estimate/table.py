@@ -1,0 +1,53 @@
+"""The estimate for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ..offload.build import human
+from .plan import Row, Workload
+
+
+def as_table(title: str, rows: Sequence[Row], work: Workload) -> str:
+    """At most 80 columns."""
+    head = f"{'':30}{'device':>10}{'host':>10}{'disk':>10}{'a step':>11}{'s/step':>9}"
+    lines = [title, "", head]
+    for row in rows:
+        moved = row.read + row.written
+        seconds = "" if row.seconds is None else f">={row.seconds:.2g}" if row.seconds < 100 else f">={row.seconds:.0f}"
+        cells = [_cell(row.device), _cell(row.host), _cell(row.disk)]
+        lines.append(f"{row.name:30}{cells[0]:>10}{cells[1]:>10}{cells[2]:>10}{_cell(moved):>11}{seconds:>9}")
+    lines += ["", *_notes(rows, work)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(size: int) -> str:
+    return human(size) if size else "-"
+
+
+def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
+    notes = ["'A step' is what is read and written per step between device, host and disk."]
+    if work.device == "cpu":
+        notes.append("On a CPU, device and host are the same memory: add them up.")
+    else:
+        notes.append("A CUDA context and the workspaces of libraries come on top of 'device'.")
+    notes.append("Backprop is 16 bytes per trained parameter and the frozen weights, without\nactivations.")
+    if not all(row.traced for row in rows):
+        notes.append("This model's forward does not run without values: activations are a formula.")
+    if any(row.seconds is None and row.forwards for row in rows):
+        notes.append("For the time of a step: --measure, or --flops, --link and --disk.")
+    return notes
+
+
+def as_json(title: str, rows: Sequence[Row], work: Workload) -> str:
+    """All numbers, in bytes and seconds."""
+    inputs = {
+        "batch_size": work.batch_size,
+        "length": work.length,
+        "device": work.device,
+        "rates": asdict(work.rates),
+        "config": work.config.to_dict(),
+    }
+    return json.dumps({"model": title, "workload": inputs, "rows": [asdict(row) for row in rows]}, indent=2)

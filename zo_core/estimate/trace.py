@@ -1,0 +1,213 @@
+"""How much memory a probe takes beside the weights: one runs on the meta device, and its tensors are counted.
+
+The model's own forward runs, through the same hooks that perturb it in training, so whatever is
+alive at once is counted: perturbed copies, activations, logits, the upcast copy of the loss. Not
+seen is what a kernel takes for itself. Attention is counted as fused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..modes import eval_mode
+from ..noise import Direction, Rademacher
+from ..oracle.materialise import Materialised
+from ..oracle.scratch import ScratchPool
+from ..records import Point
+from ..targets import Slot
+
+#: Perturbed copies are told apart by number of elements and dtype, as `ScratchPool` does; None is all else.
+Kind = tuple[int, torch.dtype] | None
+
+
+@dataclass
+class Segment:
+    """What is alive between two ends of blocks.
+
+    Attributes:
+        peak: most bytes at once.
+        peaks: most bytes at once, by kind.
+        end: bytes at the end, by kind.
+    """
+
+    peak: int = 0
+    peaks: Counter[Kind] = field(default_factory=Counter)
+    end: Counter[Kind] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Bytes beside weights while the probes of a step run.
+
+    Attributes:
+        copies: perturbed copies of weights.
+        activations: everything else; with a caching allocator (CUDA) the most at any one time
+            together with ``copies``.
+    """
+
+    copies: int
+    activations: int
+
+
+class Trace(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made under it and are still alive.
+
+    Args:
+        held: tensors from before, which do not count.
+    """
+
+    def __init__(self, held: Iterable[Tensor]):
+        super().__init__()
+        self.kind: Kind = None
+        self.live: Counter[Kind] = Counter()
+        self.segments = [Segment()]
+        self._known = {tensor.untyped_storage()._cdata for tensor in held}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: Any) -> None:
+        identity = storage._cdata
+        if identity in self._known:
+            return
+        self._known.add(identity)
+        kind, size = self.kind, storage.nbytes()
+        self.live[kind] += size
+        weakref.finalize(storage, self._forget, identity, kind, size)
+        segment = self.segments[-1]
+        segment.peak = max(segment.peak, sum(self.live.values()))
+        segment.peaks[kind] = max(segment.peaks[kind], self.live[kind])
+
+    def _forget(self, identity: int, kind: Kind, size: int) -> None:
+        self._known.discard(identity)
+        self.live[kind] -= size
+
+    def cut(self) -> None:
+        """The end of a block: a new segment begins."""
+        self.segments[-1].end = Counter(self.live)
+        self.segments.append(Segment(sum(self.live.values()), Counter(self.live)))
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention takes its result and nothing else, as the fused kernels of CPU and CUDA."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, value = named["query"], named["value"]
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+        return func(*args, **kwargs)
+
+
+class _Unmoved(Direction):
+    """A direction without values, for weights without values."""
+
+    def add_to(self, theta: Tensor, decay: float = 1.0, out: Tensor | None = None) -> Tensor:
+        return theta if out is None else out
+
+
+class _CountedPool(ScratchPool):
+    """Says of its tensors what they are for."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def take(self, like: Tensor) -> Tensor:
+        self.trace.kind = (like.numel(), like.dtype) if like.is_contiguous() else None
+        try:
+            return torch.empty_like(like, requires_grad=False)
+        finally:
+            self.trace.kind = None
+
+
+def run_probe(
+    model: nn.Module, slots: list[Slot], blocks: Collection[nn.Module], closure: Callable[[], Any]
+) -> list[Segment]:
+    """One probe of a model on the meta device, cut at the ends of ``blocks``.
+
+    Raises:
+        Exception: whatever the model raises, for example because its forward depends on values.
+    """
+    trace = Trace([*model.parameters(), *model.buffers()])
+    realisation = Materialised(model, slots, lambda slot, point: _Unmoved(Rademacher(), slot.key, ((0, 1.0),)))
+    realisation.pool = _CountedPool(trace)
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), eval_mode(model), _FusedAttention(), trace):
+            stack.enter_context(context)
+        stack.enter_context(realisation.at(Point(0, 1.0)))
+        for block in blocks:
+            stack.callback(block.register_forward_hook(lambda *_: trace.cut()).remove)
+        closure()
+    return trace.segments
+
+
+def formula(model: nn.Module, slots: list[Slot], tokens: int, width: int, vocabulary: int) -> list[Segment]:
+    """Stands in for `run_probe` where a model's forward depends on values: the largest module, and the logits.
+
+    Logits are counted in float32 three times (upcast, logarithms, and once in passing), hidden states
+    eight times.
+    """
+    own: dict[nn.Module, Counter[Kind]] = {}
+    kept: Counter[Kind] = Counter()
+    for slot in slots:
+        kind, size = (slot.tensor.numel(), slot.tensor.dtype), slot.tensor.numel() * slot.tensor.element_size()
+        if len(slot.modules) > 1:
+            kept[kind] += size
+        for module in slot.modules[:1] if len(slot.modules) == 1 else ():
+            own.setdefault(module, Counter())[kind] += size
+    peaks: Counter[Kind] = Counter()
+    for counter in own.values():
+        peaks |= counter
+    peaks += kept
+    peaks[None] = 4 * tokens * max(3 * vocabulary, 8 * width)
+    largest = max((sum(counter.values()) for counter in own.values()), default=0)
+    return [Segment(largest + sum(kept.values()) + peaks[None], peaks, kept + Counter({None: 4 * tokens * width}))]
+
+
+def together(segments: Sequence[Segment], probes: int, pooled: bool) -> Scratch:
+    """What ``probes`` probes take that pass through each block in turn.
+
+    While one runs through a block, each of the others waits at its beginning or at its end. With one
+    probe at a time this is the largest segment.
+
+    Args:
+        segments: of one probe.
+        probes: how many run in lockstep.
+        pooled: perturbed copies are kept for reuse, by size (`ScratchPool` on the CPU), instead of being
+            returned to an allocator that finds room for anything.
+    """
+    best, kinds = 0, Counter[Kind]()
+    before: Counter[Kind] = Counter()
+    for segment in segments:
+        waiting = before | segment.end
+        parked = (probes - 1) * max(sum(before.values()), sum(segment.end.values()))
+        best = max(best, segment.peak + parked)
+        for kind in segment.peaks:
+            kinds[kind] = max(kinds[kind], segment.peaks[kind] + (probes - 1) * waiting[kind])
+        before = segment.end
+    copies = sum(size for kind, size in kinds.items() if kind is not None)
+    if pooled:
+        return Scratch(copies, kinds[None])
+    return Scratch(min(copies, best), best - min(copies, best))
