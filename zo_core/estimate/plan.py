@@ -237,9 +237,10 @@ def _segments(
 
 def _inputs(class_name: str, ids: Tensor) -> list[dict[str, Tensor]]:
     """Batches to try, for a model of this class."""
-    if class_name.endswith("Classification") and "Token" not in class_name:
-        return [{"input_ids": ids, "labels": ids[:, 0]}, {"input_ids": ids}]
-    return [{"input_ids": ids, "labels": ids}, {"input_ids": ids}]
+    per_sequence = class_name.endswith("ForSequenceClassification")
+    labels = {"labels": ids[:, 0] if per_sequence else ids}
+    mask = {"attention_mask": torch.ones_like(ids)}
+    return [{"input_ids": ids} | mask | labels, {"input_ids": ids} | labels, {"input_ids": ids}]
 
 
 def _loss(output: Any) -> Tensor | None:

@@ -1,0 +1,150 @@
+"""Is what `zo-estimate` says true? Its numbers beside the peaks of runs in processes of their own.
+
+Each process trains the same checkpoint for a few steps, resident or from disk, and samples its anonymous
+memory (RssAnon) every 5 ms. What counts is the peak above the same process with everything imported, and
+the model of a few kilobytes trained, but nothing opened.
+
+    python -m benchmarks.estimate --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zo_core import ZeroOrder, ZOConfig
+from zo_core.estimate import Workload, estimate, skeleton
+
+from .offload_memory import LEARNING, Peak, status
+from .report import save
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: where the layers are, the rule, and the directions per step."""
+
+    place: str
+    rule: str = "sgd"
+    num_probes: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.place}, {self.rule}, {self.num_probes} probe{'s' * (self.num_probes > 1)}"
+
+
+CASES = (
+    Case("resident"),
+    Case("resident", "momentum"),
+    Case("from disk"),
+    Case("from disk", "momentum"),
+    Case("from disk", "sgd", 2),
+)
+
+
+def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
+    """A Llama in float32 with 3.1 M weights a layer, embeddings tied; values random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=vocabulary,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def predicted(folder: Path, case: Case, tokens: int) -> dict[str, int]:
+    """Parts of the memory that the estimate names, in bytes."""
+    config = ZOConfig(rule=case.rule, num_probes=case.num_probes)
+    work = Workload(batch_size=1, length=tokens, device="cpu", config=config)
+    rows = {row.name: row for row in estimate(skeleton(str(folder), torch.float32), work)}
+    row = rows[f"all weights, {case.place}"]
+    return {**row.parts, "writing": row.host}
+
+
+def run(folder: Path, case: Case, tokens: int, steps: int) -> int:
+    """Peak of RssAnon above the imports, in bytes, of a run in this process."""
+    from transformers import AutoModelForCausalLM
+
+    from hf_zo import from_pretrained_offloaded
+
+    small = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    ZeroOrder(small, lr=0.0).step(lambda: small(torch.ones(64, 64)).mean())
+    peak = Peak()
+    base = status()
+    peak.start()
+    with tempfile.TemporaryDirectory(dir=folder) as blocks:
+        if case.place == "resident":
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        else:
+            model = from_pretrained_offloaded(AutoModelForCausalLM, folder, offload_dir=blocks)
+        model.config.use_cache = False
+        zo = ZeroOrder(model, lr=LEARNING[case.rule], rule=case.rule, num_probes=case.num_probes)
+        ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        for _ in range(steps):
+            zo.step(lambda: model(**inputs).loss)
+        zo.flush()
+    peak.stop.set()
+    peak.join()
+    return int((peak.values["RssAnon"] - base["RssAnon"]) * 2**20)
+
+
+def measured(folder: Path, case: Case, tokens: int, steps: int) -> int:
+    """`run` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.estimate", "--run", str(folder), case.place, case.rule]
+    command += [str(case.num_probes), "--tokens", str(tokens), "--steps", str(steps)]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    return int(json.loads(result.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--vocabulary", type=int, default=16000)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
+    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        folder, place, rule, probes = args.run
+        print(run(Path(folder), Case(place, rule, int(probes)), args.tokens, args.steps))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        write_checkpoint(path, args.layers, args.vocabulary)
+        rows = []
+        for case in CASES:
+            parts = predicted(path, case, args.tokens)
+            said, was = sum(parts.values()), measured(path, case, args.tokens, args.steps)
+            rows.append([case.name, f"{said / 1e6:.0f}", f"{was / 1e6:.0f}", f"{said / was:.3f}"])
+            print(parts)
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e6
+    save(
+        "estimate",
+        f"`zo-estimate` and peaks of RssAnon above the imports, MB; a checkpoint of {size:.0f} MB in float32, "
+        f"{args.layers} layers, {args.tokens} tokens, {args.steps} steps",
+        ["", "estimate", "measured", "estimate ÷ measured"],
+        rows,
+        torch.device("cpu"),
+        write=args.save,
+    )
+
+
+if __name__ == "__main__":
+    main()
