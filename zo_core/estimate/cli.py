@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = measure_rates(torch.device(args.device), dtype, args.folder) if args.measure else Rates()
         rates = Rates(args.link or measured.link, args.disk or measured.disk, args.flops or measured.flops)
         work = Workload(
-            args.batch_size, args.length, args.device, config, rates, args.lora_rank, tuple(args.lora_targets.split(","))
+            args.batch_size,
+            args.length,
+            args.device,
+            config,
+            rates,
+            args.lora_rank,
+            tuple(args.lora_targets.split(",")),
         )
         rows = estimate(model, work)
     except ZOError as error:
@@ -45,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     count = sum(p.numel() for p in model.parameters())
     title = (
-        f"{args.model}\n{type(model).__name__}, {count:,} parameters in {args.dtype}; "
-        f"batches of {work.tokens:,} tokens"
+        f"{args.model}\n{type(model).__name__}, {count:,} parameters in {args.dtype}; batches of {work.tokens:,} tokens"
     )
     print(as_json(args.model, rows, work) if args.json else as_table(title, rows, work))
     return 0

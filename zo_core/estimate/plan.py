@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..offload.build import beyond, plan, resident_bytes
 from ..offload.streaming import ARENA_SLOTS, Block, _aligned
 from ..targets import Slot, slot_keys
 from .rates import Rates
-from .trace import Scratch, Segment, formula, run_probe, together
+from .trace import Segment, formula, run_probe, together
 from .variants import LORA_TARGETS, with_int4, with_lora
 
 #: Mixed precision: weights and gradients in 16 bits, and in float32 the weights and Adam's two moments.
@@ -83,6 +84,9 @@ class Row:
         seconds: a step takes at least this long; None where a rate is missing.
         parts: what ``device`` is made of.
         traced: the model's forward was run on the meta device, else activations are a formula.
+
+    On a CPU, ``device`` counts memory in use. What glibc keeps of freed memory, for reuse, comes on top, unless
+    the process was started with ``MALLOC_MMAP_THRESHOLD_=65536``.
     """
 
     name: str
@@ -190,12 +194,14 @@ def _row(
     # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0
     written = sum(block.nbytes for block in trained)
-    transit = max((b.nbytes for b in trained), default=0)  # a copy of the block that is being written to a file
+    through_host = blocks if work.device == "cuda" else trained  # files are read and written a tensor at a time
+    transit = max((_size(t) for b in through_host for t in b.tensors.values()), default=0)
+    beside = max((block.nbytes for block in trained), default=0)  # the new file, until it replaces the old one
     row = Row(
         name=f"{name}, {'resident' if place is None else 'from ' + ('host' if place == 'cpu' else place)}",
         device=sum(parts.values()),
         host=sum(sizes) if place == "cpu" else transit if place == "disk" else 0,
-        disk=sum(sizes) + transit if place == "disk" else 0,
+        disk=sum(sizes) + beside if place == "disk" else 0,
         read=read,
         written=written,
         forwards=points,
@@ -209,7 +215,10 @@ def _row(
 
 
 def _seconds(place: str | None, read: int, written: int, operations: float, rates: Rates) -> float | None:
-    """``max(bytes / bandwidth, operations / rate)``: copies to and from the device pass each other, those of a disk add up."""
+    """``max(bytes / bandwidth, operations / rate)``.
+
+    Copies to and from the device pass each other, those to and from a disk add up.
+    """
     bounds = [None if rates.flops is None else operations / rates.flops]
     if place is not None:
         bounds.append(None if rates.link is None else max(read, written) / rates.link)
@@ -227,7 +236,7 @@ def _segments(
     modules = [block.module for block in blocks]
     for inputs in _inputs(type(model).__name__, ids):
         try:
-            return run_probe(model, slots, modules, lambda inputs=inputs: _loss(model(**inputs))), True
+            return run_probe(model, slots, modules, partial(model, **inputs)), True
         except Exception:  # a forward may ask for values, which do not exist, in any way
             continue
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 0)
@@ -243,16 +252,13 @@ def _inputs(class_name: str, ids: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids} | mask | labels, {"input_ids": ids} | labels, {"input_ids": ids}]
 
 
-def _loss(output: Any) -> Tensor | None:
-    return getattr(output, "loss", None)
-
-
 def _active_parameters(model: nn.Module) -> int:
     """Parameters that multiply each token: not the tables that are only looked up, nor experts that are not chosen."""
     config: Any = getattr(model, "config", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     experts = next(
-        (getattr(config, n) for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(config, n)), None
+        (getattr(config, n) for n in ("num_local_experts", "num_experts", "n_routed_experts") if hasattr(config, n)),
+        None,
     )
     share = chosen / experts if chosen and experts else 1.0
     users: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
@@ -270,7 +276,13 @@ def _active_parameters(model: nn.Module) -> int:
 def _backpropagation(model: nn.Module, qlora: nn.Module | None) -> list[Row]:
     """Weights, gradients and moments; activations come on top."""
     count = sum(p.numel() for p in model.parameters())
-    rows = [Row("backprop: AdamW, all weights", ADAMW_BYTES * count, parts={"weights, gradients, AdamW": ADAMW_BYTES * count})]
+    rows = [
+        Row(
+            "backprop: AdamW, all weights",
+            ADAMW_BYTES * count,
+            parts={"weights, gradients, AdamW": ADAMW_BYTES * count},
+        )
+    ]
     if qlora is not None:
         adapters = ADAMW_BYTES * sum(p.numel() for p in qlora.parameters() if p.requires_grad)
         codes = {id(p) for p in qlora.parameters() if p.dtype == torch.uint8}

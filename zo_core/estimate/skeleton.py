@@ -43,9 +43,11 @@ def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
     with torch.device("meta"):
         try:
             auto = transformers.AutoModelForCausalLM
-            model: nn.Module = auto.from_config(config, dtype=dtype) if cls is None else cls._from_config(config, dtype=dtype)
+            model: nn.Module = (
+                auto.from_config(config, dtype=dtype) if cls is None else cls._from_config(config, dtype=dtype)
+            )
         except ValueError as error:
             raise ConfigError(
-                [f"{name_or_path!r}: {str(error).strip().splitlines()[0]}; add \"architectures\" to its config.json"]
+                [f'{name_or_path!r}: {str(error).strip().splitlines()[0]}; add "architectures" to its config.json']
             ) from error
     return model.eval()

@@ -162,6 +162,7 @@ def run_probe(
         for block in blocks:
             stack.callback(block.register_forward_hook(lambda *_: trace.cut()).remove)
         closure()
+        trace.segments[-1].end = Counter(trace.live)  # copies of tied weights stay until all probes are done
     return trace.segments
 
 

@@ -86,9 +86,8 @@ def with_lora(model: nn.Module, rank: int, targets: Collection[str] = LORA_TARGE
     ]
     if not names:
         linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Int4Linear))}
-        raise ConfigError(
-            [f"lora_targets={','.join(targets)} are not in the model; its linear layers are {', '.join(sorted(linear))}"]
-        )
+        known = ", ".join(sorted(linear)) or "none"
+        raise ConfigError([f"lora_targets={','.join(targets)} are not in the model; its linear layers are: {known}"])
     for name in names:
         base = model.get_submodule(name)
         shape = base.shape if isinstance(base, Int4Linear) else _linear(model, name).weight.shape
