@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 def on_meta(name: str, tied: bool = True) -> nn.Module:
     """The tiny model of a family as a stranger's configuration would give it."""
     real = tiny(name, tied)
+    real.config.use_cache = False  # as `skeleton` does
     with torch.device("meta"):
         return type(real)(real.config).eval()
 
@@ -87,8 +88,8 @@ def test_device_memory_keeps_blocks_that_fit() -> None:
 
 def test_more_tokens_take_more_activations_and_nothing_else() -> None:
     few, many = (
-        {r.name: r for r in estimate(on_meta("llama"), Workload(1, length, "cuda"))}["all weights, resident"]
-        for length in (8, 32)
+        {r.name: r for r in estimate(on_meta("llama"), Workload(1, length, "cpu"))}["all weights, resident"]
+        for length in (32, 128)
     )
     assert many.parts["activations"] == pytest.approx(4 * few.parts["activations"], rel=0.05)
     assert {**many.parts, "activations": 0} == {**few.parts, "activations": 0}
@@ -110,7 +111,7 @@ def test_int4_and_lora_move_less() -> None:
     full, int4, lora = (found[f"{way}, from disk"] for way in ("all weights", "int4 scales", "LoRA 16"))
     weights = 32 * 32 * 2 + 2 * 16 * 32 + 3 * 32 * 48  # of the linear layers of one block
     assert int4.read == 0  # two blocks: both stay in the arena
-    assert int4.disk == 2 * weights // 2
+    assert int4.disk == 2 * (weights // 2 + 2 * 32 * 4)  # two weights a byte, and the norms of each block
     assert (int4.written, lora.written) == (0, 0)
     assert full.written > 0
     assert lora.parts["copies"] < full.parts["copies"]

@@ -16,7 +16,7 @@ def as_table(title: str, rows: Sequence[Row], work: Workload) -> str:
     lines = [title, "", head]
     for row in rows:
         moved = row.read + row.written
-        seconds = "" if row.seconds is None else f">={row.seconds:.2g}" if row.seconds < 100 else f">={row.seconds:.0f}"
+        seconds = "" if row.seconds is None else f">={row.seconds:.2g}"
         cells = [_cell(row.device), _cell(row.host), _cell(row.disk)]
         lines.append(f"{row.name:30}{cells[0]:>10}{cells[1]:>10}{cells[2]:>10}{_cell(moved):>11}{seconds:>9}")
     lines += ["", *_notes(rows, work)]
@@ -24,7 +24,7 @@ def as_table(title: str, rows: Sequence[Row], work: Workload) -> str:
 
 
 def _cell(size: int) -> str:
-    return human(size) if size else "-"
+    return f"{size / 1e12:.2f} TB" if size >= 1e12 else human(size) if size else "-"
 
 
 def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
