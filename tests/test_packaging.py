@@ -1,0 +1,96 @@
+"""Law: what is installed is the packages, typed, and nothing else; importing the core adds little to torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PACKAGES = ("zo_core", "hf_zo", "lightning_zo")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy, so that the working tree stays as it is."""
+    copy = tmp_path_factory.mktemp("source")
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", "site")
+    shutil.copytree(ROOT, copy, ignore=skip, dirs_exist_ok=True)
+    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", code, str(copy)], cwd=copy, capture_output=True, text=True, check=True)
+    return zipfile.ZipFile(copy / run.stdout.splitlines()[-1])
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    built = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    sources = {path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")} | {
+        f"{package}/py.typed" for package in PACKAGES
+    }
+    assert built == sources
+
+
+def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
+    (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    assert metadata["License-Expression"] == PROJECT["license"]
+    assert "zo-estimate = zo_core.estimate.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_versions_agree() -> None:
+    import zo_core
+
+    assert zo_core.__version__ == PROJECT["version"]
+
+
+def run(code: str) -> str:
+    """What a program prints, in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return result.stdout
+
+
+def test_importing_the_core_adds_little_to_torch() -> None:
+    """By modules, not by time: what is not loaded cannot cost any."""
+    code = (
+        "import json, sys, torch, safetensors.torch; before = set(sys.modules); import zo_core; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    added = json.loads(run(code))
+    foreign = [name for name in added if name.split(".")[0] not in {*sys.stdlib_module_names, "zo_core"}]
+    assert not foreign
+    assert not [name for name in added if name.startswith("zo_core.estimate")]
+    assert len(added) < 80
+
+
+@pytest.mark.parametrize(
+    ("missing", "statement", "extra"),
+    [
+        ("transformers", "import hf_zo", "hf"),
+        ("accelerate", "import hf_zo", "hf"),
+        ("lightning", "import lightning_zo", "lightning"),
+        ("transformers", "import zo_core.estimate; zo_core.estimate.skeleton('gpt2')", "hf"),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, statement: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        f"try:\n    {statement}\nexcept Exception as error:\n    print(error)"
+    )
+    assert f"pip install 'zo-trainer[{extra}]'" in run(code)
+    assert extra in PROJECT["optional-dependencies"]
+
+
+@pytest.mark.parametrize("missing", ["peft", "bitsandbytes", "lightning", "triton"])
+def test_what_is_optional_is_optional(missing: str) -> None:
+    assert run(f"import sys; sys.modules[{missing!r}] = None; import zo_core, hf_zo; print('fine')") == "fine\n"
