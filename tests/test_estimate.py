@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes
+import peft
 import pytest
 import torch
 from models import FAMILIES, batch, closure, tiny
@@ -15,9 +17,13 @@ from torch import nn
 from zo_core import ConfigError, ZeroOrder, ZOConfig
 from zo_core.estimate import Rates, Row, Workload, as_json, as_table, estimate, measure_rates, skeleton
 from zo_core.estimate.cli import main
+from zo_core.estimate.variants import Int4Linear
 from zo_core.offload.build import plan
 
 ROOT = Path(__file__).parent.parent
+
+# peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def on_meta(name: str, tied: bool = True) -> nn.Module:
@@ -115,6 +121,26 @@ def test_int4_and_lora_move_less() -> None:
     assert (int4.written, lora.written) == (0, 0)
     assert full.written > 0
     assert lora.parts["copies"] < full.parts["copies"]
+
+
+def test_lora_is_that_of_peft() -> None:
+    row = rows(on_meta("llama"))["LoRA 16, resident"]
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=16))
+    zo = ZeroOrder(model, lr=1e-3)
+    zo.step(closure("llama", model))
+    assert row.parts["copies"] == pool_bytes(zo)
+    frozen = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    assert row.parts["weights"] == sum(t.numel() * t.element_size() for t in frozen.values())
+
+
+def test_int4_layers_are_those_of_bitsandbytes() -> None:
+    theirs = bitsandbytes.nn.Linear4bit(128, 96, bias=False, quant_type="nf4", compress_statistics=False)
+    theirs.load_state_dict({"weight": torch.ones(96, 128)})
+    weight = theirs.to("cpu").weight
+    with torch.device("meta"):
+        ours = Int4Linear(nn.Linear(128, 96, bias=False))
+    assert (ours.weight.shape, ours.weight.dtype) == (weight.shape, weight.dtype)
+    assert (ours.scales.shape, ours.scales.dtype) == (weight.quant_state.absmax.shape, weight.quant_state.absmax.dtype)
 
 
 def test_backpropagation_beside_it() -> None:

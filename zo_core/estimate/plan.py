@@ -286,9 +286,8 @@ def _backpropagation(model: nn.Module, qlora: nn.Module | None) -> list[Row]:
     if qlora is not None:
         adapters = ADAMW_BYTES * sum(p.numel() for p in qlora.parameters() if p.requires_grad)
         codes = {id(p) for p in qlora.parameters() if p.dtype == torch.uint8}
-        scales = {id(p) for n, p in qlora.named_parameters() if n.endswith(".scales")}
         coded = sum(2 * p.numel() for p in qlora.parameters() if id(p) in codes)
-        frozen = [p for p in qlora.parameters() if not p.requires_grad and id(p) not in codes | scales]
+        frozen = [p for p in qlora.parameters() if not p.requires_grad and id(p) not in codes]
         base = int(coded * NF4_BITS / 8) + sum(map(_size, frozen))
         rows.append(Row("backprop: QLoRA", base + adapters, parts={"weights": base, "adapters, AdamW": adapters}))
     return rows

@@ -32,6 +32,12 @@ class Int4Linear(nn.Module):
         self.scales = nn.Parameter(torch.empty(-(-count // BLOCK_SIZE), dtype=torch.float32, device=device))
         self.bias = base.bias
 
+    def freeze(self) -> None:
+        """Scales that do not move are no parameters, and stay on the device when codes are streamed."""
+        scales = self.scales.data
+        del self.scales
+        self.register_buffer("scales", scales)
+
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, x.new_empty(self.shape, dtype=self.dtype), self.bias)
 
@@ -79,6 +85,9 @@ def with_lora(model: nn.Module, rank: int, targets: Collection[str] = LORA_TARGE
         ConfigError: no layer has one of these names.
     """
     model = copy.deepcopy(model).requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.freeze()
     names = [
         name
         for name, m in model.named_modules()
