@@ -190,8 +190,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_table_fits_80_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(folder), "--flops", "1T", "--link", "25GB/s", "--disk", "3e9"]) == 0
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_table_fits_80_columns(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--device", device, "--flops", "1T", "--link", "25GB/s", "--disk", "3e9"]) == 0
     out = capsys.readouterr().out
     assert "all weights, from disk" in out
     assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80

@@ -30,7 +30,8 @@ def _cell(size: int) -> str:
 def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
     notes = ["'A step' is what is read and written per step between device, host and disk."]
     if work.device == "cpu":
-        notes.append("On a CPU, device and host are the same memory: add them up.")
+        notes.append("On a CPU, device and host are the same memory: add them up. What glibc keeps of")
+        notes.append("freed memory is on top, unless MALLOC_MMAP_THRESHOLD_=65536 is set.")
     else:
         notes.append("A CUDA context and the workspaces of libraries come on top of 'device'.")
     notes.append("Backprop is 16 bytes per trained parameter and the frozen weights, without\nactivations.")
