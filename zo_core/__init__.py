@@ -11,7 +11,7 @@ from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
-from .targets import TARGETS, Slot, Target, Trainable
+from .targets import TARGETS, Int4Scales, Slot, Target, Trainable
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "Estimator",
     "Fzoo",
     "Gaussian",
+    "Int4Scales",
     "LossError",
     "ModelError",
     "Momentum",

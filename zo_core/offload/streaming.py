@@ -1,7 +1,8 @@
 """Blocks that come and go: a few arena slots, a prefetch thread, and updates that wait their turn.
 
 Outside its block's forward an evicted parameter is NaN, expanded to its shape: shape, dtype and count
-survive, and a stray use gives NaN, never a quietly wrong loss.
+survive, and a stray use gives NaN, never a quietly wrong loss. Codes of quantised weights, which have no
+NaN, are empty instead, and a stray use is an error.
 """
 
 from __future__ import annotations
@@ -33,16 +34,24 @@ class Block:
         module: the layer itself.
         holders: parameter objects by their name within the block; several if they share memory.
         pending: updates that were not applied yet, oldest first.
+        specs: shape and dtype of each, whatever a forward makes of the parameter object.
+        absent: what each shows while the block is away.
     """
 
     name: str
     module: nn.Module
     holders: dict[str, list[Tensor]]
     pending: list[tuple[str, Update]] = field(default_factory=list)
+    specs: dict[str, tuple[torch.Size, torch.dtype]] = field(init=False)
+    absent: Tensors = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.specs = {name: (held[0].shape, held[0].dtype) for name, held in self.holders.items()}
+        self.absent = {name: nan_like(held[0]) for name, held in self.holders.items()}
 
     @property
     def nbytes(self) -> int:
-        return sum(tensors[0].numel() * tensors[0].element_size() for tensors in self.holders.values())
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.specs.values())
 
 
 class Streaming:
@@ -103,7 +112,7 @@ class Streaming:
         return next((self._home[id(tensor)] for tensor in tensors if id(tensor) in self._home), None)
 
     def _arena(self) -> Tensor:
-        size = max(sum(_aligned(t[0]) for t in block.holders.values()) for block in self.blocks)
+        size = max(sum(_aligned(*spec) for spec in block.specs.values()) for block in self.blocks)
         with torch.inference_mode(False):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -155,7 +164,7 @@ class Streaming:
         """Lets the parameters show NaN."""
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
-                holder.data = nan_like(holder)
+                holder.data = block.absent[name]
         torch.clear_autocast_cache()
 
     # Movement
@@ -210,16 +219,15 @@ class Streaming:
             handle.remove()
 
 
-def _aligned(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // 64) * 64
+def _aligned(shape: torch.Size, dtype: torch.dtype) -> int:
+    return -(-shape.numel() * dtype.itemsize // 64) * 64
 
 
 def _carve(arena: Tensor, block: Block) -> Tensors:
     """Views of an arena slot with the shapes and dtypes of a block's tensors."""
     tensors: Tensors = {}
     offset = 0
-    for name, (holder, *_) in block.holders.items():
-        size = holder.numel() * holder.element_size()
-        tensors[name] = arena[offset : offset + size].view(holder.dtype).view(holder.shape)
-        offset += _aligned(holder)
+    for name, (shape, dtype) in block.specs.items():
+        tensors[name] = arena[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        offset += _aligned(shape, dtype)
     return tensors
