@@ -54,10 +54,12 @@ class Target:
     Class attributes:
         name: its name in the registry.
         default_clip: bound on the coefficients where the configuration leaves it open.
+        of_quantised: whether it moves parts of quantised weights, which trainers otherwise refuse to train.
     """
 
     name: ClassVar[str]
     default_clip: ClassVar[float] = math.inf
+    of_quantised: ClassVar[bool] = False
 
     def chosen(self, model: nn.Module) -> Target:
         """The target that decides for this model: itself, unless it picks among others."""

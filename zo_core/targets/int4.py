@@ -44,6 +44,7 @@ class Int4Scales(Target):
 
     name: ClassVar[str] = "int4_scales"
     default_clip: ClassVar[float] = 100.0
+    of_quantised: ClassVar[bool] = True
     relative: bool = True
     floor: float = 1e-7
     others: bool = False
@@ -75,11 +76,21 @@ class Int4Scales(Target):
                 f"{type(model).__name__} has no 4-bit layers of bitsandbytes, whose scales target='int4_scales' moves"
                 f"{_eight_bit(model)}; load it with BitsAndBytesConfig(load_in_4bit=True), or write target='trainable'"
             )
+        rounded = sum(layer.is_packed() for _, layer in layers)
+        if rounded:
+            logger.warning(
+                "a forward in eval mode has rounded the scales of %d 4-bit layers to bf16, which bitsandbytes does on "
+                "CPUs with AVX512-BF16; they are trained as they are now. To start from the exact ones, make the "
+                "trainer before the first forward",
+                rounded,
+            )
         scales: dict[int, tuple[str, Tensor, list[nn.Module]]] = {}
         for name, layer in layers:
             tensor = layer.float_scales()
             check_tensor(name, tensor)
             scales.setdefault(id(tensor), (name, tensor, []))[2].append(layer.module)
+            if not self.others:
+                layer.settle_bias()
         others = trainable_slots(model) if self.others else []
         # One call for all keys: the prefix that they lose depends on who is there.
         keys = slot_keys([*(name for name, _, _ in scales.values()), *(name for name, _ in others)])
@@ -112,6 +123,10 @@ class Layer:
     def __init__(self, module: Any, weight: Any = None):
         self.module, self.weight = module, weight
 
+    def is_packed(self) -> bool:
+        """Whether bitsandbytes has repacked the codes for this CPU."""
+        return bool(getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False))
+
     def float_scales(self) -> Tensor:
         """The scales as float32, made the layer's own; a second call returns the same tensor."""
         if self.weight is not None:
@@ -126,6 +141,12 @@ class Layer:
                 state.absmax = state.absmax.to(torch.float32, copy=True)
         return state.absmax
 
+    def settle_bias(self) -> None:
+        """Casts a bias that stays to the compute type now; bitsandbytes does so, in place, at the first forward."""
+        bias, dtype = getattr(self.module, "bias", None), getattr(self.module, "compute_dtype", None)
+        if self.weight is not None and bias is not None and dtype is not None:
+            bias.data = bias.data.to(dtype)
+
     def _keep_packing_off(self) -> None:
         """On CPUs with AVX512-BF16 the first forward in eval mode would repack codes and round scales to bf16."""
         module, weight = self.module, self.weight
@@ -136,11 +157,7 @@ class Layer:
             weight = self.weight = module.weight
         module.support_avx512bf16_for_cpu = False
         module.quant_state = state = weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            logger.warning(
-                "a forward in eval mode has rounded the scales of 4-bit layers to bf16 (bitsandbytes does so on CPUs "
-                "with AVX512-BF16); training goes on from the rounded ones. Make the trainer before the first forward"
-            )
+        if self.is_packed():
             packed = state.absmax
             state.original_nested = False  # or they would be quantised again
             unpack = _bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
@@ -188,9 +205,7 @@ def load_scales(
     probe.module.quant_state = held
     values = probe.float_scales()
     if values.shape != scales.shape:
-        errors.append(
-            f"size mismatch for {start}absmax: {list(values.shape)} loaded, {list(scales.shape)} in the model"
-        )
+        errors.append(f"size mismatch for {start}absmax: {list(values.shape)} came for {list(scales.shape)}")
         return
     with torch.no_grad():
         scales.copy_(values)
