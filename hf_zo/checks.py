@@ -63,6 +63,13 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
             "neftune_noise_alpha=%g has no effect, probes run in eval mode; zo_dropout=True turns noise and dropout on",
             args.neftune_noise_alpha,
         )
+    if any(slot.scaling is not None for slot in engine.slots):
+        if hasattr(engine.model, "peft_config"):
+            logger.warning(
+                "quantisation scales move beside the adapters, but PEFT saves adapters only; keep the scales with "
+                "torch.save(model.state_dict(), ...), and load them with load_state_dict"
+            )
+        return  # the ranges below are for weights
     if engine.estimator.name != "spsa" or engine.rule.name not in ("sgd", "momentum"):
         return
     trained = sum(slot.tensor.numel() for slot in engine.slots)

@@ -21,7 +21,7 @@ from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_g
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
 from .rules import Torch
-from .targets import Slot
+from .targets import Slot, keep_codes_plain
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class ZeroOrder:
         self.listeners: list[Callable[[StepRecord], object]] = []
         target = settings.target.chosen(model)
         self.clip = target.default_clip if self.config.clip is None else self.config.clip
+        keep_codes_plain(model)
         slots = target.slots(model)
         if foreign and any(slot.scaling is not None for slot in slots):
             raise ConfigError(

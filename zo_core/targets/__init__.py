@@ -2,7 +2,7 @@
 
 from .auto import Auto
 from .base import TARGETS, Slot, Target, check_tensor, memory_of, slot_keys
-from .int4 import Int4Scales
+from .int4 import Int4Scales, keep_codes_plain
 from .trainable import Trainable
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Target",
     "Trainable",
     "check_tensor",
+    "keep_codes_plain",
     "memory_of",
     "slot_keys",
 ]

@@ -76,14 +76,7 @@ class Int4Scales(Target):
                 f"{type(model).__name__} has no 4-bit layers of bitsandbytes, whose scales target='int4_scales' moves"
                 f"{_eight_bit(model)}; load it with BitsAndBytesConfig(load_in_4bit=True), or write target='trainable'"
             )
-        rounded = sum(layer.is_packed() for _, layer in layers)
-        if rounded:
-            logger.warning(
-                "a forward in eval mode has rounded the scales of %d 4-bit layers to bf16, which bitsandbytes does on "
-                "CPUs with AVX512-BF16; they are trained as they are now. To start from the exact ones, make the "
-                "trainer before the first forward",
-                rounded,
-            )
+        keep_codes_plain(model)
         scales: dict[int, tuple[str, Tensor, list[nn.Module]]] = {}
         for name, layer in layers:
             tensor = layer.float_scales()
@@ -112,6 +105,28 @@ def has_int4_layers(model: nn.Module) -> bool:
     return library is not None and any(True for _ in quantised_layers(model, library))
 
 
+def keep_codes_plain(model: nn.Module) -> None:
+    """No repacking for CPUs with AVX512-BF16, which the first forward in eval mode would do.
+
+    It replaces codes behind the back of whoever streams them, and rounds scales to bf16. What is
+    repacked already is put in order again.
+    """
+    library = sys.modules.get("bitsandbytes")
+    if library is None:
+        return
+    layers = [layer for _, layer in quantised_layers(model, library) if layer.weight is not None]
+    rounded = sum(layer.is_packed() for layer in layers)
+    if rounded:
+        logger.warning(
+            "a forward in eval mode has rounded the scales of %d 4-bit layers to bf16, which bitsandbytes does on CPUs "
+            "with AVX512-BF16; they are used as they are now. To start from the exact ones, make the trainer before "
+            "the first forward",
+            rounded,
+        )
+    for layer in layers:
+        layer.keep_plain()
+
+
 class Layer:
     """A 4-bit tensor of bitsandbytes.
 
@@ -129,17 +144,7 @@ class Layer:
 
     def float_scales(self) -> Tensor:
         """The scales as float32, made the layer's own; a second call returns the same tensor."""
-        if self.weight is not None:
-            self._keep_packing_off()
-        state = self.module.quant_state if self.weight is None else self.weight.quant_state
-        with torch.inference_mode(False), torch.no_grad():
-            if state.nested:
-                dequantise = _bitsandbytes().functional.dequantize_blockwise
-                state.absmax = dequantise(state.absmax, state.state2) + state.offset
-                state.nested, state.state2, state.offset = False, None, None
-            if state.absmax.dtype != torch.float32 or state.absmax.is_inference():
-                state.absmax = state.absmax.to(torch.float32, copy=True)
-        return state.absmax
+        return own_float_scales(self.module.quant_state if self.weight is None else self.weight.quant_state)
 
     def settle_bias(self) -> None:
         """Casts a bias that stays to the compute type now; bitsandbytes does so, in place, at the first forward."""
@@ -147,8 +152,8 @@ class Layer:
         if self.weight is not None and bias is not None and dtype is not None:
             bias.data = bias.data.to(dtype)
 
-    def _keep_packing_off(self) -> None:
-        """On CPUs with AVX512-BF16 the first forward in eval mode would repack codes and round scales to bf16."""
+    def keep_plain(self) -> None:
+        """See `keep_codes_plain`."""
         module, weight = self.module, self.weight
         if getattr(weight, "quant_state", None) is None:  # lost in a conversion; the module has another reference
             if getattr(module, "quant_state", None) is None:
@@ -164,6 +169,18 @@ class Layer:
             weight.data, _ = unpack(weight.data, state)
             state.absmax = packed.T.reshape(-1).to(torch.float32, copy=True)
             state.nested, state.state2, state.offset = False, None, None
+
+
+def own_float_scales(state: Any) -> Tensor:
+    """The scales of a `QuantState`, which holds them as plain float32 values from now on."""
+    with torch.inference_mode(False), torch.no_grad():
+        if state.nested:
+            dequantise = _bitsandbytes().functional.dequantize_blockwise
+            state.absmax = dequantise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
+        if state.absmax.dtype != torch.float32 or state.absmax.is_inference():
+            state.absmax = state.absmax.to(torch.float32, copy=True)
+    return state.absmax
 
 
 def quantised_layers(model: nn.Module, library: Any) -> Iterator[tuple[str, Layer]]:
@@ -200,10 +217,7 @@ def load_scales(
     if "absmax" not in found:
         return
     scales = Layer(module, module.weight).float_scales()
-    held = _bitsandbytes().functional.QuantState.from_dict(found, device=scales.device)
-    probe = Layer(nn.Module())
-    probe.module.quant_state = held
-    values = probe.float_scales()
+    values = own_float_scales(_bitsandbytes().functional.QuantState.from_dict(found, device=scales.device))
     if values.shape != scales.shape:
         errors.append(f"size mismatch for {start}absmax: {list(values.shape)} came for {list(scales.shape)}")
         return
