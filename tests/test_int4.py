@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -15,7 +17,7 @@ from int4_models import Quantised, closure, codes, equal, layers, scales
 from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
-from zo_core import NOISES, ConfigError, Int4Scales, ModelError, Point, ZeroOrder, ZOOptimizer
+from zo_core import NOISES, TARGETS, ConfigError, Int4Scales, ModelError, Point, ZeroOrder, ZOOptimizer
 
 KINDS = [("nf4", True, 64), ("nf4", False, 64), ("fp4", True, 128), ("fp4", False, 256)]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "seed": 3}
@@ -383,3 +385,38 @@ def test_a_torch_optimizer_does_not_know_scales() -> None:
 def test_a_field_that_cannot_work(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         ZeroOrder(Quantised(), target={"name": "int4_scales", **settings})
+
+
+# Other schemes
+
+
+class GptqLinear(nn.Module):
+    """Stands for a layer of GPTQ or AWQ: integer codes and 16-bit scales, as buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.randint(-8, 8, (16, 8), dtype=torch.int8))
+        self.register_buffer("scales", (torch.rand(16, 1) / 10 + 0.01).half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight * self.scales.float()).t()
+
+
+def test_the_documented_target_for_another_scheme_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "int4.md").read_text()
+    code = text[text.index("    from dataclasses import dataclass\n    from zo_core import TARGETS") :]
+    code = code[: code.index("\nThe tensor is pointed")]
+    monkeypatch.setattr(TARGETS, "_classes", dict(TARGETS._classes))
+    exec(textwrap.dedent(code), {"__name__": "documented"})
+    model = nn.Sequential(GptqLinear(), nn.Tanh(), nn.Linear(16, 2))
+    zo = ZeroOrder(model, target="gptq_scales", lr=1e-2, eps=1e-2, noise="gaussian")
+    assert ([slot.key for slot in zo.slots], zo.clip) == (["scales"], 100.0)
+    before = weights(model)
+    x = torch.randn(4, 8)
+    grads = {zo.step(lambda: model(x).square().mean()).projected_grad for _ in range(3)}
+    assert len(grads) == 3
+    assert [name for name, value in weights(model).items() if not torch.equal(value, before[name])] == ["0.scales"]
+    assert model[0].scales.dtype == torch.float16
+    assert model[0].scales.min() > 0
+    with pytest.raises(ModelError, match="no GPTQ"):
+        ZeroOrder(nn.Linear(2, 2), target="gptq_scales")

@@ -8,6 +8,7 @@ from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
 from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
+from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
@@ -32,6 +33,7 @@ __all__ = [
     "Point",
     "Probe",
     "Rademacher",
+    "Scaling",
     "Sgd",
     "Sign",
     "Slot",
