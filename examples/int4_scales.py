@@ -71,9 +71,7 @@ def main() -> None:
         after = trainer.evaluate()["eval_loss"]
         assert trainer.zo is not None
         scales = sum(slot.tensor.numel() for slot in trainer.zo.slots)
-        print(
-            f"{scales:,} scales were trained in {args.steps} steps: held-out loss {before:.3f} before, {after:.3f} after"
-        )
+        print(f"{scales:,} scales moved in {args.steps} steps: held-out loss {before:.3f} before, {after:.3f} after")
 
         trainer.zo.close()
         trainer.save_model(f"{folder}/trained")
