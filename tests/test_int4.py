@@ -17,7 +17,7 @@ from int4_models import Quantised, closure, codes, equal, layers, scales
 from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
-from zo_core import NOISES, TARGETS, ConfigError, Int4Scales, ModelError, Point, ZeroOrder, ZOOptimizer
+from zo_core import NOISES, TARGETS, ConfigError, Int4Scales, ModelError, Point, ZeroOrder, ZOConfig, ZOOptimizer
 
 KINDS = [("nf4", True, 64), ("nf4", False, 64), ("fp4", True, 128), ("fp4", False, 256)]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "seed": 3}
@@ -329,6 +329,13 @@ def test_clipping_is_on_by_default() -> None:
     record = ZeroOrder(model, lr=0.0).step(lambda: closure(model)() * 1e6)
     assert record.clipped == 1
     assert abs(record.probes[0].coefficient) == 100.0
+
+
+def test_settings_survive_being_written_down() -> None:
+    config = ZOConfig(target=Int4Scales(relative=False, others=True, others_lr=1e-6), clip=math.inf)
+    assert ZOConfig.from_dict(config.to_dict()) == config.replace(target=config.to_dict()["target"])
+    assert TARGETS.resolve(config.to_dict()["target"]) == config.target
+    assert ZOConfig().to_dict()["target"] == "auto"
 
 
 def test_scales_in_groups_of_an_optimizer() -> None:

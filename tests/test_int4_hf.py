@@ -194,4 +194,10 @@ def test_learning_rates_of_scales_are_not_judged_as_those_of_weights(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made(tmp_path, load(folder), learning_rate=0.5).create_optimizer()
+    absolute = ZOConfig(target=Int4Scales(relative=False))
+    made(tmp_path, load(folder), learning_rate=1e-6, zo_config=absolute).create_optimizer()
     assert [r.getMessage() for r in caplog.records if r.name == "hf_zo"] == []
+    made(tmp_path, load(folder), learning_rate=1e-6).create_optimizer()
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "hf_zo"]
+    assert "learning_rate=1e-06 is in the range for weights" in message
+    assert "1e-3 to 1e-1" in message
