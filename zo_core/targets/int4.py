@@ -109,7 +109,7 @@ def keep_codes_plain(model: nn.Module) -> None:
     """No repacking for CPUs with AVX512-BF16, which the first forward in eval mode would do.
 
     It replaces codes behind the back of whoever streams them, and rounds scales to bf16. What is
-    repacked already is put in order again.
+    repacked already is put in order again. Loading a state dict, scales included, works from now on.
     """
     library = sys.modules.get("bitsandbytes")
     if library is None:
@@ -125,6 +125,7 @@ def keep_codes_plain(model: nn.Module) -> None:
         )
     for layer in layers:
         layer.keep_plain()
+    accept_scales(model, library)
 
 
 class Layer:
@@ -189,40 +190,64 @@ def quantised_layers(model: nn.Module, library: Any) -> Iterator[tuple[str, Laye
     parametrization = getattr(parametrize, "Bnb4bitParametrization", ())
     for name, module in model.named_modules():
         if isinstance(module, library.nn.Linear4bit):
-            _accept_scales(module)
             yield f"{name}.weight.absmax".lstrip("."), Layer(module, module.weight)
         elif isinstance(module, parametrization):
             yield f"{name}.absmax", Layer(module)
 
 
-def _accept_scales(module: nn.Module) -> None:
-    """Lets ``load_state_dict`` take what ``state_dict`` gives; bitsandbytes ignores scales there, or refuses them."""
-    if load_scales not in (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()):
-        module.register_load_state_dict_pre_hook(load_scales)
-
-
-def load_scales(
+def load_layer(
     module: Any,
     state: dict[str, Tensor],
     prefix: str,
-    metadata: Any,
-    strict: Any,
-    missing: Any,
-    extra: Any,
+    _meta: Any,
+    _strict: Any,
+    _missing: Any,
+    _extra: Any,
     errors: Any,
 ) -> None:
     """Before a 4-bit layer loads its codes: takes its scales out of the state."""
-    start = f"{prefix}weight."
-    found = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
+    _take_scales(module.weight.quant_state, state, f"{prefix}weight", errors)
+
+
+def load_fused(
+    module: Any,
+    state: dict[str, Tensor],
+    prefix: str,
+    _meta: Any,
+    _strict: Any,
+    _missing: Any,
+    _extra: Any,
+    errors: Any,
+) -> None:
+    """The same for parametrised weights, whose codes ``state_dict`` names after the weight."""
+    for name, (parametrisation, *_) in module.parametrizations.items():
+        if hasattr(parametrisation, "quant_state") and f"{prefix}{name}" in state:
+            state[f"{prefix}parametrizations.{name}.original"] = state.pop(f"{prefix}{name}")
+            _take_scales(parametrisation.quant_state, state, f"{prefix}{name}", errors)
+
+
+def _take_scales(into: Any, state: dict[str, Tensor], name: str, errors: list[str]) -> None:
+    found = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
     if "absmax" not in found:
         return
-    scales = Layer(module, module.weight).float_scales()
+    scales = own_float_scales(into)
     values = own_float_scales(_bitsandbytes().functional.QuantState.from_dict(found, device=scales.device))
     if values.shape != scales.shape:
-        errors.append(f"size mismatch for {start}absmax: {list(values.shape)} came for {list(scales.shape)}")
+        errors.append(f"size mismatch for {name}.absmax: {list(values.shape)} came for {list(scales.shape)}")
         return
     with torch.no_grad():
         scales.copy_(values)
+
+
+def accept_scales(model: nn.Module, library: Any) -> None:
+    """Lets ``load_state_dict`` take what ``state_dict`` gives; bitsandbytes ignores scales there, or refuses them."""
+    for name, layer in quantised_layers(model, library):
+        if layer.weight is not None:
+            owner, hook = layer.module, load_layer
+        else:
+            owner, hook = model.get_submodule(name.rpartition("parametrizations.")[0].rstrip(".")), load_fused
+        if hook not in (getattr(known, "hook", known) for known in owner._load_state_dict_pre_hooks.values()):
+            owner.register_load_state_dict_pre_hook(hook)
 
 
 def _bitsandbytes() -> ModuleType:
