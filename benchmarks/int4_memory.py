@@ -51,7 +51,10 @@ def load(mode: str, folder: str) -> nn.Module:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     quantisation = None if mode == "bf16" else how
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantisation)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantisation)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # one view into the mapped file would keep all of it resident
+    return model
 
 
 def status(field: str) -> int:
