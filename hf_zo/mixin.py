@@ -113,7 +113,9 @@ class ZOTrainerMixin(_Trainer):
         decay = config.weight_decay or self.args.weight_decay
         split = [slot for slot in slots if names.get(id(slot.tensor)) in decayed]
         groups = [{**group, "weight_decay": decay} for group in param_groups(split)]
-        groups += [{**group, "weight_decay": 0.0} for group in param_groups(s for s in slots if s not in split)]
+        still = [{**group, "weight_decay": 0.0} for group in param_groups(s for s in slots if s not in split)]
+        # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
+        groups = [*still, *groups] if slots[0].scaling is not None else [*groups, *still]
         lr = self.args.learning_rate if config.lr is None else config.lr
         return ZOOptimizer(groups, lr=lr, eps=settings.eps)
 

@@ -168,6 +168,7 @@ def test_scales_move_beside_adapters_when_asked(tmp_path: Path, folder: Path, ca
     assert all(not torch.equal(p, adapters[name]) for name, p in model.named_parameters() if name in adapters)
     assert all(not torch.equal(a, b) for a, b in zip(scales(model), before, strict=True))
     assert {(group["lr"], group["eps"]) for group in trainer.optimizer.param_groups} == {(1e-2, 1e-3), (1e-4, 1e-2)}
+    assert trainer.zo.eps == 1e-3  # of the scales
     assert any("adapters only" in record.getMessage() for record in caplog.records)
 
 
