@@ -34,8 +34,13 @@ class ZOArguments:
     zo_rule: str = field(
         default="auto", metadata={"help": "Update rule: sgd, momentum, sign, torch (args.optim), or auto (sgd)."}
     )
-    zo_target: str = field(default="trainable", metadata={"help": "What may move: trainable."})
-    zo_clip: float | None = field(default=None, metadata={"help": "Bound on the projected gradient."})
+    zo_target: str = field(
+        default="auto",
+        metadata={"help": "What may move: trainable, int4_scales, or auto (scales if there are 4-bit layers only)."},
+    )
+    zo_clip: float | None = field(
+        default=None, metadata={"help": "Bound on the projected gradient; default none, and 100 for int4_scales."}
+    )
     zo_seed: int | None = field(default=None, metadata={"help": "Seed of the directions; default: --seed."})
     zo_dropout: bool = field(default=False, metadata={"help": "Run the probes with dropout on."})
     zo_stochastic_rounding: bool = field(

@@ -22,10 +22,12 @@ from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptim
 from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
 from zo_core.offload import Streaming
+from zo_core.optimizer import param_groups
 from zo_core.oracle.materialise import is_compiled
 
 from .arguments import ZOArguments
 from .checks import check_arguments, counters, warn_about_numbers
+from .quantised import quantised_training
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -57,7 +59,8 @@ class ZOTrainerMixin(_Trainer):
         self._zo_given = zo_config
         self._zo_batch: _MicroBatch | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
-        super().__init__(*args, **kwargs)
+        with quantised_training(args, kwargs, zo_config):
+            super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
         self.zo_config = self._resolve_config(zo_config)
 
@@ -115,14 +118,15 @@ class ZOTrainerMixin(_Trainer):
         settings = config.resolve()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decayed = set(self.get_decay_parameter_names(model))
-        tensors = [slot.tensor for slot in settings.target.slots(model)]
+        slots = settings.target.slots(model)
         decay = config.weight_decay or self.args.weight_decay
-        groups = [
-            {"params": [t for t in tensors if names.get(id(t)) in decayed], "weight_decay": decay},
-            {"params": [t for t in tensors if names.get(id(t)) not in decayed], "weight_decay": 0.0},
-        ]
+        split = [slot for slot in slots if names.get(id(slot.tensor)) in decayed]
+        groups = [{**group, "weight_decay": decay} for group in param_groups(split)]
+        still = [{**group, "weight_decay": 0.0} for group in param_groups(s for s in slots if s not in split)]
+        # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
+        groups = [*still, *groups] if slots[0].scaling is not None else [*groups, *still]
         lr = self.args.learning_rate if config.lr is None else config.lr
-        return ZOOptimizer([group for group in groups if group["params"]], lr=lr, eps=settings.eps)
+        return ZOOptimizer(groups, lr=lr, eps=settings.eps)
 
     # The step
 

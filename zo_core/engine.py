@@ -17,11 +17,11 @@ from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .noise import Direction, derive_seed
 from .offload import Block, LockstepOracle, Streaming, offload
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
+from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_groups
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
 from .rules import Torch, UpdateRule
-from .targets import Slot
+from .targets import Slot, keep_codes_plain
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +109,19 @@ class ZeroOrder:
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.listeners: list[Callable[[StepRecord], object]] = []
-        slots = settings.target.slots(model)
-        if optimizer is None:
-            optimizer = ZOOptimizer(
-                [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
+        target = settings.target.chosen(model)
+        self.clip = target.default_clip if self.config.clip is None else self.config.clip
+        keep_codes_plain(model)
+        slots = target.slots(model)
+        if foreign and any(slot.scaling is not None for slot in slots):
+            raise ConfigError(
+                [
+                    f"target={target.name!r} moves scales that must stay positive, which a torch optimizer does not "
+                    "know; leave out the optimizer and choose a rule (rule='momentum'), or write target='trainable'"
+                ]
             )
+        if optimizer is None:
+            optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         if isinstance(optimizer, ZOOptimizer):
             self.eps = float(self.optimizer.param_groups[0]["eps"])
@@ -288,7 +296,7 @@ class ZeroOrder:
         estimate = self.estimator.estimate(losses, self.eps)
         if estimate.skip is not None:
             return estimate, (), 0
-        bound = math.inf if self.config.clip is None else self.config.clip
+        bound = self.clip
         clipped = sum(abs(c) > bound for c in estimate.coefficients)
         probes = tuple(
             Probe(seed, max(-bound, min(bound, c)) / len(seeds))
@@ -336,7 +344,7 @@ class ZeroOrder:
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:
         scale = point.scale * self._relative_eps(slot)
-        return Direction(self.noise, slot.key, ((point.seed, scale),), backend=self.backend)
+        return Direction(self.noise, slot.key, ((point.seed, scale),), None, self.backend, slot.scaling)
 
     def _direction(self, slot: Slot, probes: tuple[Probe, ...]) -> Direction:
         # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
@@ -344,7 +352,7 @@ class ZeroOrder:
         relative = self._relative_eps(slot)
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
-        return Direction(self.noise, slot.key, terms, rounding, self.backend)
+        return Direction(self.noise, slot.key, terms, rounding, self.backend, slot.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError, StateError
 from .estimators import Spsa
+from .targets import Slot
 
 if TYPE_CHECKING:
     from .engine import ZeroOrder
@@ -117,6 +118,15 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}
+
+
+def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
+    """Groups for a `ZOOptimizer`: one, and another for each set of values that slots have of their own."""
+    groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
+    for slot in slots:
+        group = groups.setdefault(tuple(sorted(slot.own.items())), {"params": [], **slot.own})
+        group["params"].append(slot.tensor)
+    return list(groups.values())
 
 
 def group_problems(group: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,33 @@ def workspace(name: str, size: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How positive scales of quantised weights move (QZO, arXiv 2505.13430).
+
+        absolute:  theta' = max(floor, round(decay * theta + s))
+        relative:  theta' = max(floor, round(theta * (decay + s)))
+
+    The relative form is one rounding of a float64 product. A scale that is below the floor (0 in a
+    block of zeros) is not raised to it, it only sinks no further: a move by ``s = 0`` changes nothing.
+
+    Attributes:
+        relative: move by a part of the value, so that one eps fits layers of any magnitude.
+        floor: least value of a scale.
+    """
+
+    relative: bool = True
+    floor: float = 1e-7
+
+    def moved(self, theta: Tensor, change: Callable[[Tensor], object]) -> Tensor:
+        """New values for ``theta``, where ``change`` moves weights in place as ordinary ones move."""
+        work = torch.ones_like(theta, dtype=torch.float64) if self.relative else theta.clone()
+        change(work)
+        if self.relative:
+            work.mul_(theta)
+        return torch.maximum(work.to(theta.dtype), theta.clamp(max=self.floor))
+
+
+@dataclass(frozen=True)
 class Direction:
     """``s = sum of round(c * z(seed))`` over some probes, for one slot.
 
@@ -66,6 +93,7 @@ class Direction:
         terms: pairs ``(seed, c)``, at least one.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
+        scaling: how quantisation scales move; None for ordinary weights.
     """
 
     noise: Noise
@@ -73,11 +101,12 @@ class Direction:
     terms: tuple[tuple[int, float], ...]
     rounding_seed: int | None = None
     backend: str = "eager"
+    scaling: Scaling | None = None
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
         terms = tuple((seed, c * factor) for seed, c in self.terms)
-        return Direction(self.noise, self.slot, terms, self.rounding_seed, self.backend)
+        return replace(self, terms=terms)
 
     def keys(self) -> list[tuple[Key, float]]:
         """Stream key and float32 coefficient of each term."""
@@ -137,6 +166,10 @@ class Direction:
             ``out``.
         """
         out = theta if out is None else out
+        if self.scaling is not None:
+            factor = float32(decay)
+            rewrite(theta, self, lambda weights, s, *_: weights.mul_(factor).add_(s), out)
+            return out
         fused = fused_backend(self.backend, theta)
         if fused is not None and fused.supports(self, theta.dtype):
             fused.add_direction(self, theta, float32(decay), out)
@@ -216,7 +249,8 @@ def store(values: Tensor, out: Tensor, key: Key | None, start: int) -> None:
 def rewrite(
     theta: Tensor,
     direction: Direction,
-    change: Callable[[Tensor, Tensor, int, int], None],
+    change: Callable[[Tensor, Tensor, int, int], object],
+    out: Tensor | None = None,
 ) -> None:
     """Rewrites a slot in place, chunk by chunk, for rules that need more than ``theta + s``.
 
@@ -225,15 +259,20 @@ def rewrite(
         direction: gives ``s`` and the rounding.
         change: called with ``(weights, s, start, stop)``, both flat and in the wide type; changes
             ``weights`` in place.
+        out: where the result goes instead.
     """
-    source, target = flat(theta), flat_target(theta, theta)
+    out = theta if out is None else out
+    source, target = flat(theta), flat_target(theta, out)
     wide = compute_dtype(theta.dtype)
     for start, stop, s in direction.chunks(source.numel(), theta.device):
         work = source[start:stop].to(wide, copy=True)
-        change(work, s, start, stop)
+        if direction.scaling is None:
+            change(work, s, start, stop)
+        else:
+            work = direction.scaling.moved(work, lambda weights: change(weights, s, start, stop))  # noqa: B023
         if theta.dtype == wide:
             target[start:stop] = work
         else:
             store(work, target[start:stop], direction.rounding_key(theta.dtype), start)
-    if target.data_ptr() != theta.data_ptr():
-        theta.copy_(target.view(theta.shape))
+    if target.data_ptr() != out.data_ptr():
+        out.copy_(target.view(out.shape))
