@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
-from zo_core.offload import Streaming
+from zo_core.offload import LockstepOracle, Streaming
 from zo_core.optimizer import param_groups
 from zo_core.oracle.materialise import is_compiled
 
@@ -105,6 +105,8 @@ class ZOTrainerMixin(_Trainer):
             config = config.replace(lr=None, eps=None, weight_decay=0.0)  # its groups hold them now
         self.zo = ZeroOrder(model, config, optimizer=given)
         self.zo.listeners.append(self._zo_records.append)
+        if isinstance(self.zo.oracle, LockstepOracle):
+            self.zo.oracle.carried.append((lambda: counters(self), vars(self).update))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer

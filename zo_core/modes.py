@@ -46,6 +46,18 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def modes(model: nn.Module) -> list[bool]:
+    """The ``training`` flag of every module."""
+    return [module.training for module in model.modules()]
+
+
+def set_modes(model: nn.Module, flags: list[bool]) -> None:
+    """Puts back what `modes` returned; like `eval_mode`, without calling `nn.Module.train`."""
+    for module, flag in zip(model.modules(), flags, strict=True):
+        if module.training != flag:
+            module.training = flag
+
+
 def rng_state() -> dict[str, Any]:
     """State of the global generators of random, numpy (if it is imported) and torch."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..modes import eval_mode, frozen_statistics, modes, rng_state, set_modes, set_rng_state
 from ..noise import Direction
 from ..oracle.function_mode import ProbeMode
 from ..oracle.materialise import Materialised, Originals, ProbeView, restore
@@ -34,6 +34,10 @@ class LockstepOracle:
         direction: the perturbation of one slot at one point.
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
+
+    Attributes:
+        carried: what belongs to the process and a closure may change, as pairs of functions that get
+            and set it: each probe finds it as it left it. Random states and the modes of the modules.
     """
 
     def __init__(
@@ -53,7 +57,11 @@ class LockstepOracle:
         moving = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in moving] for b in streaming.blocks}
         self.views: list[ProbeView] = []
-        self.states: list[dict[str, Any]] = []
+        self.states: list[list[Any]] = []
+        self.carried: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+            (rng_state, set_rng_state),
+            (lambda: modes(model), lambda flags: set_modes(model, flags)),
+        ]
         self.originals: Originals = {}
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
@@ -70,8 +78,7 @@ class LockstepOracle:
         raise ConfigError(["a compiled model cannot be streamed, its blocks are out of reach; leave out torch_compile"])
 
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
-        start = rng_state()
-        self.states = [start] * len(points)
+        self.states = [[get() for get, _ in self.carried]] * len(points)
         self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
         self.views = [ProbeView(self.realisation, point, self._original) for point in points]
         for view in self.views:
@@ -111,12 +118,16 @@ class LockstepOracle:
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
-        self.states[index] = rng_state()
+        self.states[index] = [get() for get, _ in self.carried]
         self.views[index].suspend()
 
     def _enter(self, index: int) -> None:
-        set_rng_state(self.states[index])
+        self._carry(self.states[index])
         self.views[index].resume()
+
+    def _carry(self, state: list[Any]) -> None:
+        for (_, put), value in zip(self.carried, state, strict=True):
+            put(value)
 
     def _end(self) -> None:
         self.streaming.sweeping = False
@@ -124,5 +135,5 @@ class LockstepOracle:
         for block in self.streaming.blocks:
             self.streaming.evict_view(block)
         if self.states:
-            set_rng_state(self.states[-1])
+            self._carry(self.states[-1])
         self.views, self.states, self.originals = [], [], {}
