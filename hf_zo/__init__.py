@@ -10,8 +10,17 @@ except ImportError as error:
 
 from zo_core import ZOConfig
 
+from .adapter import load_zo_adapter, save_zo_adapter
 from .arguments import ZOArguments, ZOTrainingArguments
 from .mixin import ZOTrainerMixin
 from .trainer import ZOTrainer
 
-__all__ = ["ZOArguments", "ZOConfig", "ZOTrainer", "ZOTrainerMixin", "ZOTrainingArguments"]
+__all__ = [
+    "ZOArguments",
+    "ZOConfig",
+    "ZOTrainer",
+    "ZOTrainerMixin",
+    "ZOTrainingArguments",
+    "load_zo_adapter",
+    "save_zo_adapter",
+]

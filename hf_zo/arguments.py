@@ -19,7 +19,8 @@ class ZOArguments:
         @dataclass
         class ZOSFTConfig(ZOArguments, SFTConfig): ...
 
-    Each field is the setting of the same name in `zo_core.ZOConfig`.
+    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_log``, which concerns the
+    trainer alone, has none.
     """
 
     zo_estimator: str = field(default="spsa", metadata={"help": "How losses become probes: spsa or fzoo."})
@@ -46,13 +47,16 @@ class ZOArguments:
         default=None, metadata={"help": "Where the repeated layers live between their forwards: cpu or disk."}
     )
     zo_offload_dir: str | None = field(default=None, metadata={"help": "Folder of the block files, with disk."})
+    zo_log: bool = field(
+        default=True, metadata={"help": "Write every step to seedlog.zo in the output folder (24 bytes each)."}
+    )
 
     def zo_settings(self) -> dict[str, Any]:
         """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""
         return {
             f.name.removeprefix(PREFIX): getattr(self, f.name)
             for f in fields(ZOArguments)
-            if getattr(self, f.name) != f.default
+            if getattr(self, f.name) != f.default and f.name != "zo_log"
         }
 
     def to_zo_config(self) -> ZOConfig:

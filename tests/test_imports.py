@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "registry": 0,
     "modes": 0,
+    "version": 0,
     "noise": 1,
     "targets": 2,
     "oracle": 3,
@@ -27,7 +28,8 @@ RANKS = {
     "config": 6,
     "optimizer": 6,
     "engine": 7,
-    "__init__": 8,
+    "seedlog": 8,
+    "__init__": 9,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
 ADAPTERS = ("hf_zo", "lightning_zo")

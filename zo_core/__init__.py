@@ -11,9 +11,9 @@ from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
+from .seedlog import SeedLog, SeedLogWriter, replay
 from .targets import TARGETS, Slot, Target, Trainable
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "ESTIMATORS",
@@ -31,6 +31,8 @@ __all__ = [
     "Point",
     "Probe",
     "Rademacher",
+    "SeedLog",
+    "SeedLogWriter",
     "Sgd",
     "Sign",
     "Slot",
@@ -45,5 +47,7 @@ __all__ = [
     "ZOError",
     "ZOOptimizer",
     "ZeroOrder",
+    "__version__",
     "derive_seed",
+    "replay",
 ]

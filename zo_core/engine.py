@@ -16,6 +16,7 @@ from .config import ZOConfig
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .noise import Direction, derive_seed
+from .noise.direction import float32
 from .offload import LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
 from .oracle import ResidentOracle
@@ -95,6 +96,7 @@ class ZeroOrder:
                 ]
             )
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
+        self.target = settings.target
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
         in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
         twice = [name for name in in_groups if getattr(self.config, name) != getattr(ZOConfig, name)]
@@ -109,7 +111,7 @@ class ZeroOrder:
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.listeners: list[Callable[[StepRecord], object]] = []
-        slots = settings.target.slots(model)
+        slots = self.target.slots(model)
         if optimizer is None:
             optimizer = ZOOptimizer(
                 [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
@@ -128,6 +130,7 @@ class ZeroOrder:
         self.oracle = self._oracle()
         self._group_of = self._groups()
         self._measured: _Measured | None = None
+        self._followed: tuple[tuple[Probe, ...], float] | None = None
         self.optimizer.engine = self
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
@@ -205,7 +208,16 @@ class ZeroOrder:
 
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
-        self._measured = None
+        self._measured = self._followed = None
+
+    def follow(self, probes: tuple[Probe, ...], loss: float) -> None:
+        """The next `apply` repeats a step that was measured before, instead of one that is measured now.
+
+        Args:
+            probes: as its `StepRecord` had them; empty if the step was skipped.
+            loss: what its record reports.
+        """
+        self._measured, self._followed = None, (probes, loss)
 
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and goes on to the next step.
@@ -215,6 +227,8 @@ class ZeroOrder:
         Raises:
             StateError: nothing was measured.
         """
+        if self._followed is not None:
+            return self._repeat(*self._followed)
         if self._measured is None:
             raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
         measured, self._measured = self._measured, None
@@ -228,15 +242,38 @@ class ZeroOrder:
             level = logging.INFO if estimate.projected_grads else logging.WARNING
             logger.log(level, "step %d skipped, weights untouched: %s", self.step_count, estimate.skip)
         grads = estimate.projected_grads
+        projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
+        return self._done(mean_loss, projected_grad, measured.seeds[0], probes, clipped, estimate.skip)
+
+    def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
+        self.discard()
+        self._group_of = self._groups()
+        if probes:
+            self._update(probes)
+        # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
+        two_sided = self.estimator.name == "spsa" and probes
+        projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
+        seed = derive_seed(self.seed, self.step_count, 0)
+        return self._done(loss, projected_grad, seed, probes, 0, None if probes else "the log has it as skipped")
+
+    def _done(
+        self,
+        loss: float,
+        projected_grad: float,
+        seed: int,
+        probes: tuple[Probe, ...],
+        clipped: int,
+        skipped: str | None,
+    ) -> StepRecord:
         record = StepRecord(
-            loss=mean_loss,
-            projected_grad=math.fsum(grads) / len(grads) if grads else float("nan"),
+            loss=loss,
+            projected_grad=projected_grad,
             lr=float(self.optimizer.param_groups[0]["lr"]),
             step=self.step_count,
-            seed=measured.seeds[0],
+            seed=seed,
             probes=probes,
             clipped=clipped,
-            skipped=estimate.skip,
+            skipped=skipped,
         )
         self.step_count += 1
         for listener in self.listeners:
@@ -252,17 +289,16 @@ class ZeroOrder:
             return estimate, (), 0
         bound = math.inf if self.config.clip is None else self.config.clip
         clipped = sum(abs(c) > bound for c in estimate.coefficients)
-        probes = tuple(
-            Probe(seed, max(-bound, min(bound, c)) / len(seeds))
-            for seed, c in zip(seeds, estimate.coefficients, strict=True)
-        )
-        if not all(abs(probe.coefficient) <= FLOAT32_MAX for probe in probes):
-            shown = ", ".join(f"{probe.coefficient:.4g}" for probe in probes)
+        coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in estimate.coefficients]
+        if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
+            shown = ", ".join(f"{c:.4g}" for c in coefficients)
             return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
+        # A float32 from here on: what a log or another process is given is what is applied.
+        probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
         return estimate, probes, clipped
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
-        directions = [self._direction(slot, probes) for slot in self.slots]
+        directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
         with torch.no_grad():
             if isinstance(self.rule, Torch):
                 assert isinstance(self.optimizer, TorchOptimizerFace)
@@ -300,10 +336,9 @@ class ZeroOrder:
         scale = point.scale * self._relative_eps(slot)
         return Direction(self.noise, slot.key, ((point.seed, scale),), backend=self.backend)
 
-    def _direction(self, slot: Slot, probes: tuple[Probe, ...]) -> Direction:
+    def _direction(self, slot: Slot, probes: tuple[Probe, ...], relative: float) -> Direction:
         # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
         # estimate of this group's gradient is divided by m.
-        relative = self._relative_eps(slot)
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
         return Direction(self.noise, slot.key, terms, rounding, self.backend)

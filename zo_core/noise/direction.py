@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,8 @@ class Direction:
         terms: pairs ``(seed, c)``, at least one.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
+        offset: index within the slot of the first element that is moved, a multiple of `CPU_CHUNK`: a
+            piece of a slot moves as it does within the whole. Only the eager backend knows it.
     """
 
     noise: Noise
@@ -73,11 +75,12 @@ class Direction:
     terms: tuple[tuple[int, float], ...]
     rounding_seed: int | None = None
     backend: str = "eager"
+    offset: int = 0
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
         terms = tuple((seed, c * factor) for seed, c in self.terms)
-        return Direction(self.noise, self.slot, terms, self.rounding_seed, self.backend)
+        return replace(self, terms=terms)
 
     def keys(self) -> list[tuple[Key, float]]:
         """Stream key and float32 coefficient of each term."""
@@ -101,7 +104,7 @@ class Direction:
             offset = start % batch
             if offset == 0:
                 count = -(-min(batch, numel - start) // per_word)
-                bits = [words(key, start // per_word, count, device) for key, _ in keys]
+                bits = [words(key, (self.offset + start) // per_word, count, device) for key, _ in keys]
             piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
             size = (piece.stop - piece.start) * per_word
             total = workspace("sum", size, device)
@@ -152,7 +155,7 @@ class Direction:
                 work = workspace("weights", stop - start, theta.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
-                store(work.add_(s), new, self.rounding_key(theta.dtype), start)
+                store(work.add_(s), new, self.rounding_key(theta.dtype), self.offset + start)
         if target.data_ptr() != out.data_ptr():
             out.copy_(target.view(out.shape))
 
@@ -211,6 +214,6 @@ def rewrite(
         if theta.dtype == wide:
             target[start:stop] = work
         else:
-            store(work, target[start:stop], direction.rounding_key(theta.dtype), start)
+            store(work, target[start:stop], direction.rounding_key(theta.dtype), direction.offset + start)
     if target.data_ptr() != theta.data_ptr():
         theta.copy_(target.view(theta.shape))
