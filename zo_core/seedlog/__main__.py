@@ -15,7 +15,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -25,7 +24,7 @@ from torch import nn
 from ..errors import StateError, ZOError
 from .header import check_run
 from .log import SeedLog
-from .replay import engine_for, replay
+from .replay import engine_for, moved_names, replay
 
 WIDTH, HEIGHT = 72, 12
 
@@ -156,25 +155,27 @@ def _draw(log: SeedLog, path: Path) -> None:
 
 def _model(base: Path, log: SeedLog) -> nn.Module:
     """The tensors of some safetensors files in a module without a forward: what the run moved as parameters."""
-    paths = sorted(base.glob("*.safetensors")) if base.is_dir() else [base]
-    keys = log.header["base"]["slots"]
-    model = nn.Module()
-    for path in paths:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.safetensors")) if base.is_dir() else [base]:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    _register(model, name, file.get_tensor(name), keys)
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors has an error type of its own
             raise StateError(f"the base {path} cannot be read: {error}") from error
-    if not any(True for _ in model.parameters()):
+    moved = moved_names(tensors, log.header)
+    if not moved:
+        keys = list(log.header["base"]["slots"])
         raise StateError(
-            f"none of the {len(keys)} tensors that {log.path} trained is in {base}; "
-            f"it has to hold {', '.join(list(keys)[:3])} …"
+            f"none of the {len(keys)} tensors that {log.path} trained is in {base}; it has to hold "
+            f"{', '.join(log.header['prefix'] + key for key in keys[:3])} …"
         )
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        _register(model, name, tensor, moves=name in moved)
     return model
 
 
-def _register(model: nn.Module, name: str, tensor: torch.Tensor, keys: dict[str, Any]) -> None:
+def _register(model: nn.Module, name: str, tensor: torch.Tensor, *, moves: bool) -> None:
     *path, last = name.split(".")
     module = model
     for part in path:
@@ -183,8 +184,7 @@ def _register(model: nn.Module, name: str, tensor: torch.Tensor, keys: dict[str,
             child = nn.Module()
             module.add_module(part, child)
         module = child
-    parts = name.split(".")
-    if any(".".join(parts[start:]) in keys for start in range(len(parts))) and tensor.is_floating_point():
+    if moves:
         module.register_parameter(last, nn.Parameter(tensor))
     else:
         module.register_buffer(last, tensor)

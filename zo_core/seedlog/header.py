@@ -11,7 +11,7 @@ from ..errors import StateError
 from ..estimators import ESTIMATORS
 from ..noise import NOISES
 from ..rules import RULES
-from ..targets import TARGETS
+from ..targets import TARGETS, WRAPPERS
 from ..version import __version__
 from .fingerprint import check_base, check_slots, fingerprint
 from .format import Settings
@@ -81,9 +81,19 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "dropout": engine.config.dropout,
         "limits": limits,
         "notes": notes,
+        "prefix": _prefix(engine),
         "settings": settings.to_dict(),
         "base": fingerprint(engine),
     }
+
+
+def _prefix(engine: ZeroOrder) -> str:
+    """What the names of the parameters have in front of their slot keys, without wrappers."""
+    slot = engine.slots[0]
+    held = {id(tensor) for tensor in slot.tensors}
+    name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
+    plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return plain.removesuffix(slot.key)
 
 
 def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Settings, tuple[float, ...]]:
@@ -93,6 +103,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
         engine: any.
         columns: an assignment of learning rates to columns that is kept if it still fits.
     """
+    engine._group_of = engine._groups()  # a state that was loaded has groups of its own
     groups = engine.optimizer.param_groups
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(engine._group_of[slot])] for slot in engine.slots)

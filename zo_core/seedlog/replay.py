@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace as changed
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..engine import ZeroOrder
 from ..errors import ModelError, StateError
 from ..noise.direction import CPU_CHUNK
 from ..optimizer import ZOOptimizer
-from ..targets import TARGETS, Slot, Target, Trainable
+from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
 from .format import LoggedStep
 from .header import check_run
 from .log import SeedLog
@@ -107,13 +108,13 @@ def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
         stochastic_rounding=header["stochastic_rounding"],
     )
     target = TARGETS.resolve(header["target"])
-    with _trainable(model, target, header["base"]["slots"]):
+    with _trainable(model, target, header):
         held = [slot.tensor for slot in target.slots(model) if slot.key in header["base"]["slots"]]
         return ZeroOrder(model, config, optimizer=ZOOptimizer(held) if held else None)
 
 
 @contextmanager
-def _trainable(model: nn.Module, target: Target, keys: dict[str, object]) -> Iterator[None]:
+def _trainable(model: nn.Module, target: Target, header: dict[str, Any]) -> Iterator[None]:
     """The parameters of the run, and no others, trainable for a while; a fresh model may have others."""
     if type(target) is not Trainable:
         yield
@@ -123,16 +124,32 @@ def _trainable(model: nn.Module, target: Target, keys: dict[str, object]) -> Ite
     except ModelError:
         found = set()
     before = {p: p.requires_grad for p in model.parameters()}
-    if not found >= keys.keys():
+    if not found >= header["base"]["slots"].keys():
+        mine = moved_names([name for name, _ in model.named_parameters()], header)
         for name, parameter in model.named_parameters():
-            parts = name.split(".")
-            mine = any(".".join(parts[start:]) in keys for start in range(len(parts)))
-            parameter.requires_grad_(mine and parameter.is_floating_point())
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in mine)
     try:
         yield
     finally:
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
+
+
+def moved_names(names: Iterable[str], header: dict[str, Any]) -> set[str]:
+    """Those names of parameters that stand for what a run moved, whatever a trainer put in front of them."""
+    full = {f"{header['prefix']}{key}" for key in header["base"]["slots"]}
+    ends = {end for name in full for end in _ends(name)}
+    named = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    exact = {name for name, plain in named.items() if plain in full}
+    longer = {name for name, plain in named.items() if any(end in full for end in _ends(plain))}
+    shorter = {name for name, plain in named.items() if plain in ends}
+    return exact or longer or shorter
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep], *, progress: bool = False) -> None:
