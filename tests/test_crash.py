@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -71,22 +70,17 @@ def kill_at_random(folder: Path, tier: str | None, seed: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tier", [None, "disk"])
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(tier: str | None, tmp_path: Path) -> None:
-    def run(function: str, *arguments: Any) -> None:
+    def run(call: str, folder: Path) -> None:
         code = (
-            f"import sys; sys.path[:0] = ['.', 'tests']; import test_crash as t; from pathlib import Path; {function}"
+            "import sys; sys.path[:0] = ['.', 'tests']; import hf_helpers, hf_zo, test_crash; from pathlib import Path"
         )
+        command = [sys.executable, "-c", f"{code}; test_crash.{call}", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
-    run(f"import hf_helpers, hf_zo; t.train(Path(sys.argv[1]), {tier!r})", tmp_path / "whole")
-    run(f"import hf_helpers, hf_zo; t.kill_at_random(Path(sys.argv[1]), {tier!r}, 0)", tmp_path / "killed")
+    run(f"train(Path(sys.argv[1]), {tier!r})", tmp_path / "whole")
+    run(f"kill_at_random(Path(sys.argv[1]), {tier!r}, seed=0)", tmp_path / "killed")
     whole, killed = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
