@@ -31,7 +31,7 @@ RANKS = {
     "seedlog": 8,
     "__init__": 9,
 }
-THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
+THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the last two at use, if they are there
 ADAPTERS = ("hf_zo", "lightning_zo")
 
 
