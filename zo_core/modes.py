@@ -59,7 +59,7 @@ def rng_state() -> dict[str, Any]:
 def same_rng(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two results of `rng_state` are the same state."""
     tensors = [(a["torch"], b["torch"]), *zip(a.get("cuda", ()), b.get("cuda", ()), strict=False)]
-    numpy = [str(state["numpy"][2]) + state["numpy"][1].tobytes().hex() if "numpy" in state else "" for state in (a, b)]
+    numpy = [(state["numpy"][1].tobytes(), state["numpy"][2:]) if "numpy" in state else None for state in (a, b)]
     return a["python"] == b["python"] and numpy[0] == numpy[1] and all(torch.equal(x, y) for x, y in tensors)
 
 
