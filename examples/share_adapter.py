@@ -1,6 +1,6 @@
 """A full fine-tune as a file of a few kilobytes: train, share, load, look at an earlier step. Offline.
 
-    python examples/share_adapter.py
+python examples/share_adapter.py
 """
 
 from __future__ import annotations

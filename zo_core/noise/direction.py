@@ -66,8 +66,10 @@ class Direction:
         terms: pairs ``(seed, c)``, at least one.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
-        offset: index within the slot of the first element that is moved, a multiple of `CPU_CHUNK`: a
-            piece of a slot moves as it does within the whole. Only the eager backend knows it.
+        offset: None moves a whole slot; a number moves the piece of it that begins at this index, as it
+            moves within the whole. Pieces have `piece_size` elements, and only the eager backend knows
+            them. Their words are those of the batch they are in, so that they are hashed once for all
+            pieces of a batch that follow each other.
     """
 
     noise: Noise
@@ -75,7 +77,7 @@ class Direction:
     terms: tuple[tuple[int, float], ...]
     rounding_seed: int | None = None
     backend: str = "eager"
-    offset: int = 0
+    offset: int | None = None
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
@@ -104,7 +106,7 @@ class Direction:
             offset = start % batch
             if offset == 0:
                 count = -(-min(batch, numel - start) // per_word)
-                bits = [words(key, (self.offset + start) // per_word, count, device) for key, _ in keys]
+                bits = [self._words(key, start // per_word, count, device) for key, _ in keys]
             piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
             size = (piece.stop - piece.start) * per_word
             total = workspace("sum", size, device)
@@ -114,6 +116,13 @@ class Direction:
                 self.noise.expand(word[piece], c, term)
                 total.add_(term)
             yield start, stop, total[: stop - start]
+
+    def _words(self, key: Key, start: int, count: int, device: torch.device) -> Tensor:
+        if self.offset is None:
+            return words(key, start, count, device)
+        first = self.offset // self.noise.values_per_word
+        within = first % BATCH_WORDS
+        return words(key, first - within, BATCH_WORDS, device)[within:]
 
     def values(self, shape: torch.Size, device: torch.device) -> Tensor:
         """``s`` as a whole, float32 of the given shape."""
@@ -155,9 +164,14 @@ class Direction:
                 work = workspace("weights", stop - start, theta.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
-                store(work.add_(s), new, self.rounding_key(theta.dtype), self.offset + start)
+                store(work.add_(s), new, self.rounding_key(theta.dtype), (self.offset or 0) + start)
         if target.data_ptr() != out.data_ptr():
             out.copy_(target.view(out.shape))
+
+
+def piece_size(noise: Noise) -> int:
+    """How many elements a piece of a slot has: such that it stays in the cache, and lies in one batch of words."""
+    return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)
 
 
 def fused_backend(name: str, theta: Tensor) -> Any:
@@ -214,6 +228,6 @@ def rewrite(
         if theta.dtype == wide:
             target[start:stop] = work
         else:
-            store(work, target[start:stop], direction.rounding_key(theta.dtype), direction.offset + start)
+            store(work, target[start:stop], direction.rounding_key(theta.dtype), (direction.offset or 0) + start)
     if target.data_ptr() != theta.data_ptr():
         theta.copy_(target.view(theta.shape))

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from ..config import ZOConfig
 from ..engine import ZeroOrder
 from ..errors import ModelError, StateError
-from ..noise.direction import CPU_CHUNK
+from ..noise import Direction
+from ..noise.direction import piece_size
+from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
 from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
 from .format import LoggedStep
@@ -29,6 +31,10 @@ from .header import check_run
 from .log import SeedLog
 
 Advance = Callable[[int], None]
+Move = tuple[Direction, float, float]
+
+#: Directions whose words for one batch fit into the cache of words together.
+CACHED_DIRECTIONS = 48
 
 
 def replay(
@@ -183,30 +189,40 @@ def _advance_slot(
     engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep], advance: Advance, theta: Tensor
 ) -> None:
     """All steps of one slot."""
-    moves = []
+    moves: list[Move] = []
     for entry in steps:
         group = entry.settings.group_of[index]
         direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
         moves.append((direction, entry.lrs[group], entry.settings.weight_decay[group]))
-    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() > CPU_CHUNK
-    if not (pieces and engine.rule.elementwise):
-        for direction, lr, weight_decay in moves:
-            engine._move(slot, direction, lr, weight_decay, theta)
-            advance(theta.numel())
+    batch = BATCH_WORDS * engine.noise.values_per_word
+    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
+    if pieces and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
+        _advance_pieces(engine, slot, moves, advance, theta)
         return
+    for direction, lr, weight_decay in moves:
+        engine._move(slot, direction, lr, weight_decay, theta)
+        advance(theta.numel())
+
+
+def _advance_pieces(engine: ZeroOrder, slot: Slot, moves: list[Move], advance: Advance, theta: Tensor) -> None:
+    """Each piece takes a group of steps while it is in the cache, with words that are hashed once for all pieces."""
     flat = theta.reshape(-1)
     state = engine.optimizer.state.get(slot.tensor, {})
-    states = []
-    for start in range(0, flat.numel(), CPU_CHUNK):
-        piece = flat[start : start + CPU_CHUNK]
-        local = {name: value.view(-1)[start : start + CPU_CHUNK] for name, value in state.items()}
-        for direction, lr, weight_decay in moves:
-            engine.rule.update(piece, local, changed(direction, offset=start), lr, weight_decay)
-        states.append(local)
-        advance(piece.numel() * len(moves))
-    if not state and states[0]:
-        whole = {name: torch.cat([local[name] for local in states]).view(theta.shape) for name in states[0]}
-        engine.optimizer.state[slot.tensor].update(whole)
+    batch, size = BATCH_WORDS * engine.noise.values_per_word, piece_size(engine.noise)
+    group = CACHED_DIRECTIONS // engine.num_probes
+    states: dict[int, dict[str, Any]] = {}
+    for begin in range(0, flat.numel(), batch):
+        for first in range(0, len(moves), group):
+            for start in range(begin, min(begin + batch, flat.numel()), size):
+                piece = flat[start : start + size]
+                if start not in states:
+                    states[start] = {name: value.view(-1)[start : start + size] for name, value in state.items()}
+                for direction, lr, weight_decay in moves[first : first + group]:
+                    engine.rule.update(piece, states[start], changed(direction, offset=start), lr, weight_decay)
+                    advance(piece.numel())
+    if not state and states and states[0]:
+        whole = {name: torch.cat([local[name] for local in states.values()]) for name in states[0]}
+        engine.optimizer.state[slot.tensor].update({name: value.view(theta.shape) for name, value in whole.items()})
     if flat.data_ptr() != theta.data_ptr():
         theta.copy_(flat.view(theta.shape))
 
