@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_core import SeedLog, SeedLogWriter, StateError, ZeroOrder
@@ -96,12 +96,12 @@ class Journal:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end; the state of the trainer comes last."""
+    """Whether a run can go on from a checkpoint: it has the optimizer, and its last file, the trainer's state."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_bytes())
     except (OSError, ValueError):
         return False
-    return True
+    return (folder / OPTIMIZER_NAME).exists()
 
 
 @contextmanager

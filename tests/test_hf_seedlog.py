@@ -210,6 +210,16 @@ def test_half_a_checkpoint_is_not_taken(tmp_path: Path) -> None:
     assert differing(weights(whole.model), weights(again.model)) == []
 
 
+def test_checkpoints_of_the_model_alone_are_left_for_the_log(tmp_path: Path) -> None:
+    variant = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "zo_rule": "momentum"}
+    whole = zo(tmp_path / "whole", **variant)
+    whole.train()
+    killed(tmp_path, 5, **variant)
+    again = zo(tmp_path, **variant)
+    again.train(resume_from_checkpoint=True)
+    assert differing(weights(whole.model), weights(again.model)) == []
+
+
 def test_a_torn_tail_costs_the_torn_step_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = zo(tmp_path / "whole")
     whole.train()

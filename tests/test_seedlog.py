@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,29 @@ def test_a_run_that_goes_back_is_told_to_begin_a_new_log(tmp_path: Path) -> None
     zo.step_count = 0
     with pytest.raises(StateError, match="has step 0 before this log was opened"):
         zo.step(closure("mlp", zo.model))
+
+
+@pytest.mark.parametrize("written", [0, 7, None])
+def test_a_full_disk_is_a_clear_error_and_costs_no_earlier_step(
+    written: int | None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    zo = ZeroOrder(tiny("mlp"), lr=LR)
+    log = SeedLogWriter.attach(zo, path)
+    zo.step(closure("mlp", zo.model, 0))
+    before, write = path.read_bytes(), os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if written is None:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:written])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(StateError, match=r"could not be written .* and ends before this step"):
+            zo.step(closure("mlp", zo.model, 1))
+    assert path.read_bytes() == before
+    log.close()
 
 
 def test_closing_ends_the_logging(tmp_path: Path) -> None:

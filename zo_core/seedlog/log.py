@@ -209,8 +209,18 @@ class SeedLogWriter:
         self.sync()
 
     def _append(self, record: bytes) -> None:
-        if os.write(self._file, record) != len(record):
-            raise StateError(f"{self.path} could not be written: the disk is full; this step is not in it")
+        size = os.fstat(self._file).st_size
+        try:
+            whole = os.write(self._file, record) == len(record)
+            reason = "the disk is full"
+        except OSError as error:
+            whole, reason = False, error.strerror or str(error)
+        if not whole:
+            os.truncate(self.path, size)
+            raise StateError(
+                f"the seed log {self.path} could not be written ({reason}) and ends before this step; free some space "
+                "and resume, or train with zo_log=False"
+            )
         self.chain = int.from_bytes(record[-4:], "little")
 
     def sync(self) -> None:
