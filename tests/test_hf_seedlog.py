@@ -78,7 +78,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", [pytest.param(value, id=name) for name, value in VARIANTS.items()])
+SLOW = ("fzoo", "torch rule")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(value, id=name, marks=(pytest.mark.slow,) if name in SLOW else ())
+        for name, value in VARIANTS.items()
+    ],
+)
 @pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 3}], ids=["log alone", "checkpoints"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     saving: dict[str, Any], variant: dict[str, Any], tmp_path: Path

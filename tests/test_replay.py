@@ -73,7 +73,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("settings", [pytest.param(value, id=name) for name, value in SETTINGS.items()])
 def test_replay_is_training(settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     _, seen = train(tmp_path / "log", tiny("mlp", dtype=dtype), "mlp", **settings)

@@ -212,7 +212,7 @@ def assert_is_a_prefix(data: bytes, path: Path, run: Any, *, exact: int | None =
     assert same_bits(weights(model), run[1][at])
 
 
-fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzz
