@@ -12,21 +12,23 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import RULES, ConfigError, Point, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
 from zo_core.offload import LockstepOracle, Streaming
 from zo_core.optimizer import param_groups
 from zo_core.oracle.materialise import is_compiled
+from zo_core.seedlog import LoggedStep
 
 from .arguments import ZOArguments
 from .checks import check_arguments, counters, warn_about_numbers
+from .journal import Journal, exit_on_sigterm
 from .quantised import quantised_training
 
 if TYPE_CHECKING:
@@ -47,7 +49,10 @@ class ZOTrainerMixin(_Trainer):
       in eval mode; only the root keeps its ``training`` flag, which trainers read;
     * the logs have ``projected_grad`` (root mean square since the last log) and ``zo_clip_rate``
       instead of ``grad_norm``, and ``zo_skipped_steps`` if there were any;
-    * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step.
+    * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step;
+    * every step goes to ``seedlog.zo`` in the output folder (``zo_log=False`` leaves it out), and
+      ``train(resume_from_checkpoint=True)`` takes the last complete checkpoint, or the model as it is if
+      there is none, and repeats what the log has beyond it.
 
     Args:
         zo_config: a `ZOConfig`. None takes the ``zo_*`` fields of `args`, if it has them, else the
@@ -58,6 +63,7 @@ class ZOTrainerMixin(_Trainer):
         self.zo: ZeroOrder | None = None
         self._zo_given = zo_config
         self._zo_batch: _MicroBatch | None = None
+        self._zo_journal: Journal | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
         with quantised_training(args, kwargs, zo_config):
             super().__init__(*args, **kwargs)
@@ -74,6 +80,26 @@ class ZOTrainerMixin(_Trainer):
             given = ", ".join(f"zo_{name}" for name in args.zo_settings())
             raise ConfigError([f"settings came twice, in zo_config and in args ({given}); write them in one place"])
         return config
+
+    # The log
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; with True, steps that only the seed log has are repeated, not lost.
+
+        Raises:
+            StateError: the log is damaged, or of another run; it says which.
+        """
+        if not getattr(self.args, "zo_log", True):
+            self._zo_journal = None
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        with Journal(self._get_output_dir(kwargs.get("trial")), resume_from_checkpoint) as journal, exit_on_sigterm():
+            self._zo_journal = journal
+            return super().train(journal.checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._zo_journal is not None:
+            self._zo_journal.begin_checkpoint(self.state.global_step)
+        super()._save_checkpoint(*args, **kwargs)
 
     # The optimizer
 
@@ -92,6 +118,8 @@ class ZOTrainerMixin(_Trainer):
         """The engine's `ZOOptimizer`, or one in front of the torch optimizer that was passed."""
         model = self._zo_model() if model is None else model
         self._zo_records.clear()  # a run before this one may have stopped between two logs
+        if self._zo_journal is not None:
+            self._zo_journal.end()  # this run may be another attempt, with a smaller batch
         given = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it on the first train()
         if isinstance(given, ZOOptimizer) and given.engine is not None and given.engine.model is model:
             given.engine.discard()  # or between two micro-batches
@@ -142,9 +170,27 @@ class ZOTrainerMixin(_Trainer):
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
             self.zo.oracle.copy_whole()
-        run = super().training_step
-        with self._probing() as batch:
-            return self.zo.measure(lambda: batch.run(lambda: run(model, inputs, num_items_in_batch)))
+        step = super().training_step
+
+        def run() -> Tensor:
+            return step(model, inputs, num_items_in_batch)
+
+        log = None if self._zo_journal is None else self._zo_journal.open(self.zo)
+        entry = None if log is None else log.logged()
+        if entry is not None:
+            return self._repeat(entry, run)
+        with self._probing() as batch, nullcontext() if log is None else log.watching():
+            return self.zo.measure(lambda: batch.run(run))
+
+    def _repeat(self, entry: LoggedStep, run: Callable[[], Tensor]) -> Tensor:
+        """A step that the log has: nothing is measured, unless that drew random numbers, which are drawn again."""
+        assert self.zo is not None
+        self._zo_model().train()
+        if entry.draws:
+            with self._probing() as batch:
+                self.zo.oracle.losses((Point(0, 0.0),), lambda: batch.run(run))
+        self.zo.follow(entry.probes, entry.loss)
+        return torch.tensor(entry.loss / self.current_gradient_accumulation_steps, device=self.args.device)
 
     @contextmanager
     def _probing(self) -> Iterator[_MicroBatch]:

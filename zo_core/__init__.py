@@ -12,9 +12,9 @@ from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
+from .seedlog import SeedLog, SeedLogWriter, replay
 from .targets import TARGETS, Int4Scales, Slot, Target, Trainable
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "ESTIMATORS",
@@ -34,6 +34,8 @@ __all__ = [
     "Probe",
     "Rademacher",
     "Scaling",
+    "SeedLog",
+    "SeedLogWriter",
     "Sgd",
     "Sign",
     "Slot",
@@ -48,5 +50,7 @@ __all__ = [
     "ZOError",
     "ZOOptimizer",
     "ZeroOrder",
+    "__version__",
     "derive_seed",
+    "replay",
 ]

@@ -68,6 +68,13 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def same_rng(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results of `rng_state` are the same state."""
+    tensors = [(a["torch"], b["torch"]), *zip(a.get("cuda", ()), b.get("cuda", ()), strict=False)]
+    numpy = [(state["numpy"][1].tobytes(), state["numpy"][2:]) if "numpy" in state else None for state in (a, b)]
+    return a["python"] == b["python"] and numpy[0] == numpy[1] and all(torch.equal(x, y) for x, y in tensors)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Puts back what `rng_state` returned."""
     random.setstate(state["python"])

@@ -92,7 +92,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
         if self.engine is not None:
-            self.engine.store_state()
+            self.engine.homes.store()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -113,7 +113,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             return super().state_dict()
         self.engine.flush()
         result = super().state_dict()
-        result["state"] = {index: self.engine.stored_state(kept) for index, kept in result["state"].items()}
+        result["state"] = {index: self.engine.homes.whole(kept) for index, kept in result["state"].items()}
         return result
 
     def __getstate__(self) -> dict[str, Any]:

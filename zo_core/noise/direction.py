@@ -94,6 +94,10 @@ class Direction:
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
         scaling: how quantisation scales move; None for ordinary weights.
+        offset: None moves a whole slot; a number moves the piece of it that begins at this index, as it
+            moves within the whole. Pieces have `piece_size` elements, and only the eager backend knows
+            them. Their words are those of the batch they are in, so that they are hashed once for all
+            pieces of a batch that follow each other.
     """
 
     noise: Noise
@@ -102,6 +106,7 @@ class Direction:
     rounding_seed: int | None = None
     backend: str = "eager"
     scaling: Scaling | None = None
+    offset: int | None = None
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
@@ -121,7 +126,7 @@ class Direction:
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; valid until the next chunk."""
         coefficients = [c for _, c in self.keys()]
-        for start, stop, bits in self._words(numel, device):
+        for start, stop, bits in self._pieces(numel, device):
             size = bits[0].numel() * self.noise.values_per_word
             total = workspace("sum", size, device)
             self.noise.expand(bits[0], coefficients[0], total)
@@ -131,7 +136,7 @@ class Direction:
                 total.add_(term)
             yield start, stop, total[: stop - start]
 
-    def _words(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:
+    def _pieces(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:
         """``(start, stop, words of each term)`` of every chunk."""
         keys = self.keys()
         per_word = self.noise.values_per_word
@@ -143,9 +148,16 @@ class Direction:
             offset = start % batch
             if offset == 0:
                 count = -(-min(batch, numel - start) // per_word)
-                bits = [words(key, start // per_word, count, device) for key, _ in keys]
+                bits = [self._words(key, start // per_word, count, device) for key, _ in keys]
             piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
             yield start, stop, [word[piece] for word in bits]
+
+    def _words(self, key: Key, start: int, count: int, device: torch.device) -> Tensor:
+        if self.offset is None:
+            return words(key, start, count, device)
+        first = self.offset // self.noise.values_per_word
+        within = first % BATCH_WORDS
+        return words(key, first - within, BATCH_WORDS, device)[within:]
 
     def values(self, shape: torch.Size, device: torch.device) -> Tensor:
         """``s`` as a whole, float32 of the given shape."""
@@ -192,7 +204,7 @@ class Direction:
         """A probe of 16-bit weights along signs, at half the traffic: the terms never exist in float32."""
         one = source.new_ones(())
         ((_, c),) = self.keys()
-        for start, stop, (bits,) in self._words(source.numel(), source.device):
+        for start, stop, (bits,) in self._pieces(source.numel(), source.device):
             signs = workspace("sum", 16 * bits.numel(), source.device).view(source.dtype)
             self.noise.expand(bits, 1.0, signs)
             # addcmul computes in float32 and rounds once; add(alpha=c) would round c to 16 bits.
@@ -210,7 +222,12 @@ class Direction:
                 work = workspace("weights", stop - start, source.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
-                store(work.add_(s), new, self.rounding_key(source.dtype), start)
+                store(work.add_(s), new, self.rounding_key(source.dtype), (self.offset or 0) + start)
+
+
+def piece_size(noise: Noise) -> int:
+    """How many elements a piece of a slot has: such that it stays in the cache, and lies in one batch of words."""
+    return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)
 
 
 def fused_backend(name: str, theta: Tensor) -> Any:
@@ -273,6 +290,6 @@ def rewrite(
         if theta.dtype == wide:
             target[start:stop] = work
         else:
-            store(work, target[start:stop], direction.rounding_key(theta.dtype), start)
+            store(work, target[start:stop], direction.rounding_key(theta.dtype), (direction.offset or 0) + start)
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view(out.shape))
