@@ -6,6 +6,7 @@ the next, so a block is fetched once and every probe passes through it before it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -23,6 +24,8 @@ from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
 from .streaming import Block, Streaming
+
+logger = logging.getLogger(__name__)
 
 
 class LockstepOracle:
@@ -56,6 +59,7 @@ class LockstepOracle:
         self.resident = [slot for slot in slots if slot not in self.home]
         moving = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in moving] for b in streaming.blocks}
+        self._checked = False
         self.views: list[ProbeView] = []
         self.states: list[list[Any]] = []
         self.carried: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
@@ -71,7 +75,16 @@ class LockstepOracle:
             stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
             stack.callback(self._end)
             self._begin(points, stack)
-            return self.lockstep.run([self._coroutine(view, closure) for view in self.views])
+            losses = self.lockstep.run([self._coroutine(view, closure) for view in self.views])
+        if not self._checked:
+            self._checked = True
+            if all(bool(loss.isnan()) for loss in losses):
+                logger.warning(
+                    "every loss of the first sweep is NaN; if that is not the model's own doing, it uses streamed "
+                    "weights where they cannot be observed (C++ code): keep those layers resident by naming the "
+                    "others in blocks=[...]"
+                )
+        return losses
 
     def copy_whole(self) -> None:
         """Not possible here."""
