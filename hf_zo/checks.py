@@ -103,3 +103,9 @@ def default(args: TrainingArguments, name: str) -> Any:
 def counters(trainer: Any) -> dict[str, int | float]:
     """The plain numbers that a trainer keeps about itself."""
     return {name: value for name, value in vars(trainer).items() if type(value) in (int, float)}
+
+
+def add_counters(trainer: Any, start: dict[str, int | float], counted: list[dict[str, int | float]]) -> None:
+    """Lets a trainer have counted what several micro-batches did, each of which began at ``start``."""
+    if len(counted) > 1:
+        vars(trainer).update({n: value + sum(each[n] - value for each in counted) for n, value in start.items()})

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +29,7 @@ from zo_core.oracle.materialise import is_compiled
 from zo_core.seedlog import LoggedStep
 
 from .arguments import ZOArguments
-from .checks import check_arguments, counters, warn_about_numbers
+from .checks import add_counters, check_arguments, counters, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .quantised import quantised_training
 
@@ -62,7 +64,9 @@ class ZOTrainerMixin(_Trainer):
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
         self.zo: ZeroOrder | None = None
         self._zo_given = zo_config
-        self._zo_batch: _MicroBatch | None = None
+        self._zo_running = threading.local()
+        self._zo_together: list[Any] = []
+        self._zo_losses: dict[int, Tensor] = {}
         self._zo_journal: Journal | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
         with quantised_training(args, kwargs, zo_config):
@@ -170,37 +174,50 @@ class ZOTrainerMixin(_Trainer):
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
             self.zo.oracle.copy_whole()
-        step = super().training_step
-
-        def run() -> Tensor:
-            return step(model, inputs, num_items_in_batch)
-
+        run = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         log = None if self._zo_journal is None else self._zo_journal.open(self.zo)
         entry = None if log is None else log.logged()
         if entry is not None:
-            return self._repeat(entry, run)
-        with self._probing() as batch, nullcontext() if log is None else log.watching():
-            return self.zo.measure(lambda: batch.run(run))
+            return self._repeat(entry, partial(run, inputs))
+        if id(inputs) not in self._zo_losses:
+            known = self.zo.streaming is not None and any(inputs is other for other in self._zo_together)
+            together = self._zo_together if known else [inputs]
+            with self._probing(), nullcontext() if log is None else log.watching():
+                batches = [_MicroBatch(self) for _ in together]
+                closures = [partial(b.run, partial(run, each)) for b, each in zip(batches, together, strict=True)]
+                losses = self.zo.measure_all(closures)
+            add_counters(self, batches[0].counters, [batch.counted for batch in batches])
+            self._zo_losses = {id(each): loss for each, loss in zip(together, losses, strict=True)}
+        return self._zo_losses.pop(id(inputs))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, which share a sweep over a streamed model."""
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        self._zo_together, self._zo_losses = samples, {}
+        return samples, count
 
     def _repeat(self, entry: LoggedStep, run: Callable[[], Tensor]) -> Tensor:
         """A step that the log has: nothing is measured, unless that drew random numbers, which are drawn again."""
         assert self.zo is not None
         self._zo_model().train()
         if entry.draws:
-            with self._probing() as batch:
-                self.zo.oracle.losses((Point(0, 0.0),), lambda: batch.run(run))
+            with self._probing():
+                self.zo.oracle.losses((Point(0, 0.0),), partial(_MicroBatch(self).run, run))
         self.zo.follow(entry.probes, entry.loss)
         return torch.tensor(entry.loss / self.current_gradient_accumulation_steps, device=self.args.device)
 
     @contextmanager
-    def _probing(self) -> Iterator[_MicroBatch]:
-        self._zo_batch = _MicroBatch(self)
+    def _probing(self) -> Iterator[None]:
         self.accelerator.backward = _no_backward
         try:
-            yield self._zo_batch
+            yield
         finally:
             del self.accelerator.backward
-            self._zo_batch = None
+
+    @property
+    def _zo_batch(self) -> _MicroBatch | None:
+        """The micro-batch whose probe this thread runs."""
+        return getattr(self._zo_running, "batch", None)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Runs once per micro-batch; each probe gets a shallow copy of its own, which it may change."""
@@ -239,14 +256,21 @@ class _MicroBatch:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self.counters = counters(trainer)
+        self.counters = self.counted = counters(trainer)
         self.raw: Any = None
         self.inputs: Any = None
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         """One probe. The trainer's counters (tokens seen, say) start from the same values in each."""
         vars(self.trainer).update(self.counters)
-        return step()
+        running = self.trainer._zo_running
+        running.batch = self
+        try:
+            loss = step()
+            self.counted = counters(self.trainer)
+            return loss
+        finally:
+            running.batch = None
 
     def prepared(self, raw: Any, prepare: Callable[[Any], Any]) -> Any:
         """A copy of the prepared batch; other data that a loss has prepared on its way passes through."""

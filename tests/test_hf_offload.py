@@ -82,7 +82,40 @@ def test_no_probe_sees_the_modes_of_another(tmp_path: Path) -> None:
     assert grads[0] == grads[1]
 
 
-def test_what_a_trainer_counts_in_its_loss_counts_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tier", TIERS)
+def test_micro_batches_of_a_step_share_a_sweep(tier: str, tmp_path: Path) -> None:
+    runs = [
+        trainer(tmp_path / str(where), where, gradient_accumulation_steps=4, zo_num_probes=2) for where in (None, tier)
+    ]
+    for run in runs:
+        run.train()
+    assert differing(*(weights(run.model) for run in runs)) == []
+    losses = [[entry.get("loss") for entry in run.state.log_history] for run in runs]
+    assert losses[0] == losses[1]
+    streaming, steps = runs[1].zo.streaming, runs[1].state.global_step
+    size = sum(block.nbytes for block in streaming.blocks)
+    assert steps == 2  # six micro-batches: one step of four, one of two
+    assert streaming.bytes_read <= (steps + 2) * size  # to fetch each block once a step, flush, and print
+
+
+def test_losses_that_draw_random_numbers_have_a_sweep_each(tmp_path: Path) -> None:
+    class Noisy(ZOTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs["input_ids"] = (inputs["input_ids"] + torch.randint(0, 2, inputs["input_ids"].shape)) % 60
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    results = []
+    for tier in (None, "cpu"):
+        settings = {"zo_offload": tier, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+        args = arguments(tmp_path / str(tier), ZOTrainingArguments, **settings)
+        run = Noisy(model=tiny("llama"), args=args, train_dataset=texts())
+        run.train()
+        results.append(weights(run.model))
+    assert differing(*results) == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_a_trainer_counts_in_its_loss_counts_once(accumulation: int, tmp_path: Path) -> None:
     class Counting(ZOTrainer):
         before, after = 0, 0
 
@@ -92,7 +125,8 @@ def test_what_a_trainer_counts_in_its_loss_counts_once(tmp_path: Path) -> None:
             self.after += 1
             return result
 
-    args = arguments(tmp_path, ZOTrainingArguments, zo_offload="cpu", zo_num_probes=2)
+    settings = {"zo_offload": "cpu", "zo_num_probes": 2, "gradient_accumulation_steps": accumulation}
+    args = arguments(tmp_path, ZOTrainingArguments, **settings)
     run = Counting(model=tiny("llama"), args=args, train_dataset=texts())
     run.before = run.after = 0
     run.train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -205,23 +205,29 @@ class ZeroOrder:
         Returns:
             The mean loss over the probes, float32 of shape ``[]``, on the device of the loss.
         """
-        if not callable(closure):
-            raise LossError(
-                f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
-                "write zo.step(lambda: model(**batch).loss)"
-            )
+        return self.measure_all([closure])[0]
+
+    def measure_all(self, closures: Sequence[Callable[[], Any]]) -> list[Tensor]:
+        """As `measure` for each of some micro-batches, in one sweep over a streamed model."""
+        for closure in closures:
+            if not callable(closure):
+                raise LossError(
+                    f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
+                    "write zo.step(lambda: model(**batch).loss)"
+                )
         if self._measured is None:
             seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
         self._group_of = self._groups()
         try:
-            losses = self.oracle.losses(self._measured.points, closure)
+            found = self.oracle.together(self._measured.points, closures)
         except BaseException:
             self.discard()
             raise
-        sums = self._measured.sums
-        self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
-        return torch.stack(losses).mean().to(torch.float32)
+        for losses in found:
+            sums = self._measured.sums
+            self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
+        return [torch.stack(losses).mean().to(torch.float32) for losses in found]
 
     def discard(self) -> None:
         """Forgets what was measured since the last step."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..modes import eval_mode, frozen_statistics, modes, rng_state, set_modes, set_rng_state
+from ..modes import eval_mode, frozen_statistics, modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
 from ..oracle.function_mode import ProbeMode
 from ..oracle.materialise import Materialised, Originals, ProbeView, restore
@@ -59,7 +59,7 @@ class LockstepOracle:
         self.resident = [slot for slot in slots if slot not in self.home]
         moving = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in moving] for b in streaming.blocks}
-        self._checked = False
+        self._checked, self._share = False, True
         self.views: list[ProbeView] = []
         self.states: list[list[Any]] = []
         self.carried: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
@@ -70,12 +70,31 @@ class LockstepOracle:
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
+        return self._sweep(points, [closure])
+
+    def together(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[list[Tensor]]:
+        """As `ResidentOracle.together`, in one sweep, unless the closures draw random numbers.
+
+        One after the other they would draw different ones; then each has a sweep of its own from now on.
+        """
+        if self._share and len(closures) > 1:
+            start = [get() for get, _ in self.carried]
+            found = self._sweep(points, closures)
+            if same_rng(start[0], rng_state()):
+                return [found[at : at + len(points)] for at in range(0, len(found), len(points))]
+            self._share = False
+            self._carry(start)
+        return [self.losses(points, closure) for closure in closures]
+
+    def _sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
+        """The losses of the first closure at all points, then of the second, and so on."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
             stack.callback(self._end)
-            self._begin(points, stack)
-            losses = self.lockstep.run([self._coroutine(view, closure) for view in self.views])
+            self._begin([point for _ in closures for point in points], stack)
+            wanted = [closure for closure in closures for _ in points]
+            losses = self.lockstep.run([self._coroutine(*pair) for pair in zip(self.views, wanted, strict=True)])
         if not self._checked:
             self._checked = True
             if all(bool(loss.isnan()) for loss in losses):
