@@ -10,6 +10,7 @@ text before and after, and the peak of the memory that the process had on top of
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -17,6 +18,8 @@ from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, from_pretrained_offloaded
 
