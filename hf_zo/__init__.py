@@ -10,6 +10,7 @@ except ImportError as error:
 
 from zo_core import ZOConfig
 
+from .adapter import load_zo_adapter, save_zo_adapter
 from .arguments import ZOArguments, ZOTrainingArguments
 from .mixin import ZOTrainerMixin
 from .offload import from_pretrained_offloaded
@@ -22,4 +23,6 @@ __all__ = [
     "ZOTrainerMixin",
     "ZOTrainingArguments",
     "from_pretrained_offloaded",
+    "load_zo_adapter",
+    "save_zo_adapter",
 ]

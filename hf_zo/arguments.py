@@ -19,7 +19,8 @@ class ZOArguments:
         @dataclass
         class ZOSFTConfig(ZOArguments, SFTConfig): ...
 
-    Each field is the setting of the same name in `zo_core.ZOConfig`.
+    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_log``, which concerns the
+    trainer alone, has none.
     """
 
     zo_estimator: str = field(default="spsa", metadata={"help": "How losses become probes: spsa or fzoo."})
@@ -34,8 +35,13 @@ class ZOArguments:
     zo_rule: str = field(
         default="auto", metadata={"help": "Update rule: sgd, momentum, sign, torch (args.optim), or auto (sgd)."}
     )
-    zo_target: str = field(default="trainable", metadata={"help": "What may move: trainable."})
-    zo_clip: float | None = field(default=None, metadata={"help": "Bound on the projected gradient."})
+    zo_target: str = field(
+        default="auto",
+        metadata={"help": "What may move: trainable, int4_scales, or auto (scales if there are 4-bit layers only)."},
+    )
+    zo_clip: float | None = field(
+        default=None, metadata={"help": "Bound on the projected gradient; default none, and 100 for int4_scales."}
+    )
     zo_seed: int | None = field(default=None, metadata={"help": "Seed of the directions; default: --seed."})
     zo_dropout: bool = field(default=False, metadata={"help": "Run the probes with dropout on."})
     zo_stochastic_rounding: bool = field(
@@ -52,13 +58,16 @@ class ZOArguments:
     zo_device_memory: str | None = field(
         default=None, metadata={"help": "What weights may take on the device, for example 8GB; what fits stays there."}
     )
+    zo_log: bool = field(
+        default=True, metadata={"help": "Write every step to seedlog.zo in the output folder (24 bytes each)."}
+    )
 
     def zo_settings(self) -> dict[str, Any]:
         """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""
         return {
             f.name.removeprefix(PREFIX): getattr(self, f.name)
             for f in fields(ZOArguments)
-            if getattr(self, f.name) != f.default
+            if getattr(self, f.name) != f.default and f.name != "zo_log"
         }
 
     def to_zo_config(self) -> ZOConfig:

@@ -16,6 +16,8 @@ logger = logging.getLogger("hf_zo")
 LARGE = 10_000_000
 MAX_LR_FULL = 1e-5
 MAX_LR_PEFT = 1e-2
+#: Below this one, a run on relative quantisation scales hardly moves.
+MIN_LR_SCALES = 1e-5
 
 
 def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None:
@@ -63,6 +65,20 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
             "neftune_noise_alpha=%g has no effect, probes run in eval mode; zo_dropout=True turns noise and dropout on",
             args.neftune_noise_alpha,
         )
+    if any(slot.scaling is not None for slot in engine.slots):
+        if hasattr(engine.model, "peft_config"):
+            logger.warning(
+                "quantisation scales move beside the adapters, but PEFT saves adapters only; keep the scales with "
+                "torch.save(model.state_dict(), ...), and load them with load_state_dict"
+            )
+        lr = float(engine.optimizer.param_groups[0]["lr"])
+        if lr < MIN_LR_SCALES and any(slot.scaling.relative for slot in engine.slots if slot.scaling is not None):
+            logger.warning(
+                "learning_rate=%g is in the range for weights; quantisation scales move by lr * projected_grad of "
+                "their own size, and float32 loses moves below 6e-8: try 1e-3 to 1e-1",
+                lr,
+            )
+        return  # the ranges below are for weights
     if engine.estimator.name != "spsa" or engine.rule.name not in ("sgd", "momentum"):
         return
     trained = sum(slot.tensor.numel() for slot in engine.slots)
@@ -87,3 +103,9 @@ def default(args: TrainingArguments, name: str) -> Any:
 def counters(trainer: Any) -> dict[str, int | float]:
     """The plain numbers that a trainer keeps about itself."""
     return {name: value for name, value in vars(trainer).items() if type(value) in (int, float)}
+
+
+def add_counters(trainer: Any, start: dict[str, int | float], counted: list[dict[str, int | float]]) -> None:
+    """Lets a trainer have counted what several micro-batches did, each of which began at ``start``."""
+    if len(counted) > 1:
+        vars(trainer).update({n: value + sum(each[n] - value for each in counted) for n, value in start.items()})

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import RULES, ConfigError, Point, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
-from zo_core.offload import Streaming
+from zo_core.offload import LockstepOracle, Streaming
+from zo_core.optimizer import param_groups
 from zo_core.oracle.materialise import is_compiled
+from zo_core.seedlog import LoggedStep
 
 from .arguments import ZOArguments
-from .checks import check_arguments, counters, warn_about_numbers
+from .checks import add_counters, check_arguments, counters, warn_about_numbers
+from .journal import Journal, exit_on_sigterm
+from .quantised import quantised_training
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -45,7 +51,10 @@ class ZOTrainerMixin(_Trainer):
       in eval mode; only the root keeps its ``training`` flag, which trainers read;
     * the logs have ``projected_grad`` (root mean square since the last log) and ``zo_clip_rate``
       instead of ``grad_norm``, and ``zo_skipped_steps`` if there were any;
-    * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step.
+    * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step;
+    * every step goes to ``seedlog.zo`` in the output folder (``zo_log=False`` leaves it out), and
+      ``train(resume_from_checkpoint=True)`` takes the last complete checkpoint, or the model as it is if
+      there is none, and repeats what the log has beyond it.
 
     Args:
         zo_config: a `ZOConfig`. None takes the ``zo_*`` fields of `args`, if it has them, else the
@@ -55,9 +64,13 @@ class ZOTrainerMixin(_Trainer):
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
         self.zo: ZeroOrder | None = None
         self._zo_given = zo_config
-        self._zo_batch: _MicroBatch | None = None
+        self._zo_running = threading.local()
+        self._zo_together: list[Any] = []
+        self._zo_losses: dict[int, Tensor] = {}
+        self._zo_journal: Journal | None = None
         self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
-        super().__init__(*args, **kwargs)
+        with quantised_training(args, kwargs, zo_config):
+            super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
         self.zo_config = self._resolve_config(zo_config)
 
@@ -71,6 +84,26 @@ class ZOTrainerMixin(_Trainer):
             given = ", ".join(f"zo_{name}" for name in args.zo_settings())
             raise ConfigError([f"settings came twice, in zo_config and in args ({given}); write them in one place"])
         return config
+
+    # The log
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; with True, steps that only the seed log has are repeated, not lost.
+
+        Raises:
+            StateError: the log is damaged, or of another run; it says which.
+        """
+        if not getattr(self.args, "zo_log", True):
+            self._zo_journal = None
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        with Journal(self._get_output_dir(kwargs.get("trial")), resume_from_checkpoint) as journal, exit_on_sigterm():
+            self._zo_journal = journal
+            return super().train(journal.checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._zo_journal is not None:
+            self._zo_journal.begin_checkpoint(self.state.global_step)
+        super()._save_checkpoint(*args, **kwargs)
 
     # The optimizer
 
@@ -89,6 +122,8 @@ class ZOTrainerMixin(_Trainer):
         """The engine's `ZOOptimizer`, or one in front of the torch optimizer that was passed."""
         model = self._zo_model() if model is None else model
         self._zo_records.clear()  # a run before this one may have stopped between two logs
+        if self._zo_journal is not None:
+            self._zo_journal.end()  # this run may be another attempt, with a smaller batch
         given = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it on the first train()
         if isinstance(given, ZOOptimizer) and given.engine is not None and given.engine.model is model:
             given.engine.discard()  # or between two micro-batches
@@ -102,6 +137,8 @@ class ZOTrainerMixin(_Trainer):
             config = config.replace(lr=None, eps=None, weight_decay=0.0)  # its groups hold them now
         self.zo = ZeroOrder(model, config, optimizer=given)
         self.zo.listeners.append(self._zo_records.append)
+        if isinstance(self.zo.oracle, LockstepOracle):
+            self.zo.oracle.carried.append((lambda: counters(self), vars(self).update))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
@@ -115,14 +152,15 @@ class ZOTrainerMixin(_Trainer):
         settings = config.resolve()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         decayed = set(self.get_decay_parameter_names(model))
-        tensors = [slot.tensor for slot in settings.target.slots(model)]
+        slots = settings.target.slots(model)
         decay = config.weight_decay or self.args.weight_decay
-        groups = [
-            {"params": [t for t in tensors if names.get(id(t)) in decayed], "weight_decay": decay},
-            {"params": [t for t in tensors if names.get(id(t)) not in decayed], "weight_decay": 0.0},
-        ]
+        split = [slot for slot in slots if names.get(id(slot.tensor)) in decayed]
+        groups = [{**group, "weight_decay": decay} for group in param_groups(split)]
+        still = [{**group, "weight_decay": 0.0} for group in param_groups(s for s in slots if s not in split)]
+        # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
+        groups = [*still, *groups] if slots[0].scaling is not None else [*groups, *still]
         lr = self.args.learning_rate if config.lr is None else config.lr
-        return ZOOptimizer([group for group in groups if group["params"]], lr=lr, eps=settings.eps)
+        return ZOOptimizer(groups, lr=lr, eps=settings.eps)
 
     # The step
 
@@ -136,19 +174,50 @@ class ZOTrainerMixin(_Trainer):
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
             self.zo.oracle.copy_whole()
-        run = super().training_step
-        with self._probing() as batch:
-            return self.zo.measure(lambda: batch.run(lambda: run(model, inputs, num_items_in_batch)))
+        run = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        log = None if self._zo_journal is None else self._zo_journal.open(self.zo)
+        entry = None if log is None else log.logged()
+        if entry is not None:
+            return self._repeat(entry, partial(run, inputs))
+        if id(inputs) not in self._zo_losses:
+            known = self.zo.streaming is not None and any(inputs is other for other in self._zo_together)
+            together = self._zo_together if known else [inputs]
+            with self._probing(), nullcontext() if log is None else log.watching():
+                batches = [_MicroBatch(self) for _ in together]
+                closures = [partial(b.run, partial(run, each)) for b, each in zip(batches, together, strict=True)]
+                losses = self.zo.measure_all(closures)
+            add_counters(self, batches[0].counters, [batch.counted for batch in batches])
+            self._zo_losses = {id(each): loss for each, loss in zip(together, losses, strict=True)}
+        return self._zo_losses.pop(id(inputs))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, which share a sweep over a streamed model."""
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        self._zo_together, self._zo_losses = samples, {}
+        return samples, count
+
+    def _repeat(self, entry: LoggedStep, run: Callable[[], Tensor]) -> Tensor:
+        """A step that the log has: nothing is measured, unless that drew random numbers, which are drawn again."""
+        assert self.zo is not None
+        self._zo_model().train()
+        if entry.draws:
+            with self._probing():
+                self.zo.oracle.losses((Point(0, 0.0),), partial(_MicroBatch(self).run, run))
+        self.zo.follow(entry.probes, entry.loss)
+        return torch.tensor(entry.loss / self.current_gradient_accumulation_steps, device=self.args.device)
 
     @contextmanager
-    def _probing(self) -> Iterator[_MicroBatch]:
-        self._zo_batch = _MicroBatch(self)
+    def _probing(self) -> Iterator[None]:
         self.accelerator.backward = _no_backward
         try:
-            yield self._zo_batch
+            yield
         finally:
             del self.accelerator.backward
-            self._zo_batch = None
+
+    @property
+    def _zo_batch(self) -> _MicroBatch | None:
+        """The micro-batch whose probe this thread runs."""
+        return getattr(self._zo_running, "batch", None)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Runs once per micro-batch; each probe gets a shallow copy of its own, which it may change."""
@@ -187,14 +256,21 @@ class _MicroBatch:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self.counters = counters(trainer)
+        self.counters = self.counted = counters(trainer)
         self.raw: Any = None
         self.inputs: Any = None
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         """One probe. The trainer's counters (tokens seen, say) start from the same values in each."""
         vars(self.trainer).update(self.counters)
-        return step()
+        running = self.trainer._zo_running
+        running.batch = self
+        try:
+            loss = step()
+            self.counted = counters(self.trainer)
+            return loss
+        finally:
+            running.batch = None
 
     def prepared(self, raw: Any, prepare: Callable[[Any], Any]) -> Any:
         """A copy of the prepared batch; other data that a loss has prepared on its way passes through."""

@@ -146,7 +146,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if running and before is not None:
             zo.listeners = before.listeners
             zo.optimizer.state.update(before.optimizer.state)
-            zo.store_state()
+            zo.homes.store()
         if getattr(module, "_compiler_ctx", None):
             zo.oracle.copy_whole()
         self._trained = self._trainable()

@@ -55,7 +55,8 @@ def mezo(
         for key, p in params.items():
             move = torch.zeros(p.shape)
             for grad, z in zip(grads, directions, strict=True):
-                move = move + f32(-lr * (grad / num_probes)) * z[key]
+                coefficient = float(f32(grad / num_probes))  # four bytes of a log hold it
+                move = move + f32(-lr * coefficient) * z[key]
             p.copy_(f32(1 - lr * weight_decay) * p + move)
         steps.append(Step(math.fsum(losses) / len(losses), math.fsum(grads) / num_probes))
     return steps

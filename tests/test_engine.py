@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ESTIMATORS, NOISES, RULES, Fzoo, Momentum, Probe, StepRecord, ZeroOrder, ZOConfig
+from zo_core.noise.direction import float32
 
 LR, EPS = 1e-2, 1e-2
 OWN_RULES = [name for name in RULES if not RULES.resolve(name).wants_optimizer]
@@ -126,7 +127,7 @@ def test_a_record_says_what_was_done() -> None:
     grads = [(plus - minus) / (2 * EPS) for plus, minus in zip(seen[::2], seen[1::2], strict=True)]
     assert record.loss == math.fsum(seen) / 6
     assert record.projected_grad == math.fsum(grads) / 3
-    assert [probe.coefficient for probe in record.probes] == [g / 3 for g in grads]
+    assert [probe.coefficient for probe in record.probes] == [float32(g / 3) for g in grads]
     assert len({probe.seed for probe in record.probes}) == 3
     assert (record.seed, record.step, record.lr) == (record.probes[0].seed, 1, LR)
     assert (record.clipped, record.skipped) == (0, None)

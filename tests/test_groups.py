@@ -59,7 +59,7 @@ def test_groups_have_their_own_learning_rate_eps_and_weight_decay() -> None:
         for side, perturbed in zip((1, -1), seen, strict=True):
             assert torch.equal(perturbed[name], theta + f32(side * group_eps) * z(name))
         g = (losses[0] - losses[1]) / (2 * group_eps)  # the two-sided difference of this group's own eps
-        expected = f32(1 - lr * decay) * theta + f32(-lr * g) * z(name)
+        expected = f32(1 - lr * decay) * theta + f32(-lr * float(f32(g))) * z(name)
         assert torch.equal(model.get_parameter(name).detach(), expected)
     assert record.lr == 0.03
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hf_helpers import arguments, differing, texts, weights
 from models import tiny
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
 
@@ -63,3 +64,70 @@ def test_a_saved_model_loads_as_it_was_trained(tier: str, tmp_path: Path) -> Non
     run.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert differing(weights(run.model), weights(loaded)) == []
+
+
+def test_no_probe_sees_the_modes_of_another(tmp_path: Path) -> None:
+    """The first probe ends, and sets the modes back, before the others come to the dropout in front of the head."""
+    runs = []
+    for tier in (None, "cpu"):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+        model = BertForSequenceClassification(BertConfig(vocab_size=64, hidden_dropout_prob=0.5, **shape))
+        rows = [{"input_ids": row["input_ids"], "labels": index % 2} for index, row in enumerate(texts())]
+        args = arguments(tmp_path / str(tier), ZOTrainingArguments, learning_rate=1e-3, zo_offload=tier)
+        runs.append(ZOTrainer(model=model, args=args, train_dataset=rows))
+        runs[-1].train()
+    assert differing(*(weights(run.model) for run in runs)) == []
+    grads = [[entry.get("projected_grad") for entry in run.state.log_history] for run in runs]
+    assert grads[0] == grads[1]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_micro_batches_of_a_step_share_a_sweep(tier: str, tmp_path: Path) -> None:
+    runs = [
+        trainer(tmp_path / str(where), where, gradient_accumulation_steps=4, zo_num_probes=2) for where in (None, tier)
+    ]
+    for run in runs:
+        run.train()
+    assert differing(*(weights(run.model) for run in runs)) == []
+    losses = [[entry.get("loss") for entry in run.state.log_history] for run in runs]
+    assert losses[0] == losses[1]
+    streaming, steps = runs[1].zo.streaming, runs[1].state.global_step
+    size = sum(block.nbytes for block in streaming.blocks)
+    assert steps == 2  # six micro-batches: one step of four, one of two
+    assert streaming.bytes_read <= (steps + 2) * size  # to fetch each block once a step, flush, and print
+
+
+def test_losses_that_draw_random_numbers_have_a_sweep_each(tmp_path: Path) -> None:
+    class Noisy(ZOTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            inputs["input_ids"] = (inputs["input_ids"] + torch.randint(0, 2, inputs["input_ids"].shape)) % 60
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    results = []
+    for tier in (None, "cpu"):
+        settings = {"zo_offload": tier, "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+        args = arguments(tmp_path / str(tier), ZOTrainingArguments, **settings)
+        run = Noisy(model=tiny("llama"), args=args, train_dataset=texts())
+        run.train()
+        results.append(weights(run.model))
+    assert differing(*results) == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_what_a_trainer_counts_in_its_loss_counts_once(accumulation: int, tmp_path: Path) -> None:
+    class Counting(ZOTrainer):
+        before, after = 0, 0
+
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.before += 1
+            result = super().compute_loss(model, *args, **kwargs)
+            self.after += 1
+            return result
+
+    settings = {"zo_offload": "cpu", "zo_num_probes": 2, "gradient_accumulation_steps": accumulation}
+    args = arguments(tmp_path, ZOTrainingArguments, **settings)
+    run = Counting(model=tiny("llama"), args=args, train_dataset=texts())
+    run.before = run.after = 0
+    run.train()
+    assert (run.before, run.after) == (4, 4)

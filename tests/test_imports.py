@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "registry": 0,
     "modes": 0,
+    "version": 0,
     "noise": 1,
     "targets": 2,
     "oracle": 3,
@@ -25,15 +26,20 @@ RANKS = {
     "estimators": 5,
     "rules": 5,
     "config": 6,
+    "homes": 6,
     "optimizer": 6,
     "engine": 7,
     "estimate": 7,
-    "__init__": 8,
+    "seedlog": 8,
+    "__init__": 9,
 }
-THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
+THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the last two at use, if they are there
 
 #: Optional packages, each with the one file that knows it.
-OPTIONAL = {"transformers": ROOT / "zo_core/estimate/skeleton.py"}
+OPTIONAL = {
+    "bitsandbytes": ROOT / "zo_core/targets/int4.py",
+    "transformers": ROOT / "zo_core/estimate/skeleton.py",
+}
 ADAPTERS = ("hf_zo", "lightning_zo")
 
 

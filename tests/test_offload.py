@@ -14,11 +14,22 @@ import torch
 from models import batch, tiny
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AlbertConfig, AlbertForMaskedLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from zo_core import ConfigError, ModelError, StateError, ZeroOrder, ZOError
+from zo_core.offload import Streaming
 
 TIERS = ("cpu", "disk")
+
+#: What `make` builds takes 30 to 120 kB; in this some blocks stay, and some are streamed.
+SOME = "60KB"
 STEPS = 20
 slow = pytest.mark.slow
 
@@ -58,6 +69,16 @@ def make(name: str, tied: bool = True, dtype: torch.dtype = torch.float32) -> tu
     if name == "mixtral":
         return mixtral().to(dtype), batch("llama")
     return tiny(name, tied=tied, dtype=dtype), batch(name)
+
+
+LAYERS = 6
+
+
+def deep() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A Llama of six equal layers."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **shape)), batch("llama")
 
 
 def train(
@@ -206,6 +227,75 @@ def test_a_step_writes_each_block_once_and_reads_it_once() -> None:
     assert zo.streaming.bytes_read <= 4 * size
 
 
+@pytest.mark.parametrize("settings", [{"offload": "auto"}, {"offload": "cpu"}, {"offload": "disk"}], ids=str)
+@pytest.mark.parametrize("memory", [None, SOME, "1GB", 1])
+def test_what_fits_stays_and_the_rest_is_streamed(memory: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    expected = train(*deep(), None, tmp_path)
+    model, _ = deep()
+    zo = ZeroOrder(model, offload=settings["offload"], device_memory=memory)
+    count = 0 if zo.streaming is None else len(zo.streaming.blocks)
+    resident = sum(p.numel() * 4 for p in {id(p): p for p in model.parameters()}.values())
+    if memory == "1GB" or (memory is None and settings["offload"] == "auto"):
+        assert count == 0
+    elif memory == SOME:
+        assert 0 < count < LAYERS
+        assert zo.streaming is not None
+        streamed = sum(block.nbytes for block in zo.streaming.blocks)
+        arena = sum(slot.numel() for slot in zo.streaming.arenas)
+        largest = max(block.nbytes for block in zo.streaming.blocks)
+        # What stays and the arena are within the limit, and one more block would not have been.
+        assert resident - streamed + arena <= 60_000 < resident - streamed + arena + largest
+    else:
+        assert count == LAYERS
+    zo.close()
+    limit = {} if memory is None else {"device_memory": memory}
+    assert_equal(train(*deep(), settings["offload"], tmp_path, **limit), expected)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_momentum_travels_with_its_block(tier: str, tmp_path: Path) -> None:
+    model, inputs = make("llama")
+    zo = ZeroOrder(model, lr=1e-3, rule="momentum", offload=tier)
+    for _ in range(3):
+        zo.step(lambda: model(**inputs).loss)
+    streamed = [p for p in model.parameters() if p.requires_grad and p.isnan().any()]
+    assert streamed
+    assert all(zo.optimizer.state[p]["momentum"].untyped_storage().nbytes() == 4 for p in streamed)  # one NaN
+    twin, _ = make("llama")
+    resident = ZeroOrder(twin, lr=1e-3, rule="momentum")
+    for _ in range(3):
+        resident.step(lambda: twin(**inputs).loss)
+    ours, theirs = zo.optimizer.state_dict()["state"], resident.optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[index]["momentum"], theirs[index]["momentum"]) for index in theirs)
+    zo.close()  # brings it back
+    for engine, net in ((zo, model), (resident, twin)):
+        engine.step(lambda net=net: net(**inputs).loss)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_second_engine_starts_without_the_momentum_of_the_first() -> None:
+    model, inputs = make("llama")
+    twin, _ = make("llama")
+    for _ in range(2):
+        zo = ZeroOrder(model, lr=1e-3, rule="momentum", **({"offload": "cpu"} if Streaming.of(model) is None else {}))
+        resident = ZeroOrder(twin, lr=1e-3, rule="momentum")
+        for _ in range(2):
+            zo.step(lambda: model(**inputs).loss)
+            resident.step(lambda: twin(**inputs).loss)
+    zo.close()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_one_line_of_log_says_what_is_where(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    model, _ = make("llama")
+    with caplog.at_level("INFO", logger="zo_core"):
+        ZeroOrder(model, offload="disk", offload_dir=str(tmp_path))
+    (line,) = [record.getMessage() for record in caplog.records if "streamed from" in record.getMessage()]
+    assert str(tmp_path) in line
+    assert "a step reads" in line
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_state_dict_is_whole_and_loading_one_reaches_the_store(tier: str, tmp_path: Path) -> None:
     model, inputs = make("llama")
@@ -303,6 +393,9 @@ def test_a_model_without_repeated_layers_is_a_clear_error() -> None:
     [
         ({"offload": "gpu"}, "'cpu', 'disk'"),
         ({"offload": "cpu", "offload_dir": "x"}, "offload='disk'"),
+        ({"offload": "auto", "device_memory": "8 cats"}, "as in '8GB'"),
+        ({"device_memory": "8GB"}, "no use without offload"),
+        ({"device": "cuda"}, "no use without offload"),
         ({"offload": "cpu", "blocks": ("model.layer",)}, "not a module"),
         ({"offload": "disk", "offload_dir": "/proc/nowhere"}, "cannot be written"),
     ],

@@ -8,12 +8,13 @@ from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
 from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
+from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
-from .targets import TARGETS, Slot, Target, Trainable
-
-__version__ = "0.1.0"
+from .seedlog import SeedLog, SeedLogWriter, replay
+from .targets import TARGETS, Int4Scales, Slot, Target, Trainable
+from .version import __version__
 
 __all__ = [
     "ESTIMATORS",
@@ -24,6 +25,7 @@ __all__ = [
     "Estimator",
     "Fzoo",
     "Gaussian",
+    "Int4Scales",
     "LossError",
     "ModelError",
     "Momentum",
@@ -31,6 +33,9 @@ __all__ = [
     "Point",
     "Probe",
     "Rademacher",
+    "Scaling",
+    "SeedLog",
+    "SeedLogWriter",
     "Sgd",
     "Sign",
     "Slot",
@@ -45,5 +50,7 @@ __all__ = [
     "ZOError",
     "ZOOptimizer",
     "ZeroOrder",
+    "__version__",
     "derive_seed",
+    "replay",
 ]

@@ -40,9 +40,12 @@ class ZOConfig:
         noise: distribution of the directions: "rademacher" or "gaussian".
         rule: how probes move the weights: "sgd", "momentum", "sign" or "torch"; "auto" is "torch" if
             an optimizer is passed, else "sgd".
-        target: what may move: "trainable".
+        target: what may move: "trainable" parameters, the "int4_scales" of a model that bitsandbytes has
+            quantised, or "auto": the scales if the model has 4-bit layers and no trainable adapters,
+            else trainable parameters.
         weight_decay: decoupled weight decay, as in AdamW.
-        clip: largest absolute coefficient of a direction (for spsa the projected gradient), or None.
+        clip: largest absolute coefficient of a direction (for spsa the projected gradient); None takes the
+            target's default, 100 for int4_scales and no bound for others; ``math.inf`` is no bound.
         seed: seed of the directions; None takes the trainer's seed, and 0 in a bare loop.
         dropout: run the probes with the modes the model has, so that dropout is on if it is in
             training mode; all probes of a step then share their random numbers. BatchNorm statistics
@@ -69,7 +72,7 @@ class ZOConfig:
     estimator: str | dict[str, Any] | Estimator = "spsa"
     noise: str | dict[str, Any] | Noise = "rademacher"
     rule: str | dict[str, Any] | UpdateRule = "auto"
-    target: str | dict[str, Any] | Target = "trainable"
+    target: str | dict[str, Any] | Target = "auto"
     weight_decay: float = 0.0
     clip: float | None = None
     seed: int | None = None
@@ -92,7 +95,8 @@ class ZOConfig:
         self._number("lr", problems, lambda x: x >= 0, "a number of at least 0, for example 1e-6")
         self._number("eps", problems, lambda x: x > 0, "a number above 0, for example 1e-3")
         self._number("weight_decay", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
-        self._number("clip", problems, lambda x: x > 0, "a number above 0, or None for no clipping")
+        if self.clip != math.inf:
+            self._number("clip", problems, lambda x: x > 0, "a number above 0, or None for the target's default")
         if estimator is not None and self.num_probes is not None:
             least = estimator.min_probes
             if not isinstance(self.num_probes, int) or isinstance(self.num_probes, bool) or self.num_probes < least:

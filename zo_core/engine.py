@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from .config import ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
+from .homes import Homes, State
 from .noise import Direction, derive_seed
-from .offload import Block, LockstepOracle, Streaming, offload
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
+from .noise.direction import float32
+from .offload import LockstepOracle, Streaming, offload
+from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_groups
 from .oracle import ResidentOracle
 from .records import Point, Probe, StepRecord
 from .rules import Torch, UpdateRule
-from .targets import Slot
+from .targets import Slot, keep_codes_plain
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,7 @@ class ZeroOrder:
                 ]
             )
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
+        self.target = settings.target
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
         in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
         twice = [name for name in in_groups if getattr(self.config, name) != getattr(ZOConfig, name)]
@@ -109,11 +112,19 @@ class ZeroOrder:
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.listeners: list[Callable[[StepRecord], object]] = []
-        slots = settings.target.slots(model)
-        if optimizer is None:
-            optimizer = ZOOptimizer(
-                [slot.tensor for slot in slots], settings.lr, settings.eps, self.config.weight_decay
+        self.target = target = settings.target.chosen(model)
+        self.clip = target.default_clip if self.config.clip is None else self.config.clip
+        keep_codes_plain(model)
+        slots = target.slots(model)
+        if foreign and any(slot.scaling is not None for slot in slots):
+            raise ConfigError(
+                [
+                    f"target={target.name!r} moves scales that must stay positive, which a torch optimizer does not "
+                    "know; leave out the optimizer and choose a rule (rule='momentum'), or write target='trainable'"
+                ]
             )
+        if optimizer is None:
+            optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         if isinstance(optimizer, ZOOptimizer):
             self.eps = float(self.optimizer.param_groups[0]["eps"])
@@ -125,10 +136,11 @@ class ZeroOrder:
                 "this model's parameters (after moving or wrapping the model), or leave it out"
             )
         self.streaming: Streaming | None = None
-        self._stored: dict[tuple[Slot, str], tuple[Block, str, Tensor]] = {}
         self.oracle = self._oracle()
+        self.homes = Homes(self.slots, self.optimizer, self.rule, self.streaming)
         self._group_of = self._groups()
         self._measured: _Measured | None = None
+        self._followed: tuple[tuple[Probe, ...], float] | None = None
         self.optimizer.engine = self
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
@@ -144,34 +156,7 @@ class ZeroOrder:
         if streaming is None:
             return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
         self.streaming = streaming
-        for slot in self.slots:
-            if (home := streaming.home(slot.tensors)) is None:
-                continue
-            block, name = home
-            for kind, (shape, dtype) in self.rule.state(slot.tensor).items():
-                key = f"{name}#{kind}"
-                token = self.optimizer.state[slot.tensor][kind] = streaming.keep_state(block, key, shape, dtype)
-                self._stored[slot, kind] = block, key, token
         return LockstepOracle(self.model, self.slots, self._perturbation, streaming, dropout=config.dropout)
-
-    def stored_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A slot's state with the values of what is streamed, for a checkpoint."""
-        places = {id(token): (block, key) for block, key, token in self._stored.values()}
-        streaming = self.streaming
-        return {
-            kind: streaming.state(*places[id(value)]) if streaming is not None and id(value) in places else value
-            for kind, value in state.items()
-        }
-
-    def store_state(self) -> None:
-        """Moves what was loaded into the optimizer to where it is streamed from."""
-        loaded: dict[Block, dict[str, Tensor | None]] = {}
-        for (slot, kind), (block, key, token) in self._stored.items():
-            loaded.setdefault(block, {})[key] = self.optimizer.state[slot.tensor].get(kind)
-            self.optimizer.state[slot.tensor][kind] = token
-        for block, values in loaded.items():
-            assert self.streaming is not None
-            self.streaming.load_state(block, values)
 
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
@@ -192,10 +177,7 @@ class ZeroOrder:
         """
         if self.streaming is not None:
             self.stop()
-            for slot, kind in self._stored:
-                state = self.optimizer.state[slot.tensor]
-                state[kind] = self.stored_state(state)[kind].clone()
-            self._stored = {}
+            self.homes.bring_back()
             self.streaming.close(device)
             self.streaming = None
             self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
@@ -223,27 +205,42 @@ class ZeroOrder:
         Returns:
             The mean loss over the probes, float32 of shape ``[]``, on the device of the loss.
         """
-        if not callable(closure):
-            raise LossError(
-                f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
-                "write zo.step(lambda: model(**batch).loss)"
-            )
+        return self.measure_all([closure])[0]
+
+    def measure_all(self, closures: Sequence[Callable[[], Any]]) -> list[Tensor]:
+        """As `measure` for each of some micro-batches, in one sweep over a streamed model."""
+        for closure in closures:
+            if not callable(closure):
+                raise LossError(
+                    f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
+                    "write zo.step(lambda: model(**batch).loss)"
+                )
         if self._measured is None:
             seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
         self._group_of = self._groups()
         try:
-            losses = self.oracle.losses(self._measured.points, closure)
+            found = self.oracle.together(self._measured.points, closures)
         except BaseException:
             self.discard()
             raise
-        sums = self._measured.sums
-        self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
-        return torch.stack(losses).mean().to(torch.float32)
+        for losses in found:
+            sums = self._measured.sums
+            self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
+        return [torch.stack(losses).mean().to(torch.float32) for losses in found]
 
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
-        self._measured = None
+        self._measured = self._followed = None
+
+    def follow(self, probes: tuple[Probe, ...], loss: float) -> None:
+        """The next `apply` repeats a step that was measured before, instead of one that is measured now.
+
+        Args:
+            probes: as its `StepRecord` had them; empty if the step was skipped.
+            loss: what its record reports.
+        """
+        self._measured, self._followed = None, (probes, loss)
 
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and goes on to the next step.
@@ -253,6 +250,8 @@ class ZeroOrder:
         Raises:
             StateError: nothing was measured.
         """
+        if self._followed is not None:
+            return self._repeat(*self._followed)
         if self._measured is None:
             raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
         measured, self._measured = self._measured, None
@@ -266,15 +265,38 @@ class ZeroOrder:
             level = logging.INFO if estimate.projected_grads else logging.WARNING
             logger.log(level, "step %d skipped, weights untouched: %s", self.step_count, estimate.skip)
         grads = estimate.projected_grads
+        projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
+        return self._done(mean_loss, projected_grad, measured.seeds[0], probes, clipped, estimate.skip)
+
+    def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
+        self.discard()
+        self._group_of = self._groups()
+        if probes:
+            self._update(probes)
+        # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
+        two_sided = self.estimator.name == "spsa" and probes
+        projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
+        seed = derive_seed(self.seed, self.step_count, 0)
+        return self._done(loss, projected_grad, seed, probes, 0, None if probes else "the log has it as skipped")
+
+    def _done(
+        self,
+        loss: float,
+        projected_grad: float,
+        seed: int,
+        probes: tuple[Probe, ...],
+        clipped: int,
+        skipped: str | None,
+    ) -> StepRecord:
         record = StepRecord(
-            loss=mean_loss,
-            projected_grad=math.fsum(grads) / len(grads) if grads else float("nan"),
+            loss=loss,
+            projected_grad=projected_grad,
             lr=float(self.optimizer.param_groups[0]["lr"]),
             step=self.step_count,
-            seed=measured.seeds[0],
+            seed=seed,
             probes=probes,
             clipped=clipped,
-            skipped=estimate.skip,
+            skipped=skipped,
         )
         self.step_count += 1
         for listener in self.listeners:
@@ -288,19 +310,18 @@ class ZeroOrder:
         estimate = self.estimator.estimate(losses, self.eps)
         if estimate.skip is not None:
             return estimate, (), 0
-        bound = math.inf if self.config.clip is None else self.config.clip
+        bound = self.clip
         clipped = sum(abs(c) > bound for c in estimate.coefficients)
-        probes = tuple(
-            Probe(seed, max(-bound, min(bound, c)) / len(seeds))
-            for seed, c in zip(seeds, estimate.coefficients, strict=True)
-        )
-        if not all(abs(probe.coefficient) <= FLOAT32_MAX for probe in probes):
-            shown = ", ".join(f"{probe.coefficient:.4g}" for probe in probes)
+        coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in estimate.coefficients]
+        if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
+            shown = ", ".join(f"{c:.4g}" for c in coefficients)
             return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
+        # A float32 from here on: what a log or another process is given is what is applied.
+        probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
         return estimate, probes, clipped
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
-        directions = [self._direction(slot, probes) for slot in self.slots]
+        directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
         with torch.no_grad():
             if isinstance(self.rule, Torch):
                 assert isinstance(self.optimizer, TorchOptimizerFace)
@@ -310,17 +331,7 @@ class ZeroOrder:
                 for slot, direction in zip(self.slots, directions, strict=True):
                     group = self._group_of[slot]
                     how = direction, float(group["lr"]), float(group["weight_decay"])
-                    home = None if self.streaming is None else self.streaming.home(slot.tensors)
-                    if home is None:
-                        state = self.optimizer.state[slot.tensor]
-                        self.rule.update(slot.tensor.data, state, *how)
-                        if not state:
-                            del self.optimizer.state[slot.tensor]
-                    else:
-                        block, name = home
-                        state = {kind: self._stored[slot, kind][1] for kind in self.rule.state(slot.tensor)}
-                        move = partial(_move_streamed, self.rule, name, state, *how)
-                        block.pending.append(((name, *state.values()), move))
+                    self.homes.move(slot, partial(_move, self.rule, how))
         torch.clear_autocast_cache()
 
     def _groups(self) -> dict[Slot, dict[str, Any]]:
@@ -336,15 +347,14 @@ class ZeroOrder:
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:
         scale = point.scale * self._relative_eps(slot)
-        return Direction(self.noise, slot.key, ((point.seed, scale),), backend=self.backend)
+        return Direction(self.noise, slot.key, ((point.seed, scale),), None, self.backend, slot.scaling)
 
-    def _direction(self, slot: Slot, probes: tuple[Probe, ...]) -> Direction:
+    def _direction(self, slot: Slot, probes: tuple[Probe, ...], relative: float) -> Direction:
         # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
         # estimate of this group's gradient is divided by m.
-        relative = self._relative_eps(slot)
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
-        return Direction(self.noise, slot.key, terms, rounding, self.backend)
+        return Direction(self.noise, slot.key, terms, rounding, self.backend, slot.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""
@@ -372,6 +382,10 @@ class ZeroOrder:
         self.discard()
 
 
+def _move(rule: UpdateRule, how: tuple[Direction, float, float], theta: Tensor, state: State) -> None:
+    rule.update(theta, state, *how)
+
+
 def offload_model(
     model: nn.Module, config: ZOConfig, slots: list[Slot], device: torch.device | None = None
 ) -> Streaming | None:
@@ -386,16 +400,3 @@ def offload_model(
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
     )
-
-
-def _move_streamed(
-    rule: UpdateRule,
-    name: str,
-    state: dict[str, str],
-    direction: Direction,
-    lr: float,
-    weight_decay: float,
-    tensors: dict[str, Tensor],
-) -> None:
-    """An update that waited for its block, whose ``tensors`` have come."""
-    rule.update(tensors[name], {kind: tensors[key] for kind, key in state.items()}, direction, lr, weight_decay)

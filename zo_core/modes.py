@@ -46,6 +46,18 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def modes(model: nn.Module) -> list[bool]:
+    """The ``training`` flag of every module."""
+    return [module.training for module in model.modules()]
+
+
+def set_modes(model: nn.Module, flags: list[bool]) -> None:
+    """Puts back what `modes` returned; like `eval_mode`, without calling `nn.Module.train`."""
+    for module, flag in zip(model.modules(), flags, strict=True):
+        if module.training != flag:
+            module.training = flag
+
+
 def rng_state() -> dict[str, Any]:
     """State of the global generators of random, numpy (if it is imported) and torch."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
@@ -54,6 +66,13 @@ def rng_state() -> dict[str, Any]:
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def same_rng(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results of `rng_state` are the same state."""
+    tensors = [(a["torch"], b["torch"]), *zip(a.get("cuda", ()), b.get("cuda", ()), strict=False)]
+    numpy = [(state["numpy"][1].tobytes(), state["numpy"][2:]) if "numpy" in state else None for state in (a, b)]
+    return a["python"] == b["python"] and numpy[0] == numpy[1] and all(torch.equal(x, y) for x, y in tensors)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

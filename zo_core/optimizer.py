@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError, StateError
 from .estimators import Spsa
+from .targets import Slot
 
 if TYPE_CHECKING:
     from .engine import ZeroOrder
@@ -91,7 +92,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
         if self.engine is not None:
-            self.engine.store_state()
+            self.engine.homes.store()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -112,11 +113,20 @@ class ZOOptimizer(torch.optim.Optimizer):
             return super().state_dict()
         self.engine.flush()
         result = super().state_dict()
-        result["state"] = {index: self.engine.stored_state(kept) for index, kept in result["state"].items()}
+        result["state"] = {index: self.engine.homes.whole(kept) for index, kept in result["state"].items()}
         return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}
+
+
+def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
+    """Groups for a `ZOOptimizer`: one, and another for each set of values that slots have of their own."""
+    groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
+    for slot in slots:
+        group = groups.setdefault(tuple(sorted(slot.own.items())), {"params": [], **slot.own})
+        group["params"].append(slot.tensor)
+    return list(groups.values())
 
 
 def group_problems(group: dict[str, Any]) -> list[str]:

@@ -25,7 +25,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Probe:
-    """One measured direction: the update moves the weights by ``-lr * coefficient * z(seed)``."""
+    """One measured direction: the update moves the weights by ``-lr * coefficient * z(seed)``.
+
+    The engine's coefficients are float32 values, so that four bytes hold them exactly.
+    """
 
     seed: int
     coefficient: float

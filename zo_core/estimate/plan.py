@@ -174,15 +174,14 @@ def _row(
     state = 0
     for slot in slots:
         for kind, (shape, dtype) in settings.rule.state(slot.tensor).items():
-            kept = torch.empty(shape, dtype=dtype, device="meta")
             if id(slot.tensor) in where:
-                where[id(slot.tensor)].state[f"{slot.key}#{kind}"] = kept
+                where[id(slot.tensor)].specs[f"{slot.key}#{kind}"] = shape, dtype
             else:
-                state += _size(kept)
+                state += shape.numel() * dtype.itemsize
     scratch = together(segments, points if blocks else 1, pooled=work.device == "cpu")
     sizes = [block.nbytes for block in blocks]
     trained = [b for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held)]
-    in_arena = [sum(map(_aligned, block.tensors.values())) for block in blocks]
+    in_arena = [sum(_aligned(*spec) for spec in block.specs.values()) for block in blocks]
     parts = {
         "weights": sum(_size(t) for key, t in stay.items() if key not in where),
         "rule": state,
@@ -195,7 +194,7 @@ def _row(
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0
     written = sum(block.nbytes for block in trained)
     through_host = blocks if work.device == "cuda" else trained  # files are read and written a tensor at a time
-    transit = max((_size(t) for b in through_host for t in b.tensors.values()), default=0)
+    transit = max((s.numel() * d.itemsize for b in through_host for s, d in b.specs.values()), default=0)
     beside = max((block.nbytes for block in trained), default=0)  # the new file, until it replaces the old one
     row = Row(
         name=f"{name}, {'resident' if place is None else 'from ' + ('host' if place == 'cpu' else place)}",
@@ -210,7 +209,7 @@ def _row(
         traced=traced,
     )
     for block in blocks:
-        block.state.clear()
+        block.specs = {name: block.specs[name] for name in block.holders}
     return row
 
 

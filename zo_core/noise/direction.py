@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,33 @@ def workspace(name: str, size: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """How positive scales of quantised weights move (QZO, arXiv 2505.13430).
+
+        absolute:  theta' = max(floor, round(decay * theta + s))
+        relative:  theta' = max(floor, round(theta * (decay + s)))
+
+    The relative form is one rounding of a float64 product. A scale that is below the floor (0 in a
+    block of zeros) is not raised to it, it only sinks no further: a move by ``s = 0`` changes nothing.
+
+    Attributes:
+        relative: move by a part of the value, so that one eps fits layers of any magnitude.
+        floor: least value of a scale.
+    """
+
+    relative: bool = True
+    floor: float = 1e-7
+
+    def moved(self, theta: Tensor, change: Callable[[Tensor], object]) -> Tensor:
+        """New values for ``theta``, where ``change`` moves weights in place as ordinary ones move."""
+        work = torch.ones_like(theta, dtype=torch.float64) if self.relative else theta.clone()
+        change(work)
+        if self.relative:
+            work.mul_(theta)
+        return torch.maximum(work.to(theta.dtype), theta.clamp(max=self.floor))
+
+
+@dataclass(frozen=True)
 class Direction:
     """``s = sum of round(c * z(seed))`` over some probes, for one slot.
 
@@ -66,6 +93,11 @@ class Direction:
         terms: pairs ``(seed, c)``, at least one.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
+        scaling: how quantisation scales move; None for ordinary weights.
+        offset: None moves a whole slot; a number moves the piece of it that begins at this index, as it
+            moves within the whole. Pieces have `piece_size` elements, and only the eager backend knows
+            them. Their words are those of the batch they are in, so that they are hashed once for all
+            pieces of a batch that follow each other.
     """
 
     noise: Noise
@@ -73,11 +105,13 @@ class Direction:
     terms: tuple[tuple[int, float], ...]
     rounding_seed: int | None = None
     backend: str = "eager"
+    scaling: Scaling | None = None
+    offset: int | None = None
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
         terms = tuple((seed, c * factor) for seed, c in self.terms)
-        return Direction(self.noise, self.slot, terms, self.rounding_seed, self.backend)
+        return replace(self, terms=terms)
 
     def keys(self) -> list[tuple[Key, float]]:
         """Stream key and float32 coefficient of each term."""
@@ -92,7 +126,7 @@ class Direction:
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; valid until the next chunk."""
         coefficients = [c for _, c in self.keys()]
-        for start, stop, bits in self._words(numel, device):
+        for start, stop, bits in self._pieces(numel, device):
             size = bits[0].numel() * self.noise.values_per_word
             total = workspace("sum", size, device)
             self.noise.expand(bits[0], coefficients[0], total)
@@ -102,7 +136,7 @@ class Direction:
                 total.add_(term)
             yield start, stop, total[: stop - start]
 
-    def _words(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:
+    def _pieces(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:
         """``(start, stop, words of each term)`` of every chunk."""
         keys = self.keys()
         per_word = self.noise.values_per_word
@@ -114,9 +148,16 @@ class Direction:
             offset = start % batch
             if offset == 0:
                 count = -(-min(batch, numel - start) // per_word)
-                bits = [words(key, start // per_word, count, device) for key, _ in keys]
+                bits = [self._words(key, start // per_word, count, device) for key, _ in keys]
             piece = slice(offset // per_word, -(-(offset + stop - start) // per_word))
             yield start, stop, [word[piece] for word in bits]
+
+    def _words(self, key: Key, start: int, count: int, device: torch.device) -> Tensor:
+        if self.offset is None:
+            return words(key, start, count, device)
+        first = self.offset // self.noise.values_per_word
+        within = first % BATCH_WORDS
+        return words(key, first - within, BATCH_WORDS, device)[within:]
 
     def values(self, shape: torch.Size, device: torch.device) -> Tensor:
         """``s`` as a whole, float32 of the given shape."""
@@ -137,6 +178,10 @@ class Direction:
             ``out``.
         """
         out = theta if out is None else out
+        if self.scaling is not None:
+            factor = float32(decay)
+            rewrite(theta, self, lambda weights, s, *_: weights.mul_(factor).add_(s), out)
+            return out
         fused = fused_backend(self.backend, theta)
         if fused is not None and fused.supports(self, theta.dtype):
             fused.add_direction(self, theta, float32(decay), out)
@@ -159,7 +204,7 @@ class Direction:
         """A probe of 16-bit weights along signs, at half the traffic: the terms never exist in float32."""
         one = source.new_ones(())
         ((_, c),) = self.keys()
-        for start, stop, (bits,) in self._words(source.numel(), source.device):
+        for start, stop, (bits,) in self._pieces(source.numel(), source.device):
             signs = workspace("sum", 16 * bits.numel(), source.device).view(source.dtype)
             self.noise.expand(bits, 1.0, signs)
             # addcmul computes in float32 and rounds once; add(alpha=c) would round c to 16 bits.
@@ -177,7 +222,12 @@ class Direction:
                 work = workspace("weights", stop - start, source.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
-                store(work.add_(s), new, self.rounding_key(source.dtype), start)
+                store(work.add_(s), new, self.rounding_key(source.dtype), (self.offset or 0) + start)
+
+
+def piece_size(noise: Noise) -> int:
+    """How many elements a piece of a slot has: such that it stays in the cache, and lies in one batch of words."""
+    return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)
 
 
 def fused_backend(name: str, theta: Tensor) -> Any:
@@ -216,7 +266,8 @@ def store(values: Tensor, out: Tensor, key: Key | None, start: int) -> None:
 def rewrite(
     theta: Tensor,
     direction: Direction,
-    change: Callable[[Tensor, Tensor, int, int], None],
+    change: Callable[[Tensor, Tensor, int, int], object],
+    out: Tensor | None = None,
 ) -> None:
     """Rewrites a slot in place, chunk by chunk, for rules that need more than ``theta + s``.
 
@@ -225,15 +276,20 @@ def rewrite(
         direction: gives ``s`` and the rounding.
         change: called with ``(weights, s, start, stop)``, both flat and in the wide type; changes
             ``weights`` in place.
+        out: where the result goes instead.
     """
-    source, target = flat(theta), flat_target(theta, theta)
+    out = theta if out is None else out
+    source, target = flat(theta), flat_target(theta, out)
     wide = compute_dtype(theta.dtype)
     for start, stop, s in direction.chunks(source.numel(), theta.device):
         work = source[start:stop].to(wide, copy=True)
-        change(work, s, start, stop)
+        if direction.scaling is None:
+            change(work, s, start, stop)
+        else:
+            work = direction.scaling.moved(work, lambda weights: change(weights, s, start, stop))  # noqa: B023
         if theta.dtype == wide:
             target[start:stop] = work
         else:
-            store(work, target[start:stop], direction.rounding_key(theta.dtype), start)
-    if target.data_ptr() != theta.data_ptr():
-        theta.copy_(target.view(theta.shape))
+            store(work, target[start:stop], direction.rounding_key(theta.dtype), (direction.offset or 0) + start)
+    if target.data_ptr() != out.data_ptr():
+        out.copy_(target.view(out.shape))

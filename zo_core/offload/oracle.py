@@ -6,6 +6,7 @@ the next, so a block is fetched once and every probe passes through it before it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..modes import eval_mode, frozen_statistics, modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
 from ..oracle.function_mode import ProbeMode
 from ..oracle.materialise import Materialised, Originals, ProbeView, restore
@@ -23,6 +24,8 @@ from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
 from .streaming import Block, Streaming
+
+logger = logging.getLogger(__name__)
 
 
 class LockstepOracle:
@@ -34,6 +37,10 @@ class LockstepOracle:
         direction: the perturbation of one slot at one point.
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
+
+    Attributes:
+        carried: what belongs to the process and a closure may change, as pairs of functions that get
+            and set it: each probe finds it as it left it. Random states and the modes of the modules.
     """
 
     def __init__(
@@ -52,26 +59,58 @@ class LockstepOracle:
         self.resident = [slot for slot in slots if slot not in self.home]
         moving = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in moving] for b in streaming.blocks}
+        self._checked, self._share = False, True
         self.views: list[ProbeView] = []
-        self.states: list[dict[str, Any]] = []
+        self.states: list[list[Any]] = []
+        self.carried: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+            (rng_state, set_rng_state),
+            (lambda: modes(model), lambda flags: set_modes(model, flags)),
+        ]
         self.originals: Originals = {}
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
+        return self._sweep(points, [closure])
+
+    def together(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[list[Tensor]]:
+        """As `ResidentOracle.together`, in one sweep, unless the closures draw random numbers.
+
+        One after the other they would draw different ones; then each has a sweep of its own from now on.
+        """
+        if self._share and len(closures) > 1:
+            start = [get() for get, _ in self.carried]
+            found = self._sweep(points, closures)
+            if same_rng(start[0], rng_state()):
+                return [found[at : at + len(points)] for at in range(0, len(found), len(points))]
+            self._share = False
+            self._carry(start)
+        return [self.losses(points, closure) for closure in closures]
+
+    def _sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
+        """The losses of the first closure at all points, then of the second, and so on."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
             stack.callback(self._end)
-            self._begin(points, stack)
-            return self.lockstep.run([self._coroutine(view, closure) for view in self.views])
+            self._begin([point for _ in closures for point in points], stack)
+            wanted = [closure for closure in closures for _ in points]
+            losses = self.lockstep.run([self._coroutine(*pair) for pair in zip(self.views, wanted, strict=True)])
+        if not self._checked:
+            self._checked = True
+            if all(bool(loss.isnan()) for loss in losses):
+                logger.warning(
+                    "every loss of the first sweep is NaN; if that is not the model's own doing, it uses streamed "
+                    "weights where they cannot be observed (C++ code): keep those layers resident by naming the "
+                    "others in blocks=[...]"
+                )
+        return losses
 
     def copy_whole(self) -> None:
         """Not possible here."""
         raise ConfigError(["a compiled model cannot be streamed, its blocks are out of reach; leave out torch_compile"])
 
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
-        start = rng_state()
-        self.states = [start] * len(points)
+        self.states = [[get() for get, _ in self.carried]] * len(points)
         self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
         self.views = [ProbeView(self.realisation, point, self._original) for point in points]
         for view in self.views:
@@ -111,12 +150,16 @@ class LockstepOracle:
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
-        self.states[index] = rng_state()
+        self.states[index] = [get() for get, _ in self.carried]
         self.views[index].suspend()
 
     def _enter(self, index: int) -> None:
-        set_rng_state(self.states[index])
+        self._carry(self.states[index])
         self.views[index].resume()
+
+    def _carry(self, state: list[Any]) -> None:
+        for (_, put), value in zip(self.carried, state, strict=True):
+            put(value)
 
     def _end(self) -> None:
         self.streaming.sweeping = False
@@ -124,5 +167,5 @@ class LockstepOracle:
         for block in self.streaming.blocks:
             self.streaming.evict_view(block)
         if self.states:
-            set_rng_state(self.states[-1])
+            self._carry(self.states[-1])
         self.views, self.states, self.originals = [], [], {}

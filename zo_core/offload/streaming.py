@@ -1,7 +1,8 @@
 """Blocks that come and go: a few arena slots, a prefetch thread, and updates that wait their turn.
 
 Outside its block's forward an evicted parameter is NaN, expanded to its shape: shape, dtype and count
-survive, and a stray use gives NaN, never a quietly wrong loss.
+survive, and a stray use gives NaN, never a quietly wrong loss. Codes of quantised weights, which have no
+NaN, are empty instead, and a stray use is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..oracle.scratch import nan
 from .copies import Copies, Moment
 from .store import DiskStore, RamStore, Tensors
 
@@ -38,6 +40,7 @@ class Block:
         state: what a rule keeps for the parameters (momentum) and travels with them, by name; these
             tensors only stand for it, and are always NaN.
         pending: updates that were not applied yet, oldest first, each with the names that it changes.
+        specs: shape and dtype of all that travels, whatever a forward makes of the parameter objects.
     """
 
     name: str
@@ -45,15 +48,14 @@ class Block:
     holders: dict[str, list[Tensor]]
     state: dict[str, Tensor] = field(default_factory=dict)
     pending: list[tuple[tuple[str, ...], Update]] = field(default_factory=list)
+    specs: dict[str, tuple[torch.Size, torch.dtype]] = field(init=False)
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """One tensor object for each that travels, by name."""
-        return {name: held[0] for name, held in self.holders.items()} | self.state
+    def __post_init__(self) -> None:
+        self.specs = {name: (held[0].shape, held[0].dtype) for name, held in self.holders.items()}
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.specs.values())
 
 
 class Streaming:
@@ -82,9 +84,7 @@ class Streaming:
         self.pinned: dict[Block, int] = {}
         self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
         # Each has memory of its own, so that parameters which share none do not seem to be tied.
-        self._absent = {
-            (b, name): _absent(held[0].shape, held[0].dtype, device) for b in blocks for name, held in b.holders.items()
-        }
+        self._absent = {(block, name): nan(*block.specs[name], device) for block in blocks for name in block.holders}
         for block in blocks:
             self.evict_view(block)
             self._attach(block)
@@ -107,7 +107,8 @@ class Streaming:
             for other in self.blocks:
                 self._finish(other)
             self.store.add_zeros(block.name, key, shape, dtype)
-            block.state[key] = _absent(shape, dtype, self.device)
+            block.state[key] = nan(shape, dtype, self.device)
+            block.specs[key] = shape, dtype
             self._make_arenas()
         return block.state[key]
 
@@ -158,7 +159,7 @@ class Streaming:
         self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
 
     def _arena(self) -> Tensor:
-        size = max(sum(map(_aligned, block.tensors.values())) for block in self.blocks)
+        size = max(sum(_aligned(*spec) for spec in block.specs.values()) for block in self.blocks)
         with torch.inference_mode(False):
             return torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -277,22 +278,15 @@ class Streaming:
             handle.remove()
 
 
-def _absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """NaN in the memory of one element."""
-    with torch.inference_mode(False):
-        return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
-
-
-def _aligned(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // 64) * 64
+def _aligned(shape: torch.Size, dtype: torch.dtype) -> int:
+    return -(-shape.numel() * dtype.itemsize // 64) * 64
 
 
 def _carve(arena: Tensor, block: Block) -> Tensors:
     """Views of an arena slot with the shapes and dtypes of a block's tensors."""
     tensors: Tensors = {}
     offset = 0
-    for name, holder in block.tensors.items():
-        size = holder.numel() * holder.element_size()
-        tensors[name] = arena[offset : offset + size].view(holder.dtype).view(holder.shape)
-        offset += _aligned(holder)
+    for name, (shape, dtype) in block.specs.items():
+        tensors[name] = arena[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        offset += _aligned(shape, dtype)
     return tensors

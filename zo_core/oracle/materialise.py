@@ -133,7 +133,7 @@ class ProbeView:
         self.present.pop(slot, None)
         with torch._C.DisableTorchFunction():
             for tensor in slot.tensors:
-                tensor.data = nan_like(tensor)
+                tensor.data = nan_like(tensor, dense=slot.scaling is not None)
                 self.absent[id(tensor)] = slot
         torch.clear_autocast_cache()
 
@@ -142,7 +142,7 @@ class ProbeView:
         with torch._C.DisableTorchFunction():
             for slot in self.present:
                 for tensor in slot.tensors:
-                    tensor.data = nan_like(tensor)
+                    tensor.data = nan_like(tensor, dense=slot.scaling is not None)
         torch.clear_autocast_cache()
 
     def resume(self) -> None:

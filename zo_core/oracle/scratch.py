@@ -46,12 +46,25 @@ def _count_alone() -> int:
 ALONE = _count_alone()
 
 
-def nan_like(tensor: Tensor) -> Tensor:
-    """NaN in the shape of ``tensor``, in the memory of one element."""
-    return _nan(tensor.shape, tensor.dtype, tensor.device)
+def nan_like(tensor: Tensor, *, dense: bool = False) -> Tensor:
+    """NaN in the shape of ``tensor``, in the memory of one element.
+
+    Integers (codes of quantised weights) have no NaN: for them it is an empty tensor, any use of
+    which fails.
+
+    Args:
+        tensor: gives shape, dtype and device.
+        dense: with memory for every element, for tensors that kernels read by their address.
+    """
+    return _nan(tensor.shape, tensor.dtype, tensor.device, dense)
 
 
-@lru_cache(maxsize=1 << 12)
-def _nan(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def nan(shape: torch.Size, dtype: torch.dtype, device: torch.device, dense: bool = False) -> Tensor:
+    """As `nan_like`, in memory that no other tensor has."""
     with torch.inference_mode(False):
-        return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+        if not (dtype.is_floating_point or dtype.is_complex):
+            return torch.empty((0, *shape[1:]), dtype=dtype, device=device)
+        return torch.full(shape if dense else (), float("nan"), dtype=dtype, device=device).expand(shape)
+
+
+_nan = lru_cache(maxsize=1 << 12)(nan)

@@ -20,10 +20,13 @@ class UpdateRule:
     Class attributes:
         name: its name in the registry.
         wants_optimizer: whether a torch optimizer does the update.
+        elementwise: whether each element moves by its own value, state and noise alone, so that a slot
+            may be moved piece by piece; ``state`` then holds tensors of the slot's shape only.
     """
 
     name: ClassVar[str]
     wants_optimizer: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of each tensor that this rule keeps for a slot between steps; zeros at first."""

@@ -24,6 +24,7 @@ class Momentum(UpdateRule):
     """
 
     name: ClassVar[str] = "momentum"
+    elementwise: ClassVar[bool] = True
     beta: float = 0.9
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class Sgd(UpdateRule):
     """``theta <- (1 - lr * weight_decay) theta - lr * G``, in one pass over the weights, without state."""
 
     name: ClassVar[str] = "sgd"
+    elementwise: ClassVar[bool] = True
 
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float

@@ -19,6 +19,7 @@ class Sign(UpdateRule):
     """``theta <- (1 - lr * weight_decay) theta - lr * sign(G)``, without state."""
 
     name: ClassVar[str] = "sign"
+    elementwise: ClassVar[bool] = True
 
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float

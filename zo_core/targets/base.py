@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError
-from .noise.direction import FLOAT_DTYPES
-from .registry import Registry
+from ..errors import ModelError
+from ..noise.direction import FLOAT_DTYPES, Scaling
+from ..registry import Registry
 
 WRAPPERS = ("module", "_orig_mod")
 
@@ -25,11 +26,16 @@ class Slot:
         key: stable name; together with a seed it determines the slot's noise.
         tensors: the tensor, and any other tensor objects that share its memory (tied weights).
         modules: the modules that hold one of ``tensors`` directly.
+        scaling: how quantisation scales move; None for ordinary weights.
+        own: values of this slot for the optimizer's group (``lr``, ``eps``), where they differ from
+            those of the run.
     """
 
     key: str
     tensors: tuple[Tensor, ...]
     modules: tuple[nn.Module, ...]
+    scaling: Scaling | None = None
+    own: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tensor(self) -> Tensor:
@@ -38,14 +44,26 @@ class Slot:
     def led_by(self, ids: Container[int]) -> Slot:
         """The same slot, its first tensor one whose ``id`` is in ``ids``: the one an optimizer knows."""
         first = sorted(self.tensors, key=lambda tensor: id(tensor) not in ids)
-        return Slot(self.key, tuple(first), self.modules)
+        return replace(self, tensors=tuple(first))
 
 
 @dataclass(frozen=True)
 class Target:
-    """Chooses the slots of a model."""
+    """Chooses the slots of a model.
+
+    Class attributes:
+        name: its name in the registry.
+        default_clip: bound on the coefficients where the configuration leaves it open.
+        of_quantised: whether it moves parts of quantised weights, which trainers otherwise refuse to train.
+    """
 
     name: ClassVar[str]
+    default_clip: ClassVar[float] = math.inf
+    of_quantised: ClassVar[bool] = False
+
+    def chosen(self, model: nn.Module) -> Target:
+        """The target that decides for this model: itself, unless it picks among others."""
+        return self
 
     def slots(self, model: nn.Module) -> list[Slot]:
         """The slots, each tensor in exactly one of them.
@@ -81,40 +99,6 @@ def slot_keys(names: Iterable[str]) -> list[str]:
         keys.append(f"{key}#{uses[key]}" if uses[key] else key)
         uses[key] += 1
     return keys
-
-
-@TARGETS.register
-@dataclass(frozen=True)
-class Trainable(Target):
-    """Every parameter with ``requires_grad``: all weights of a plain model, the adapters of a PEFT model."""
-
-    name: ClassVar[str] = "trainable"
-
-    def slots(self, model: nn.Module) -> list[Slot]:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        if not named:
-            raise ModelError(
-                "model has no trainable parameter; call requires_grad_(True) on the parameters that should move "
-                "(a quantised model needs PEFT adapters, for example get_peft_model(model, LoraConfig(...)))"
-            )
-        for name, parameter in named:
-            check_tensor(name, parameter)
-        groups: dict[tuple[object, ...], list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in named:
-            groups.setdefault(memory_of(parameter), []).append((name, parameter))
-        owners: dict[int, list[nn.Module]] = {}
-        for module in model.modules():
-            for owned in module.parameters(recurse=False):
-                owners.setdefault(id(owned), []).append(module)
-        keys = slot_keys(members[0][0] for members in groups.values())
-        return [
-            Slot(
-                key,
-                tuple(p for _, p in members),
-                tuple(module for _, p in members for module in owners[id(p)]),
-            )
-            for key, members in zip(keys, groups.values(), strict=True)
-        ]
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:

@@ -1,0 +1,46 @@
+"""Purely quantised models: transformers refuses to train them, which is right for backpropagation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from zo_core import TARGETS, ZOConfig
+
+FLAG = "_hf_peft_config_loaded"
+
+
+@contextmanager
+def quantised_training(args: tuple[Any, ...], kwargs: dict[str, Any], config: object) -> Iterator[None]:
+    """While a trainer is made: no refusal of a model whose quantisation scales are what moves.
+
+    The scales are made ready at once, because a checkpoint may be loaded before the first step.
+
+    Args:
+        args, kwargs: what the trainer's constructor was given.
+        config: its ``zo_config``.
+    """
+    model = kwargs.get("model", args[0] if args else None)
+    settings = kwargs.get("args", args[1] if len(args) > 1 else None)
+    name = config.target if isinstance(config, ZOConfig) else getattr(settings, "zo_target", "auto")
+    try:
+        target = TARGETS.resolve(name)
+    except ValueError:  # reported with all other settings
+        yield
+        return
+    if not isinstance(model, nn.Module) or not target.chosen(model).of_quantised:
+        yield
+        return
+    target.slots(model)
+    own = vars(model).get(FLAG)
+    setattr(model, FLAG, True)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(model, FLAG)
+        else:
+            setattr(model, FLAG, own)

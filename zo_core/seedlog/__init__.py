@@ -1,0 +1,8 @@
+"""Seed logs: a whole fine-tune in a small file, replayed bit for bit."""
+
+from .fingerprint import fingerprint
+from .format import LoggedStep, Settings
+from .log import FILE_NAME, SeedLog, SeedLogWriter
+from .replay import engine_for, replay
+
+__all__ = ["FILE_NAME", "LoggedStep", "SeedLog", "SeedLogWriter", "Settings", "engine_for", "fingerprint", "replay"]

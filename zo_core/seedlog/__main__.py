@@ -1,0 +1,194 @@
+"""Seed logs on the command line.
+
+    python -m zo_core.seedlog show run/seedlog.zo [--png curve.png]
+    python -m zo_core.seedlog verify run/seedlog.zo [--base model.safetensors]
+    python -m zo_core.seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
+
+A base is a safetensors file, or a folder with some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import StateError, ZOError
+from .header import check_run
+from .log import SeedLog
+from .replay import engine_for, moved_names, replay
+
+WIDTH, HEIGHT = 72, 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 if all is well, 1 for a damaged log or one that does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m zo_core.seedlog", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "show": "what a log says: the run, its losses, its projected gradients",
+        "verify": "check every record, and with --base the model that the run began with",
+        "replay": "the trained weights, from the base model and the log",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("log", type=Path)
+        if name == "show":
+            command.add_argument("--png", type=Path, help="also draw the losses into this file (needs matplotlib)")
+        else:
+            command.add_argument("--base", type=Path, required=name == "replay", help="safetensors file, or a folder")
+        if name == "replay":
+            command.add_argument("--out", type=Path, required=True, help="the safetensors file to write")
+            command.add_argument("--until", type=int, help="how many steps the run had taken; default: all")
+    options = parser.parse_args(arguments)
+    try:
+        return {"show": _show, "verify": _verify, "replay": _replay}[options.command](options)
+    except ZOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _show(options: argparse.Namespace) -> int:
+    log = SeedLog.read(options.log)
+    print("\n".join([*summary(log), "", *curve([entry.loss for entry in log.steps])]))
+    if options.png is not None:
+        _draw(log, options.png)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    log = SeedLog.read(options.log)
+    if log.corrupt is not None:
+        raise StateError(log.corrupt)
+    if options.base is not None:
+        check_run(engine_for(_model(options.base, log), log), log, log.first_step, frozen=False)
+        print(f"{options.base} is the model that the run began with")
+    torn = f"; {log.torn} bytes of an unfinished record at the end are left out" if log.torn else ""
+    print(f"{log.path} is whole: steps {log.first_step} to {log.next_step - 1}, every checksum right{torn}")
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    log = SeedLog.read(options.log)
+    model = _model(options.base, log)
+    step = replay(model, log, options.until, frozen=False)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, options.out, metadata={"format": "pt"})
+    print(f"{options.out} has the weights at step {step}")
+    return 0
+
+
+def summary(log: SeedLog) -> list[str]:
+    """What a log says, in lines."""
+    header, moved = log.header, [entry for entry in log.steps if not entry.skipped]
+    slots = header["base"]["slots"]
+    count = sum(math.prod(shape) for shape, _, _ in slots.values())
+    lines = [
+        f"{log.path}: {log.path.stat().st_size:,} bytes, steps {log.first_step} to {log.next_step - 1}",
+        f"base model   {count:,} trained parameters in {len(slots)} tensors, {header['base']['frozen'][0]} frozen "
+        f"tensors, fingerprint {header['base']['digest']}",
+        f"method       estimator {header['estimator']}, {header['num_probes']} directions, noise {header['noise']}, "
+        f"rule {header['rule']}, target {header['target']}, eps {header['eps']:g}, clip {header['clip']}",
+        f"made by      zo-trainer {header['zo']}, torch {header['torch']}",
+        f"steps        {len(log.steps):,}, of which {len(log.steps) - len(moved):,} skipped; "
+        f"{log.parsed.changes} change-records",
+    ]
+    lines += [f"note         {note}" for note in (*header["limits"], *header["notes"])]
+    if log.steps:
+        rates = [entry.lrs[0] for entry in log.steps]
+        lines.append(f"lr           {rates[0]:g} first, {rates[-1]:g} last, {max(rates):g} highest")
+    if moved:
+        grads = [math.fsum(entry.coefficients) for entry in moved]
+        mean = math.fsum(grads) / len(grads)
+        square = math.sqrt(math.fsum(g * g for g in grads) / len(grads))
+        lines.append(
+            f"coefficients {mean:.4g} mean, {square:.4g} root mean square, {min(grads):.4g} to {max(grads):.4g} "
+            "(summed over the directions: for spsa the projected gradient as it was applied)"
+        )
+    if log.torn:
+        lines.append(f"torn         {log.torn} bytes of an unfinished record at the end are left out")
+    if log.corrupt is not None:
+        lines.append(f"corrupt      {log.corrupt}")
+    return lines
+
+
+def curve(losses: Sequence[float]) -> list[str]:
+    """Losses as text: means of consecutive steps, one dot for each column."""
+    columns = min(WIDTH, len(losses))
+    edges = [len(losses) * i // columns for i in range(columns + 1)] if columns else [0]
+    means = []
+    for start, stop in itertools.pairwise(edges):
+        finite = [loss for loss in losses[start:stop] if math.isfinite(loss)]
+        means.append(math.fsum(finite) / len(finite) if finite else math.nan)
+    known = [mean for mean in means if math.isfinite(mean)]
+    if not known:
+        return ["no finite losses"]
+    low, high = min(known), max(known)
+    rows = [[" "] * columns for _ in range(HEIGHT)]
+    for column, mean in enumerate(means):
+        if math.isfinite(mean):
+            share = (mean - low) / (high - low) if high > low else 0.0
+            rows[round((1 - share) * (HEIGHT - 1))][column] = "•"
+    labels = {0: f"{high:10.4f}", HEIGHT - 1: f"{low:10.4f}"}
+    return [f"{labels.get(row, ''):>10} ┤{''.join(cells)}" for row, cells in enumerate(rows)]
+
+
+def _draw(log: SeedLog, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise StateError(f"--png {path} needs matplotlib; install it, or leave --png out") from None
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([entry.step for entry in log.steps], [entry.loss for entry in log.steps], linewidth=0.5)
+    axes.set(xlabel="step", ylabel="loss", title=log.path.name)
+    figure.savefig(path)
+
+
+def _model(base: Path, log: SeedLog) -> nn.Module:
+    """The tensors of some safetensors files in a module without a forward: what the run moved as parameters."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.safetensors")) if base.is_dir() else [base]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors has an error type of its own
+            raise StateError(f"the base {path} cannot be read: {error}") from error
+    moved = moved_names(tensors, log.header)
+    if not moved:
+        keys = list(log.header["base"]["slots"])
+        raise StateError(
+            f"none of the {len(keys)} tensors that {log.path} trained is in {base}; it has to hold "
+            f"{', '.join(log.header['prefix'] + key for key in keys[:3])} …"
+        )
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        _register(model, name, tensor, moves=name in moved)
+    return model
+
+
+def _register(model: nn.Module, name: str, tensor: torch.Tensor, *, moves: bool) -> None:
+    *path, last = name.split(".")
+    module = model
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if moves:
+        module.register_parameter(last, nn.Parameter(tensor))
+    else:
+        module.register_buffer(last, tensor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The fingerprint of a model: SHA-256 over the bytes of every parameter, none left out or sampled.
+
+Parameters that training moves are named by their slot; of the frozen ones (the base under an adapter)
+the order does not matter, so that names which a trainer puts in front of them do not either. Buffers
+are not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError
+from ..targets import memory_of
+
+if TYPE_CHECKING:
+    from ..engine import ZeroOrder
+
+#: Bytes of a tensor on a device that are brought to the host at a time.
+PIECE = 1 << 26
+
+
+def digest(tensor: Tensor) -> str:
+    """16 hexadecimal digits from the bytes of a tensor, in row-major order."""
+    whole = hashlib.sha256()
+    flat = tensor.detach().reshape(-1)
+    step = max(1, PIECE // max(1, flat.element_size()))
+    for start in range(0, flat.numel(), step):
+        whole.update(flat[start : start + step].cpu().contiguous().view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:16]
+
+
+def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
+    """What identifies the weights as they are now.
+
+    Streamed blocks are read one at a time.
+
+    Returns:
+        ``slots``: shape, dtype and digest of each slot by key; ``frozen``: their number and a digest
+        of all other parameters; ``digest``: of all of it.
+    """
+    engine.flush()
+    digests = _digests(engine)
+    slots = {
+        slot.key: [list(slot.tensor.shape), str(slot.tensor.dtype).removeprefix("torch."), digests[id(slot.tensor)]]
+        for slot in engine.slots
+    }
+    moving = {id(tensor) for slot in engine.slots for tensor in slot.tensors}
+    others = {
+        id(p): f"{p.dtype} {tuple(p.shape)} {digests[id(p)]}" for p in engine.model.parameters() if id(p) not in moving
+    }
+    frozen = [len(others), hashlib.sha256("\n".join(sorted(others.values())).encode()).hexdigest()[:16]]
+    everything = repr((sorted(slots.items()), frozen))
+    return {"slots": slots, "frozen": frozen, "digest": hashlib.sha256(everything.encode()).hexdigest()[:32]}
+
+
+def _digests(engine: ZeroOrder) -> dict[int, str]:
+    """The digest of every parameter, by ``id``."""
+    found: dict[int, str] = {}
+    tensors: dict[int, Tensor] = {id(p): p for p in engine.model.parameters()}
+    tensors |= {id(slot.tensor): slot.tensor for slot in engine.slots}
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for ids, blocks in _streamed(engine):
+            for each, result in zip(ids, pool.map(digest, blocks), strict=True):
+                found.update(dict.fromkeys(each, result))
+        resident = {key: tensor for key, tensor in tensors.items() if key not in found}
+        shared: dict[tuple[object, ...], list[int]] = {}
+        for key, tensor in resident.items():
+            shared.setdefault(memory_of(tensor), []).append(key)
+        values = [resident[keys[0]].data for keys in shared.values()]
+        for keys, result in zip(shared.values(), pool.map(digest, values), strict=True):
+            found.update(dict.fromkeys(keys, result))
+    return found
+
+
+def _streamed(engine: ZeroOrder) -> Iterator[tuple[list[list[int]], list[Tensor]]]:
+    """The tensors of each streamed block, and the parameters that stand for each of them."""
+    if engine.streaming is None:
+        return
+    for block in engine.streaming.blocks:
+        whole = engine.streaming.store.whole(block.name)
+        yield [[id(t) for t in held] for held in block.holders.values()], [whole[name] for name in block.holders]
+
+
+def check_base(logged: dict[str, Any], found: dict[str, Any], name: str, *, frozen: bool = True) -> None:
+    """Raises `StateError`, naming both sides, unless a model is the one that a log began with.
+
+    Args:
+        logged, found: what `fingerprint` returned then and now.
+        name: of the log, for messages.
+        frozen: compare the parameters that do not move, too.
+    """
+    check_slots(logged, found, name)
+    other = [key for key, value in logged["slots"].items() if found["slots"][key][2] != value[2]]
+    if other:
+        raise StateError(
+            f"{name} began with other weights than this model has: {_list(other)} of {len(logged['slots'])} trained "
+            f"tensors have other values (fingerprint {logged['digest']} in the log, {found['digest']} here); load the "
+            "base model that the run started from, in the same dtype and before any training"
+        )
+    if frozen and logged["frozen"] != found["frozen"]:
+        raise StateError(
+            f"{name} began with another frozen base than this model has: {_frozen(logged)} in the log, "
+            f"{_frozen(found)} here; load the base model that the run started from, in the same dtype"
+        )
+
+
+def check_slots(logged: dict[str, Any], found: dict[str, Any], name: str) -> None:
+    """Raises `StateError` unless the tensors that move have the same names, shapes and dtypes."""
+    then, now = logged["slots"], found["slots"]
+    missing, extra = [key for key in then if key not in now], [key for key in now if key not in then]
+    if missing or extra:
+        parts = [f"{_list(missing)} only in the log"] if missing else []
+        parts += [f"{_list(extra)} only here"] if extra else []
+        raise StateError(
+            f"{name} trained {len(then)} tensors and {len(now)} of this model would move ({'; '.join(parts)}); "
+            "load the same model, with the same parameters trainable"
+        )
+    for key, (shape, dtype, _) in then.items():
+        if now[key][:2] != [shape, dtype]:
+            raise StateError(
+                f"{name} trained {key!r} as {dtype} {shape}, and this model has it as {now[key][1]} {now[key][0]}; "
+                "load the base model in the dtype of the run"
+            )
+
+
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _frozen(print_: dict[str, Any]) -> str:
+    return f"{print_['frozen'][0]} tensors with fingerprint {print_['frozen'][1]}"

@@ -1,0 +1,258 @@
+"""The bytes of a seed log: a header, then checksummed records, each checked together with the one before.
+
+    header   magic 8s | version u32 | length u32 | JSON, deflated | crc32
+    step     step u32 | coefficient f32, n times | loss f32 | learning rate f64, once per column | crc32
+    change   0xFFFFFFFF | length u32 | JSON | crc32
+
+Everything is little-endian. A checksum starts from the one before it, so a record that is missing,
+repeated or taken from another log shows. With one direction and one learning rate a step is 24 bytes.
+Seeds are not stored: they derive from the run's seed, the step and the direction. A step that was
+skipped has NaN for its coefficients. What changes in mid-run (`Settings`) is a change-record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ..errors import StateError
+from ..noise import derive_seed
+from ..records import Probe
+
+MAGIC = b"\x89ZOLOG\r\n"
+VERSION = 1
+CHANGE = 0xFFFFFFFF
+PREFIX = struct.Struct("<8sII")
+CRC = struct.Struct("<I")
+CHANGE_PREFIX = struct.Struct("<II")
+FLOAT32_MAX = 2.0**128 - 2.0**104
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an update needs besides its probes and learning rates, and what may change in mid-run.
+
+    Attributes:
+        seed: of the run.
+        group_of: index of the parameter group of each slot.
+        eps: eps of each group in units of the step's eps.
+        weight_decay: of each group.
+        columns: which of the learning rates in a record is that of each group.
+    """
+
+    seed: int
+    group_of: tuple[int, ...]
+    eps: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    columns: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        lists = [tuple(values[field.name]) for field in fields(cls)[1:]]
+        return cls(values["seed"], *lists)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """One step of a log, with all that is needed to do it again.
+
+    Attributes:
+        step: its index.
+        coefficients: one per direction, as they were applied; empty if the step was skipped.
+        loss: as it was reported, in float32.
+        lrs: learning rate of each parameter group.
+        settings: those that were in force.
+        draws: whether measuring it drew from the global random generators (dropout does).
+    """
+
+    step: int
+    coefficients: tuple[float, ...]
+    loss: float
+    lrs: tuple[float, ...]
+    settings: Settings = field(repr=False)
+    draws: bool = False
+
+    @property
+    def skipped(self) -> bool:
+        return not self.coefficients
+
+    @cached_property
+    def probes(self) -> tuple[Probe, ...]:
+        """The directions with their coefficients, as `zo_core.StepRecord` had them."""
+        seed = self.settings.seed
+        return tuple(Probe(derive_seed(seed, self.step, i), c) for i, c in enumerate(self.coefficients))
+
+
+@lru_cache(maxsize=64)
+def step_struct(num_probes: int, num_lrs: int) -> struct.Struct:
+    """The body of a step-record, without its checksum."""
+    return struct.Struct(f"<I{num_probes}ff{num_lrs}d")
+
+
+def encode_header(header: dict[str, Any]) -> bytes:
+    payload = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = PREFIX.pack(MAGIC, VERSION, len(payload)) + payload
+    return body + CRC.pack(zlib.crc32(body))
+
+
+def encode_step(step: int, coefficients: Sequence[float], loss: float, lrs: Sequence[float], chain: int) -> bytes:
+    """One step-record; ``chain`` is the checksum of the record before."""
+    if abs(loss) > FLOAT32_MAX:
+        loss = math.copysign(math.inf, loss)
+    body = step_struct(len(coefficients), len(lrs)).pack(step, *coefficients, loss, *lrs)
+    return body + CRC.pack(zlib.crc32(body, chain))
+
+
+def encode_change(change: dict[str, Any], chain: int) -> bytes:
+    payload = json.dumps(change, separators=(",", ":")).encode()
+    body = CHANGE_PREFIX.pack(CHANGE, len(payload)) + payload
+    return body + CRC.pack(zlib.crc32(body, chain))
+
+
+@dataclass
+class Parsed:
+    """What the bytes of a log say.
+
+    Attributes:
+        header: as it was written.
+        steps: all whole steps, in order.
+        offsets: where each of them begins.
+        checkpoints: the steps at which a checkpoint was begun.
+        changes: number of change-records.
+        settings, draws, next_step: as they are after the last record.
+        end: where the last good record ends; what follows is damaged.
+        chain: checksum of the last good record.
+        torn: bytes after ``end`` that are no whole record.
+        corrupt: what is wrong at ``end``, if it is more than a torn tail.
+        followed: whether good steps come after the damage.
+    """
+
+    header: dict[str, Any]
+    settings: Settings
+    next_step: int
+    end: int
+    chain: int
+    steps: list[LoggedStep] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    checkpoints: list[int] = field(default_factory=list)
+    changes: int = 0
+    draws: bool = False
+    torn: int = 0
+    corrupt: str | None = None
+    followed: bool = False
+
+
+def parse(data: bytes, name: str) -> Parsed:
+    """Reads a log.
+
+    Args:
+        data: the whole file.
+        name: for messages.
+
+    Raises:
+        StateError: this is no log, or its header is damaged.
+    """
+    header, end = _header(data, name)
+    try:
+        settings = Settings.from_dict(header["settings"])
+        parsed = Parsed(header, settings, header["first_step"], end, CRC.unpack_from(data, end - 4)[0])
+        num_probes = header["num_probes"]
+    except (KeyError, TypeError) as error:
+        raise StateError(f"{name} is damaged: its header lacks {error}") from error
+    while parsed.end < len(data):
+        problem = _record(data, parsed, num_probes)
+        if problem is None:
+            continue
+        parsed.followed = _another(data, parsed, num_probes)
+        if problem == "torn" and not parsed.followed:
+            parsed.torn = len(data) - parsed.end
+        else:
+            parsed.corrupt = f"{name} is corrupt at byte {parsed.end}, after step {parsed.next_step - 1}: " + (
+                "a record does not have the length it says" if problem == "torn" else problem
+            )
+        break
+    return parsed
+
+
+def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
+    if not data.startswith(MAGIC[: len(data)]) or not data:
+        raise StateError(f"{name} is not a seed log: it begins with {data[:8]!r} instead of {MAGIC!r}")
+    if len(data) < PREFIX.size:
+        raise StateError(f"{name} is damaged: it ends within the header")
+    _, version, length = PREFIX.unpack_from(data)
+    if version != VERSION:
+        raise StateError(f"{name} is a seed log of format {version}; this version of zo_core reads format {VERSION}")
+    end = PREFIX.size + length + CRC.size
+    if len(data) < end:
+        raise StateError(f"{name} is damaged: it ends within the header")
+    if CRC.unpack_from(data, end - CRC.size)[0] != zlib.crc32(data[: end - CRC.size]):
+        raise StateError(f"{name} is damaged: the checksum of its header is wrong")
+    return json.loads(zlib.decompress(data[PREFIX.size : end - CRC.size])), end
+
+
+def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
+    """Takes in the record at ``parsed.end``; returns what is wrong with it, or None."""
+    at, rest = parsed.end, len(data) - parsed.end
+    if rest < 8:
+        return "torn"
+    first, second = CHANGE_PREFIX.unpack_from(data, at)
+    layout = step_struct(num_probes, 1 + max(parsed.settings.columns))
+    size = (CHANGE_PREFIX.size + second if first == CHANGE else layout.size) + CRC.size
+    if rest < size:
+        return "torn"
+    body = data[at : at + size - CRC.size]
+    checksum = CRC.unpack_from(data, at + size - CRC.size)[0]
+    if zlib.crc32(body, parsed.chain) != checksum:
+        return "the checksum of a record is wrong, or the record belongs elsewhere"
+    if first == CHANGE:
+        _apply_change(json.loads(body[CHANGE_PREFIX.size :]), parsed)
+    else:
+        values = layout.unpack(body)
+        if first != parsed.next_step:
+            return f"step {parsed.next_step} should come, but step {first} does"
+        coefficients, loss, lrs = values[1 : 1 + num_probes], values[1 + num_probes], values[2 + num_probes :]
+        parsed.steps.append(
+            LoggedStep(
+                first,
+                () if math.isnan(coefficients[0]) else coefficients,
+                loss,
+                tuple(lrs[column] for column in parsed.settings.columns),
+                parsed.settings,
+                parsed.draws,
+            )
+        )
+        parsed.offsets.append(at)
+        parsed.next_step = first + 1
+    parsed.end, parsed.chain = at + size, checksum
+    return None
+
+
+def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
+    """Entries that this version does not know are for people."""
+    parsed.changes += 1
+    if "settings" in change:
+        parsed.settings = Settings.from_dict(change["settings"])
+    parsed.draws = change.get("draws", parsed.draws)
+    parsed.next_step = change.get("next_step", parsed.next_step)
+    if "checkpoint" in change:
+        parsed.checkpoints.append(change["checkpoint"])
+
+
+def _another(data: bytes, parsed: Parsed, num_probes: int) -> bool:
+    """Whether a good step-record lies after ``parsed.end``: then what is there is not a torn tail."""
+    layout = step_struct(num_probes, 1 + max(parsed.settings.columns))
+    for at in range(parsed.end + 4, len(data) - layout.size - CRC.size + 1):
+        body = data[at : at + layout.size]
+        chain = CRC.unpack_from(data, at - 4)[0]
+        if zlib.crc32(body, chain) == CRC.unpack_from(data, at + layout.size)[0]:
+            return True
+    return False

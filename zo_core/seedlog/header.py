@@ -1,0 +1,141 @@
+"""The header of a seed log: which run it is of, and whether an engine is one of that run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import StateError
+from ..estimators import ESTIMATORS
+from ..noise import NOISES
+from ..rules import RULES
+from ..targets import TARGETS, WRAPPERS
+from ..version import __version__
+from .fingerprint import check_base, check_slots, fingerprint
+from .format import Settings
+
+if TYPE_CHECKING:
+    from ..engine import ZeroOrder
+    from .log import SeedLog
+
+
+def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True) -> None:
+    """Raises `StateError`, naming both sides, unless an engine is one of the run that a log is of.
+
+    The weights are compared if they are those of the log's first step; later ones are not in the log.
+    """
+    name = f"the seed log {log.path}"
+    now = _facts(engine)
+    for key, value in now.items():
+        if log.header[key] != value:
+            raise StateError(f"{name} is of a run with {key}={log.header[key]!r}, and this one has {key}={value!r}")
+    if step == log.first_step:
+        check_base(log.header["base"], fingerprint(engine), name, frozen=frozen)
+    else:
+        shapes = {s.key: [list(s.tensor.shape), str(s.tensor.dtype).removeprefix("torch.")] for s in engine.slots}
+        check_slots(log.header["base"], {"slots": shapes}, name)
+
+
+def _facts(engine: ZeroOrder) -> dict[str, Any]:
+    """What decides the update and cannot change in mid-run."""
+    config = engine.config
+    return {
+        "target": TARGETS.describe(engine.target),
+        "noise": NOISES.describe(engine.noise),
+        "rule": RULES.describe(engine.rule),
+        "num_probes": engine.num_probes,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
+
+
+def make_header(engine: ZeroOrder) -> dict[str, Any]:
+    """The header of a log that begins at the engine's next step."""
+    settings, _ = current(engine)
+    limits = []
+    if engine.rule.wants_optimizer:
+        limits.append(
+            f"the rule {engine.rule.name!r} leaves the update to {type(engine.optimizer.inner).__name__}, "  # type: ignore[attr-defined]
+            "whose arithmetic is its own: the log can be read, and a run resumed from a checkpoint, but not replayed"
+        )
+    elif engine.homes.used():
+        limits.append(
+            f"the rule {engine.rule.name!r} has state from before this log: the log continues a checkpoint, "
+            "but cannot be replayed on weights alone"
+        )
+    notes = []
+    if engine.config.dropout:
+        notes.append(
+            "dropout is on, and the masks of a step are not in the log: a run that resumes does one forward for each "
+            "step it repeats, so that the random generators advance as they did; replay needs none"
+        )
+    return {
+        "zo": __version__,
+        "torch": torch.__version__,
+        "first_step": engine.step_count,
+        **_facts(engine),
+        "estimator": ESTIMATORS.describe(engine.estimator),
+        "eps": engine.eps,
+        "clip": engine.config.clip,
+        "dropout": engine.config.dropout,
+        "limits": limits,
+        "notes": notes,
+        "prefix": _prefix(engine),
+        "settings": settings.to_dict(),
+        "base": fingerprint(engine),
+    }
+
+
+def _prefix(engine: ZeroOrder) -> str:
+    """What the names of the parameters have in front of their slot keys, without wrappers."""
+    slot = engine.slots[0]
+    held = {id(tensor) for tensor in slot.tensors}
+    name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
+    plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return plain.removesuffix(slot.key)
+
+
+def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Settings, tuple[float, ...]]:
+    """The engine's settings and the learning rates of its groups.
+
+    Args:
+        engine: any.
+        columns: an assignment of learning rates to columns that is kept if it still fits.
+    """
+    engine._group_of = engine._groups()  # a state that was loaded has groups of its own
+    groups = engine.optimizer.param_groups
+    index = {id(group): i for i, group in enumerate(groups)}
+    group_of = tuple(index[id(engine._group_of[slot])] for slot in engine.slots)
+    relative = {group_of[i]: engine._relative_eps(slot) for i, slot in enumerate(engine.slots)}
+    lrs = tuple(float(group["lr"]) for group in groups)
+    kept = None if columns is None else tuple(columns)
+    if kept is None or not _fit(kept, lrs):
+        distinct = list(dict.fromkeys(lrs))
+        kept = tuple(distinct.index(lr) for lr in lrs)
+    settings = Settings(
+        engine.seed,
+        group_of,
+        tuple(relative.get(i, 1.0) for i in range(len(groups))),
+        tuple(float(group.get("weight_decay", 0.0)) for group in groups),
+        kept,
+    )
+    return settings, lrs
+
+
+def _fit(columns: tuple[int, ...], lrs: tuple[float, ...]) -> bool:
+    """Whether all groups of a column have the same learning rate."""
+    return len(columns) == len(lrs) and len(set(zip(columns, lrs, strict=True))) == len(set(columns))
+
+
+def same_updates(a: Settings, b: Settings) -> bool:
+    """Whether two settings mean the same updates; the columns are a matter of writing."""
+    return (a.seed, a.group_of, a.eps, a.weight_decay) == (b.seed, b.group_of, b.eps, b.weight_decay)
+
+
+def shown(settings: Settings, lrs: tuple[float, ...]) -> str:
+    """What `current` returned, for messages."""
+    return (
+        f"seed={settings.seed}, lr={list(lrs)}, weight_decay={list(settings.weight_decay)}, "
+        f"eps ratios={list(settings.eps)}"
+    )

@@ -1,0 +1,254 @@
+"""Doing the steps of a log again, many in one pass over each slot.
+
+An update depends on nothing but the slot's own weights and state, so instead of moving all slots step
+by step, each slot (on the CPU each piece of it that fits into the cache) takes all its steps at once.
+A streamed block is read and written once, however many steps there are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace as changed
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ZOConfig
+from ..engine import ZeroOrder
+from ..errors import ModelError, StateError
+from ..homes import State
+from ..noise import Direction
+from ..noise.direction import piece_size
+from ..noise.hashing import BATCH_WORDS
+from ..optimizer import ZOOptimizer
+from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
+from .format import LoggedStep
+from .header import check_run
+from .log import SeedLog
+
+Advance = Callable[[int], None]
+Move = tuple[Direction, float, float]
+
+#: Directions whose words for one batch fit into the cache of words together.
+CACHED_DIRECTIONS = 48
+
+
+def replay(
+    model: nn.Module | ZeroOrder,
+    log: SeedLog | str | os.PathLike[str],
+    until: int | None = None,
+    *,
+    progress: bool = True,
+    frozen: bool = True,
+) -> int:
+    """Gives a model the weights of a logged run, bit for bit.
+
+    Args:
+        model: the base model, as it was when the log began. Or an engine: one with ``offload`` is
+            streamed block by block, and one that was loaded from a checkpoint of the run continues from
+            its step. Its state (momentum), step and seed are then those of the run as well.
+        log: the log, or the path of one.
+        until: how many steps the run had taken; None takes all that the log has.
+        progress: show a bar, if the error stream is a terminal.
+        frozen: check the parameters that do not move, too.
+
+    Returns:
+        The step that the weights are at.
+
+    Raises:
+        StateError: another model, another configuration, a damaged log, or steps that it does not
+            have. The weights were not touched.
+    """
+    log = log if isinstance(log, SeedLog) else SeedLog.read(log)
+    start = (model.step_count if isinstance(model, ZeroOrder) else 0) or log.first_step
+    end = _end(log, start, until)
+    engine = model if isinstance(model, ZeroOrder) else engine_for(model, log)
+    check_run(engine, log, start, frozen=frozen)
+    if start == log.first_step and engine.homes.used():
+        raise StateError("the engine has rule state from other steps, which a replay would go on with; make a new one")
+    steps = [entry for entry in log.steps if start <= entry.step < end]
+    apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
+    engine.discard()
+    engine.step_count = end
+    if steps:
+        engine.seed = steps[-1].settings.seed
+    return end
+
+
+def _end(log: SeedLog, start: int, until: int | None) -> int:
+    """Where to stop, after checking that the log leads there from ``start``."""
+    if log.header["limits"]:
+        raise StateError(f"the seed log {log.path} cannot be replayed: {'; '.join(log.header['limits'])}")
+    if log.corrupt is not None and (until is None or until > log.next_step):
+        raise StateError(f"{log.corrupt}; until={log.next_step} or less gives the weights before that")
+    if not log.first_step <= start <= log.next_step:
+        raise StateError(
+            f"the seed log {log.path} goes from step {log.first_step} to {log.next_step}, which does not continue an "
+            f"engine at step {start}"
+        )
+    if until is not None and (not isinstance(until, int) or not start <= until <= log.next_step):
+        raise StateError(
+            f"until={until!r} is not a step that the seed log {log.path} can give; write a whole number from {start} "
+            f"to {log.next_step}"
+        )
+    return log.next_step if until is None else until
+
+
+def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
+    """An engine over the tensors that a logged run moved, configured as that run was.
+
+    Raises:
+        ModelError: the model has nothing to move.
+    """
+    header = log.header
+    config = ZOConfig(
+        estimator=header["estimator"],
+        target=header["target"],
+        noise=header["noise"],
+        rule=header["rule"],
+        num_probes=header["num_probes"],
+        stochastic_rounding=header["stochastic_rounding"],
+    )
+    target = TARGETS.resolve(header["target"])
+    with _trainable(model, target, header):
+        held = [slot.tensor for slot in target.slots(model) if slot.key in header["base"]["slots"]]
+        return ZeroOrder(model, config, optimizer=ZOOptimizer(held) if held else None)
+
+
+@contextmanager
+def _trainable(model: nn.Module, target: Target, header: dict[str, Any]) -> Iterator[None]:
+    """The parameters of the run, and no others, trainable for a while; a fresh model may have others."""
+    if type(target) is not Trainable:
+        yield
+        return
+    try:
+        found = {slot.key for slot in target.slots(model)}
+    except ModelError:
+        found = set()
+    before = {p: p.requires_grad for p in model.parameters()}
+    if not found >= header["base"]["slots"].keys():
+        mine = moved_names([name for name, _ in model.named_parameters()], header)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in mine)
+    try:
+        yield
+    finally:
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+def moved_names(names: Iterable[str], header: dict[str, Any]) -> set[str]:
+    """Those names of parameters that stand for what a run moved, whatever a trainer put in front of them."""
+    full = {f"{header['prefix']}{key}" for key in header["base"]["slots"]}
+    ends = {end for name in full for end in _ends(name)}
+    named = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    exact = {name for name, plain in named.items() if plain in full}
+    longer = {name for name, plain in named.items() if any(end in full for end in _ends(plain))}
+    shorter = {name for name, plain in named.items() if plain in ends}
+    return exact or longer or shorter
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep], *, progress: bool = False) -> None:
+    """Moves the slots of an engine by some steps.
+
+    Args:
+        engine: at the first of the steps.
+        keys: of the slots, in the order of ``Settings.group_of``.
+        steps: in order.
+        progress: show a bar.
+    """
+    steps = [entry for entry in steps if not entry.skipped]
+    position = {key: index for index, key in enumerate(keys)}
+    bar = Bar(len(steps) * sum(slot.tensor.numel() for slot in engine.slots)) if progress else None
+    advance: Advance = (lambda amount: None) if bar is None else bar.advance
+    with torch.no_grad():
+        for slot in engine.slots:
+            engine.homes.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
+        engine.flush()
+    torch.clear_autocast_cache()
+    if bar is not None:
+        bar.close()
+
+
+def _advance_slot(
+    engine: ZeroOrder,
+    slot: Slot,
+    index: int,
+    steps: Sequence[LoggedStep],
+    advance: Advance,
+    theta: Tensor,
+    state: State,
+) -> None:
+    """All steps of one slot."""
+    moves: list[Move] = []
+    for entry in steps:
+        group = entry.settings.group_of[index]
+        direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
+        moves.append((direction, entry.lrs[group], entry.settings.weight_decay[group]))
+    batch = BATCH_WORDS * engine.noise.values_per_word
+    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
+    if pieces and slot.scaling is None and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
+        _advance_pieces(engine, moves, advance, theta, state)
+        return
+    for direction, lr, weight_decay in moves:
+        engine.rule.update(theta, state, direction, lr, weight_decay)
+        advance(theta.numel())
+
+
+def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, theta: Tensor, state: State) -> None:
+    """Each piece takes a group of steps while it is in the cache, with words that are hashed once for all pieces."""
+    flat = theta.reshape(-1)
+    batch, size = BATCH_WORDS * engine.noise.values_per_word, piece_size(engine.noise)
+    group = CACHED_DIRECTIONS // engine.num_probes
+    states: dict[int, dict[str, Any]] = {}
+    for begin in range(0, flat.numel(), batch):
+        for first in range(0, len(moves), group):
+            for start in range(begin, min(begin + batch, flat.numel()), size):
+                piece = flat[start : start + size]
+                if start not in states:
+                    states[start] = {name: value.view(-1)[start : start + size] for name, value in state.items()}
+                for direction, lr, weight_decay in moves[first : first + group]:
+                    engine.rule.update(piece, states[start], changed(direction, offset=start), lr, weight_decay)
+                    advance(piece.numel())
+    if not state and states and states[0]:
+        whole = {name: torch.cat([local[name] for local in states.values()]) for name in states[0]}
+        state.update({name: value.view(theta.shape) for name, value in whole.items()})
+    if flat.data_ptr() != theta.data_ptr():
+        theta.copy_(flat.view(theta.shape))
+
+
+class Bar:
+    """A line on the error stream that fills up; nothing where that is no terminal.
+
+    Args:
+        total: what `advance` adds up to.
+    """
+
+    WIDTH = 40
+
+    def __init__(self, total: int):
+        self.total, self.done, self.shown = max(1, total), 0, -1
+        self.visible = sys.stderr.isatty()
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        percent = 100 * self.done // self.total
+        if self.visible and percent != self.shown:
+            self.shown = percent
+            filled = "█" * (percent * self.WIDTH // 100)
+            print(f"\rreplay {filled:<{self.WIDTH}} {percent:3d} %", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.visible:
+            print(file=sys.stderr)

@@ -1,0 +1,34 @@
+"""The default target: what a user of this model most likely wants to move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from .base import TARGETS, Slot, Target
+from .int4 import Int4Scales, has_int4_layers
+from .trainable import Trainable
+
+
+@TARGETS.register
+@dataclass(frozen=True)
+class Auto(Target):
+    """``int4_scales`` for a model with 4-bit layers and no trainable adapters, else ``trainable``."""
+
+    name: ClassVar[str] = "auto"
+
+    def chosen(self, model: nn.Module) -> Target:
+        if has_int4_layers(model) and not has_adapters(model):
+            return Int4Scales()
+        return Trainable()
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        return self.chosen(model).slots(model)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters on the model, and something of them is trainable."""
+    configured = any(getattr(module, "peft_config", None) for module in model.modules())
+    return configured and any(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,273 @@
+"""Quantisation scales of 4-bit layers: the codes stay, their scales are the continuous parameters.
+
+The one file that knows bitsandbytes, which is imported at use. QZO, arXiv 2505.13430.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..noise.direction import Scaling
+from .base import TARGETS, Slot, Target, check_tensor, slot_keys
+from .trainable import trainable_slots
+
+logger = logging.getLogger(__name__)
+
+
+@TARGETS.register
+@dataclass(frozen=True)
+class Int4Scales(Target):
+    """The scales of bitsandbytes' 4-bit layers (nf4 and fp4); the codes never change.
+
+    On entry double-quantised scales are replaced, once, by their float32 values, which is what
+    bitsandbytes computes with anyway, and its repacking of codes for CPUs with AVX512-BF16, which
+    rounds the scales to bf16, is switched off.
+
+    Attributes:
+        relative: probe ``scale * (1 + eps * z)`` and update by ``scale * (1 - lr * g * z)``, so that one
+            eps fits all layers; False moves by ``eps * z`` itself, as the paper does.
+        floor: no scale, of a probe or of an update, sinks below it.
+        others: trainable unquantised parameters (norms, embeddings, biases, adapters) move too.
+        others_lr: their learning rate; None takes that of the scales.
+        others_eps: their eps; None takes that of the scales.
+    """
+
+    name: ClassVar[str] = "int4_scales"
+    default_clip: ClassVar[float] = 100.0
+    of_quantised: ClassVar[bool] = True
+    relative: bool = True
+    floor: float = 1e-7
+    others: bool = False
+    others_lr: float | None = None
+    others_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("relative", "others"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name}={getattr(self, name)!r} must be True or False")
+        if not _number(self.floor) or self.floor < 0:
+            problems.append(f"floor={self.floor!r} must be a number of at least 0, for example 1e-7")
+        for name, least in (("others_lr", "of at least 0"), ("others_eps", "above 0")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not _number(value) or value < 0 or (value == 0 and name == "others_eps"):
+                problems.append(f"{name}={value!r} must be a number {least}, or None for that of the scales")
+            elif not self.others:
+                problems.append(f"{name}={value!r} has no use with others=False; write others=True")
+        if problems:
+            raise ValueError("target 'int4_scales': " + "; ".join(problems))
+
+    def slots(self, model: nn.Module) -> list[Slot]:
+        layers = list(quantised_layers(model, _bitsandbytes()))
+        if not layers:
+            raise ModelError(
+                f"{type(model).__name__} has no 4-bit layers of bitsandbytes, whose scales target='int4_scales' moves"
+                f"{_eight_bit(model)}; load it with BitsAndBytesConfig(load_in_4bit=True), or write target='trainable'"
+            )
+        keep_codes_plain(model)
+        scales: dict[int, tuple[str, Tensor, list[nn.Module]]] = {}
+        for name, layer in layers:
+            tensor = layer.float_scales()
+            check_tensor(name, tensor)
+            scales.setdefault(id(tensor), (name, tensor, []))[2].append(layer.module)
+            if not self.others:
+                layer.settle_bias()
+        others = trainable_slots(model) if self.others else []
+        # One call for all keys: the prefix that they lose depends on who is there.
+        keys = slot_keys([*(name for name, _, _ in scales.values()), *(name for name, _ in others)])
+        scaling = Scaling(self.relative, self.floor)
+        result = [
+            Slot(key, (tensor,), tuple(modules), scaling)
+            for key, (_, tensor, modules) in zip(keys, scales.values(), strict=False)
+        ]
+        own = {"lr": self.others_lr, "eps": self.others_eps}
+        given = {name: value for name, value in own.items() if value is not None}
+        for key, (_, slot) in zip(keys[len(scales) :], others, strict=True):
+            result.append(Slot(key, slot.tensors, slot.modules, own=given))
+        return result
+
+
+def has_int4_layers(model: nn.Module) -> bool:
+    """Whether the model has 4-bit layers of bitsandbytes."""
+    library = sys.modules.get("bitsandbytes")
+    return library is not None and any(True for _ in quantised_layers(model, library))
+
+
+def keep_codes_plain(model: nn.Module) -> None:
+    """No repacking for CPUs with AVX512-BF16, which the first forward in eval mode would do.
+
+    It replaces codes behind the back of whoever streams them, and rounds scales to bf16. What is
+    repacked already is put in order again. Loading a state dict, scales included, works from now on.
+    """
+    library = sys.modules.get("bitsandbytes")
+    if library is None:
+        return
+    layers = [layer for _, layer in quantised_layers(model, library) if layer.weight is not None]
+    rounded = sum(layer.is_packed() for layer in layers)
+    if rounded:
+        logger.warning(
+            "a forward in eval mode has rounded the scales of %d 4-bit layers to bf16, which bitsandbytes does on CPUs "
+            "with AVX512-BF16; they are used as they are now. To start from the exact ones, make the trainer before "
+            "the first forward",
+            rounded,
+        )
+    for layer in layers:
+        layer.keep_plain()
+    accept_scales(model, library)
+
+
+class Layer:
+    """A 4-bit tensor of bitsandbytes.
+
+    Args:
+        module: whose forward dequantises it.
+        weight: holds the codes and the `QuantState`; None where ``module`` holds the state itself.
+    """
+
+    def __init__(self, module: Any, weight: Any = None):
+        self.module, self.weight = module, weight
+
+    def is_packed(self) -> bool:
+        """Whether bitsandbytes has repacked the codes for this CPU."""
+        return bool(getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False))
+
+    def float_scales(self) -> Tensor:
+        """The scales as float32, made the layer's own; a second call returns the same tensor."""
+        return own_float_scales(self.module.quant_state if self.weight is None else self.weight.quant_state)
+
+    def settle_bias(self) -> None:
+        """Casts a bias that stays to the compute type now; bitsandbytes does so, in place, at the first forward."""
+        bias, dtype = getattr(self.module, "bias", None), getattr(self.module, "compute_dtype", None)
+        if self.weight is not None and bias is not None and dtype is not None:
+            bias.data = bias.data.to(dtype)
+
+    def keep_plain(self) -> None:
+        """See `keep_codes_plain`."""
+        module, weight = self.module, self.weight
+        if getattr(weight, "quant_state", None) is None:  # lost in a conversion; the module has another reference
+            if getattr(module, "quant_state", None) is None:
+                raise ModelError("a 4-bit layer is not quantised yet; move the model first: model.to('cpu')")
+            _bitsandbytes().nn.modules.fix_4bit_weight_quant_state_from_module(module)
+            weight = self.weight = module.weight
+        module.support_avx512bf16_for_cpu = False
+        module.quant_state = state = weight.quant_state
+        if self.is_packed():
+            packed = state.absmax
+            state.original_nested = False  # or they would be quantised again
+            unpack = _bitsandbytes().functional._convert_weight_packed_for_cpu_inverse
+            weight.data, _ = unpack(weight.data, state)
+            state.absmax = packed.T.reshape(-1).to(torch.float32, copy=True)
+            state.nested, state.state2, state.offset = False, None, None
+
+
+def own_float_scales(state: Any) -> Tensor:
+    """The scales of a `QuantState`, which holds them as plain float32 values from now on."""
+    with torch.inference_mode(False), torch.no_grad():
+        if state.nested:
+            dequantise = _bitsandbytes().functional.dequantize_blockwise
+            state.absmax = dequantise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
+        if state.absmax.dtype != torch.float32 or state.absmax.is_inference():
+            state.absmax = state.absmax.to(torch.float32, copy=True)
+    return state.absmax
+
+
+def quantised_layers(model: nn.Module, library: Any) -> Iterator[tuple[str, Layer]]:
+    """The 4-bit tensors of a model with the names of their scales in its state dict."""
+    parametrize = getattr(library.nn, "parametrize", None)
+    parametrization = getattr(parametrize, "Bnb4bitParametrization", ())
+    for name, module in model.named_modules():
+        if isinstance(module, library.nn.Linear4bit):
+            yield f"{name}.weight.absmax".lstrip("."), Layer(module, module.weight)
+        elif isinstance(module, parametrization):
+            yield f"{name}.absmax", Layer(module)
+
+
+def load_layer(
+    module: Any,
+    state: dict[str, Tensor],
+    prefix: str,
+    _meta: Any,
+    _strict: Any,
+    _missing: Any,
+    _extra: Any,
+    errors: Any,
+) -> None:
+    """Before a 4-bit layer loads its codes: takes its scales out of the state."""
+    _take_scales(module.weight.quant_state, state, f"{prefix}weight", errors)
+
+
+def load_fused(
+    module: Any,
+    state: dict[str, Tensor],
+    prefix: str,
+    _meta: Any,
+    _strict: Any,
+    _missing: Any,
+    _extra: Any,
+    errors: Any,
+) -> None:
+    """The same for parametrised weights, whose codes ``state_dict`` names after the weight."""
+    for name, (parametrisation, *_) in module.parametrizations.items():
+        if hasattr(parametrisation, "quant_state") and f"{prefix}{name}" in state:
+            state[f"{prefix}parametrizations.{name}.original"] = state.pop(f"{prefix}{name}")
+            _take_scales(parametrisation.quant_state, state, f"{prefix}{name}", errors)
+
+
+def _take_scales(into: Any, state: dict[str, Tensor], name: str, errors: list[str]) -> None:
+    found = {key.removeprefix(f"{name}."): state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
+    if "absmax" not in found:
+        return
+    scales = own_float_scales(into)
+    values = own_float_scales(_bitsandbytes().functional.QuantState.from_dict(found, device=scales.device))
+    if values.shape != scales.shape:
+        errors.append(f"size mismatch for {name}.absmax: {list(values.shape)} came for {list(scales.shape)}")
+        return
+    with torch.no_grad():
+        scales.copy_(values)
+
+
+def accept_scales(model: nn.Module, library: Any) -> None:
+    """Lets ``load_state_dict`` take what ``state_dict`` gives; bitsandbytes ignores scales there, or refuses them."""
+    for name, layer in quantised_layers(model, library):
+        if layer.weight is not None:
+            owner, hook = layer.module, load_layer
+        else:
+            owner, hook = model.get_submodule(name.rpartition("parametrizations.")[0].rstrip(".")), load_fused
+        if hook not in (getattr(known, "hook", known) for known in owner._load_state_dict_pre_hooks.values()):
+            owner.register_load_state_dict_pre_hook(hook)
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ModelError(
+            "target='int4_scales' needs the package bitsandbytes; pip install 'zo-trainer[int4]', or write "
+            "target='trainable'"
+        ) from error
+    return bitsandbytes
+
+
+def _eight_bit(model: nn.Module) -> str:
+    """A remark for models that are quantised, but not like that."""
+    library = sys.modules.get("bitsandbytes")
+    if library is not None and any(isinstance(module, library.nn.Linear8bitLt) for module in model.modules()):
+        return " (its 8-bit layers round their inputs to int8 too, and are not supported)"
+    return ""
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
