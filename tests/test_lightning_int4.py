@@ -49,7 +49,7 @@ def fit(path: Path, epochs: int, ckpt: str | None = None, **settings: Any) -> Mo
     return module
 
 
-@pytest.mark.parametrize("tier", [None, pytest.param("cpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tier", [None, "cpu"])
 def test_scales_under_lightning_are_those_of_a_bare_loop_and_of_the_log(tmp_path: Path, tier: str | None) -> None:
     model = Quantised()
     start = scales(model)

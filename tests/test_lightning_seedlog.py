@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_zo import ZOStrategy
 from zo_core import ConfigError, SeedLog, ZeroOrder, replay
+from zo_core.seedlog import load_adapter, save_adapter
 
 pytestmark = QUIET
 
@@ -361,3 +362,13 @@ def test_a_learning_rate_finder_has_a_log_of_its_own(tmp_path: Path) -> None:
     replay(base, tmp_path / LOG)
     assert same(base, module)
     assert len(steps(tmp_path / LOG)) == 12
+
+
+def test_a_run_is_shared_without_transformers(tmp_path: Path) -> None:
+    module = Wrapped("mlp")
+    made = trainer(tmp_path)
+    made.fit(module, loader("mlp"))
+    folder = save_adapter(made.strategy.log_path, tmp_path / "shared", base_model="somebody/mlp")
+    assert "load_adapter(model" in (folder / "README.md").read_text()
+    assert not differing(weights(load_adapter(Wrapped("mlp").model, folder)), weights(module.model))
+    assert not differing(weights(load_adapter(Wrapped("mlp"), folder, until=0)), weights(Wrapped("mlp")))

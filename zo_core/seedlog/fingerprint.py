@@ -59,7 +59,7 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
 
 
 def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
-    """Dtype and shape, and the digest, of every parameter, by ``id``; what stands for a streamed one may have others."""
+    """Dtype and shape, and the digest, of every parameter, by ``id``; what stands for a streamed one has others."""
     found: dict[int, tuple[str, str]] = {}
     tensors: dict[int, Tensor] = {id(p): p for p in engine.model.parameters()}
     tensors |= {id(slot.tensor): slot.tensor for slot in engine.slots}
