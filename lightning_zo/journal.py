@@ -123,7 +123,7 @@ class Journal:
     def saw(self, names: set[str]) -> None:
         """Learns what ``training_step`` logs: whether repeated steps have to log it, too."""
         forms = {f"{name}{end}" for name in names for end in ("", "_step", "_epoch")}
-        self.measures_again = bool(self.watched & forms)
+        self.measures_again = bool(self.measures_again or self.watched & forms)
 
     def begin_checkpoint(self) -> None:
         """The log is on the disk before the checkpoint."""
