@@ -252,6 +252,7 @@ def test_a_log_of_another_run_is_kept_aside_with_a_warning(tmp_path: Path, caplo
         assert (tmp_path / f"seedlog-{number}.zo").exists()
 
 
+@pytest.mark.slow
 def test_a_log_that_is_gone_or_shorter_begins_again_at_the_checkpoint(tmp_path: Path) -> None:
     whole, _ = run(tmp_path / "whole", Counting(optimizer=sgd()))
     run(tmp_path, Counting(optimizer=sgd()), die=9, every=4)
@@ -293,6 +294,7 @@ def test_what_is_watched_is_logged_in_repeated_steps_too(tmp_path: Path) -> None
     assert again.forwards == 36  # measured again, for what it logs
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available")
 def test_a_loss_that_draws_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     def drawing() -> Counting:
