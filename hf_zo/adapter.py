@@ -1,22 +1,19 @@
-"""Sharing a fine-tune as its seed log: a folder of a few hundred kilobytes, whatever the size of the model."""
+"""Sharing a fine-tune as its seed log, from a trainer and from the Hub."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from zo_core import SeedLog, StateError, replay
-from zo_core.seedlog import FILE_NAME, engine_for, fingerprint
+from zo_core import SeedLog, StateError
+from zo_core.seedlog import fingerprint, load_adapter, save_adapter
+from zo_core.seedlog.adapter import FILES
 
 if TYPE_CHECKING:
     from .mixin import ZOTrainerMixin
-
-CONFIG_NAME = "zo_adapter.json"
-FILES = [CONFIG_NAME, FILE_NAME, "README.md"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,17 +34,20 @@ def save_zo_adapter(source: ZOTrainerMixin | SeedLog | str | os.PathLike[str], f
         StateError: there is no log, or it cannot be replayed.
     """
     log, until, trained, name = _source(source)
-    if log.corrupt is not None or log.header["limits"]:
-        reason = log.corrupt or "; ".join(log.header["limits"])
-        raise StateError(f"the seed log {log.path} cannot be shared, nobody could replay it: {reason}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"format": 1, "base_model": name, "steps": until, "trained_weights": trained}
-    data = log.upto(until)
-    (folder / FILE_NAME).write_bytes(data)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(log, config, len(data)), encoding="utf-8")
-    return folder
+    return save_adapter(log, folder, until=until, trained=trained, base_model=name, loading=_loading(log, name))
+
+
+def _loading(log: SeedLog, name: str) -> list[str]:
+    """How a model card says to load the result."""
+    dtype = min(dtype for _, dtype, _ in log.header["base"]["slots"].values())
+    base = name if name and not os.path.exists(name) else "the base model"
+    return [
+        "from transformers import AutoModelForCausalLM",
+        "from hf_zo import load_zo_adapter",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="{dtype}")',
+        'load_zo_adapter(model, "this repository, or a folder with its files")',
+    ]
 
 
 def _source(source: Any) -> tuple[SeedLog, int, str | None, str]:
@@ -93,80 +93,10 @@ def load_zo_adapter(
     folder = Path(folder_or_hub_id)
     if not folder.is_dir():
         folder = Path(_download(str(folder_or_hub_id), revision))
-    config = _config(folder)
-    log = SeedLog.read(folder / FILE_NAME)
-    if log.corrupt is None and log.next_step != config["steps"]:
-        raise StateError(
-            f"{folder / FILE_NAME} is cut off: it ends at step {log.next_step}, and {CONFIG_NAME} says it was "
-            f"shared with {config['steps']}; get it again"
-        )
-    engine = engine_for(model, log)
-    replay(engine, log, until)
-    if until is None and config["trained_weights"] is not None:
-        found = fingerprint(engine)["digest"]
-        if found != config["trained_weights"]:
-            raise StateError(
-                f"the replayed weights are not those that were shared in {folder}: fingerprint {found} here, "
-                f"{config['trained_weights']} in {CONFIG_NAME}; the model has been changed since its training, or this "
-                "machine computes differently. Load the base model again before anything else"
-            )
-    return model
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != 1:
-            raise StateError(f"{path} has format {config['format']}; this version of hf_zo reads format 1")
-        return {key: config[key] for key in ("base_model", "steps", "trained_weights")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StateError(f"{folder} is no folder of save_zo_adapter: {path.name} cannot be read ({error})") from error
+    return load_adapter(model, folder, until=until)
 
 
 def _download(repo_id: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
     return snapshot_download(repo_id, revision=revision, allow_patterns=FILES)
-
-
-def card(log: SeedLog, config: dict[str, Any], size: int) -> str:
-    """The model card."""
-    header, name = log.header, config["base_model"]
-    on_hub = bool(name) and not os.path.exists(name)
-    front = ["---", "library_name: zo-trainer", "tags:", "- zeroth-order", "- seed-log"]
-    front += [f"base_model: {name}"] if on_hub else []
-    slots = header["base"]["slots"]
-    dtypes = ", ".join(sorted({dtype for _, dtype, _ in slots.values()}))
-    losses = [entry.loss for entry in log.steps if entry.step < config["steps"]]
-    ends = f"{losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last" if losses else "no steps"
-    base = f'"{name}"' if on_hub else '"the base model"'
-    return "\n".join(
-        [
-            *front,
-            "---",
-            "",
-            f"# A fine-tune of {name or 'a model'} in {size:,} bytes",
-            "",
-            f"`{FILE_NAME}` is the seed log of a zeroth-order fine-tune: {config['steps']:,} steps over "
-            f"{len(slots)} tensors. Replaying it on the base model gives the trained weights bit for bit.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "from hf_zo import load_zo_adapter",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtypes.split(", ")[0]}")',
-            'load_zo_adapter(model, "this repository, or a folder with its files")',
-            "```",
-            "",
-            "| | |",
-            "| --- | --- |",
-            f"| base model's fingerprint | `{header['base']['digest']}` |",
-            f"| dtype | {dtypes} |",
-            f"| estimator, directions | {header['estimator']}, {header['num_probes']} |",
-            f"| noise, rule, target | {header['noise']}, {header['rule']}, {header['target']} |",
-            f"| loss on the training batches | {ends} |",
-            f"| made with | zo-trainer {header['zo']}, torch {header['torch']} |",
-            "",
-        ]
-    )

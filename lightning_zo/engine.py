@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
-from zo_core import RULES, ConfigError, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import RULES, TARGETS, ConfigError, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
 
 from .sgd import SGDFace, is_plain
 
@@ -28,6 +28,7 @@ def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOC
     Raises:
         ConfigError: settings, optimizer and offload do not fit together.
     """
+    _check_scales(module, optimizer, config)
     if isinstance(optimizer, ZOOptimizer):
         return ZeroOrder(module, config, optimizer=optimizer)
     fused = config.rule == "auto" or not RULES.resolve(config.rule).wants_optimizer
@@ -45,6 +46,23 @@ def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOC
             ]
         )
     return ZeroOrder(module, config, optimizer=optimizer)
+
+
+def _check_scales(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOConfig) -> None:
+    """Quantisation scales are no parameters, so ``self.parameters()`` does not have them."""
+    target = TARGETS.resolve(config.target).chosen(module)
+    if not target.of_quantised:
+        return
+    moving = {id(tensor) for slot in target.slots(module) for tensor in slot.tensors}
+    if not any(id(tensor) in moving for group in optimizer.param_groups for tensor in group["params"]):
+        raise ConfigError(
+            [
+                f"configure_optimizers returned an optimizer without the quantisation scales, which "
+                f"target={target.name!r} moves; return zo_core.ZOOptimizer([slot.tensor for slot in "
+                f"zo_core.{type(target).__name__}().slots(self)], lr=1e-2), or write target='trainable' to move the "
+                "optimizer's own parameters"
+            ]
+        )
 
 
 def _rule(momentum: float, config: ZOConfig) -> Any:

@@ -109,6 +109,11 @@ class Probes:
         """How many probes returned None."""
         return sum(run.loss is None for run in self.runs)
 
+    @property
+    def names(self) -> set[str]:
+        """What the module logged."""
+        return {name for run in self.runs for name, _ in run.logged}
+
     def log(self) -> None:
         """Logs each name once, with the mean over the probes that logged it; metric objects as they are."""
         keys = list(dict.fromkeys(key for run in self.runs for key in run.logged))

@@ -8,7 +8,10 @@ was measured.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +24,11 @@ from torch import Tensor
 from zo_core import ConfigError, ZeroOrder, ZOConfig
 from zo_core.engine import offload_model
 from zo_core.offload import Streaming
+from zo_core.seedlog import LoggedStep
+from zo_core.targets import keep_codes_plain
 
 from .engine import build, check, settings
+from .journal import Asked, Journal, log_path
 from .probes import Probes
 from .sgd import SGDFace
 
@@ -42,9 +48,11 @@ class ZOStrategy(SingleDeviceStrategy):
     Args:
         config: a `ZOConfig`, or a dict of its fields, as YAML has it. None takes the defaults. Without a
             ``seed`` the one of ``seed_everything`` counts, else 0.
+        log: whether every step goes to a seed log, ``seedlog.zo`` beside the checkpoints; or the path of it.
 
     Attributes:
         zo: the engine of the run, from the start of ``fit`` on.
+        log_path: of the run's seed log, from the start of ``fit`` on; None if it has none.
 
     Raises:
         ConfigError: settings that cannot work, several devices or optimizers, or manual optimization.
@@ -53,14 +61,20 @@ class ZOStrategy(SingleDeviceStrategy):
     strategy_name = "zo"
 
     # dict comes first in the annotation: LightningCLI passes on what YAML has, and our own check explains mistakes.
-    def __init__(self, config: dict[str, Any] | ZOConfig | None = None):
+    def __init__(self, config: dict[str, Any] | ZOConfig | None = None, log: bool | str | os.PathLike[str] = True):
         super().__init__()
+        self._asked = Asked()
+        self._launcher: Any = self._asked
         if isinstance(config, Mapping):
             config = ZOConfig.from_dict(dict(config))
         elif config is not None and not isinstance(config, ZOConfig):
             raise ConfigError([f"config={config!r} must be a ZOConfig or a dict, for example ZOConfig(eps=1e-3)"])
-        self.config = config or ZOConfig()
+        if not isinstance(log, (bool, str, os.PathLike)) or log == "":
+            raise ConfigError([f"log={log!r} must be True, False or a path, for example 'run/seedlog.zo'"])
+        self.config, self.log = config or ZOConfig(), log
         self.zo: ZeroOrder | None = None
+        self.log_path: Path | None = None
+        self._journal: Journal | None = None
         self._settings = self.config
         self._streaming: Streaming | None = None
         self._trained: list[int] = []
@@ -134,6 +148,8 @@ class ZOStrategy(SingleDeviceStrategy):
             )
         self._settings = settings(trainer, self.config, self.root_device)
         self._start()
+        self.log_path = log_path(trainer, self.log)
+        self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self._asked.ckpt_path)
 
     def _start(self) -> ZeroOrder:
         """Makes an engine for what the optimizer holds now; a running one hands over its state."""
@@ -141,6 +157,8 @@ class ZOStrategy(SingleDeviceStrategy):
         running = before is not None and getattr(before.optimizer, "inner", before.optimizer) is optimizer
         if running:
             assert before is not None
+            if self._journal is not None:
+                self._journal.end()  # what moves is another set of tensors, with a log of its own
             before.close(torch.device("cpu"))
         zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
@@ -163,6 +181,9 @@ class ZOStrategy(SingleDeviceStrategy):
 
     def teardown(self) -> None:
         """Applies what is pending, and gives back a model in host memory; one that came streamed stays so."""
+        if self._journal is not None:
+            self._journal.end()
+            self._journal = None
         if self.zo is not None:
             self.zo.stop()
             if self.config.offload is not None:
@@ -184,17 +205,32 @@ class ZOStrategy(SingleDeviceStrategy):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
+        entry, journal = self._logged(zo), self._journal
+        if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
+            self._losses += 1
+            zo.follow(entry.probes, entry.loss)
+            return torch.tensor(entry.loss, device=self.root_device)
         count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
         probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
         # Around all probes, too: the default dtype that half precision sets belongs to the process, and probes
         # of a streamed model run in turns.
-        with self.precision_plugin.train_step_context(), probes.recording():
+        watching = nullcontext() if journal is None or entry is not None else journal.watching()
+        with self.precision_plugin.train_step_context(), probes.recording(), watching:
             zo.measure(lambda: probes.run(run, args, kwargs))
         probes.finish()
+        if entry is not None and journal is not None:
+            zo.follow(entry.probes, entry.loss)
+            journal.saw(probes.names)
         probes.log()
         self._losses += not probes.without_loss
         self._partial |= 0 < probes.without_loss < len(probes.runs)
         return probes.output()
+
+    def _logged(self, zo: ZeroOrder) -> LoggedStep | None:
+        """The step that is to be repeated instead of being measured, if there is one."""
+        if isinstance(zo.optimizer, SGDFace):
+            zo.optimizer.follow()  # the log has the learning rate of this step
+        return None if self._journal is None else self._journal.logged(zo)
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""
@@ -234,6 +270,19 @@ class ZOStrategy(SingleDeviceStrategy):
         return result
 
     # Checkpoints and evaluation see final weights
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As any strategy's; the seed log knows of it."""
+        if self._journal is not None:
+            self._journal.begin_checkpoint()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self._journal is not None and "optimizer_states" in checkpoint:  # others have the weights alone
+            self._journal.end_checkpoint(checkpoint["global_step"])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """As any strategy's, and 4-bit layers take scales."""
+        keep_codes_plain(self._module())
+        super().load_model_state_dict(checkpoint, strict)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights, after the updates that wait for their layer."""

@@ -335,7 +335,7 @@ def test_a_damaged_folder_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="the replayed weights are not those that were shared"):
         load_zo_adapter(tiny("llama"), folder)
     (folder / "zo_adapter.json").unlink()
-    refuses("is no folder of save_zo_adapter")
+    refuses("is no folder of a shared seed log")
     assert differing(before, weights(tiny("llama"))) == []
 
 

@@ -309,12 +309,20 @@ trainer:
     class_path: lightning_zo.ZOStrategy
     init_args:
       config: {eps: 0.01, estimator: fzoo, num_probes: 2}
+      log: LOG
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("yaml", [YAML, YAML[: YAML.index("strategy")] + "strategy: zo_offload\n"])
-def test_lightning_cli_configures_the_strategy_from_yaml(tmp_path: Path, yaml: str) -> None:
+@pytest.mark.parametrize(
+    ("yaml", "log"),
+    [
+        (YAML.replace("LOG", "run/steps.zo"), "run/steps.zo"),
+        (YAML.replace("LOG", "false"), None),
+        (YAML[: YAML.index("strategy")] + "strategy: zo_offload\n", "seedlog.zo"),
+    ],
+)
+def test_lightning_cli_configures_the_strategy_from_yaml(tmp_path: Path, yaml: str, log: str | None) -> None:
     pytest.importorskip("jsonargparse")
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "run.yaml").write_text(yaml)
@@ -324,3 +332,4 @@ def test_lightning_cli_configures_the_strategy_from_yaml(tmp_path: Path, yaml: s
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert ("offload='cpu'" if "zo_offload" in yaml else "eps=0.01") in result.stdout
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.zo")] == ([] if log is None else [log])

@@ -1,8 +1,20 @@
 """Seed logs: a whole fine-tune in a small file, replayed bit for bit."""
 
+from .adapter import load_adapter, save_adapter
 from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
 from .log import FILE_NAME, SeedLog, SeedLogWriter
 from .replay import engine_for, replay
 
-__all__ = ["FILE_NAME", "LoggedStep", "SeedLog", "SeedLogWriter", "Settings", "engine_for", "fingerprint", "replay"]
+__all__ = [
+    "FILE_NAME",
+    "LoggedStep",
+    "SeedLog",
+    "SeedLogWriter",
+    "Settings",
+    "engine_for",
+    "fingerprint",
+    "load_adapter",
+    "replay",
+    "save_adapter",
+]

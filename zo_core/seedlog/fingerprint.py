@@ -48,35 +48,37 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
     engine.flush()
     digests = _digests(engine)
     slots = {
-        slot.key: [list(slot.tensor.shape), str(slot.tensor.dtype).removeprefix("torch."), digests[id(slot.tensor)]]
+        slot.key: [list(slot.tensor.shape), str(slot.tensor.dtype).removeprefix("torch."), digests[id(slot.tensor)][1]]
         for slot in engine.slots
     }
     moving = {id(tensor) for slot in engine.slots for tensor in slot.tensors}
-    others = {
-        id(p): f"{p.dtype} {tuple(p.shape)} {digests[id(p)]}" for p in engine.model.parameters() if id(p) not in moving
-    }
+    others = {id(p): " ".join(digests[id(p)]) for p in engine.model.parameters() if id(p) not in moving}
     frozen = [len(others), hashlib.sha256("\n".join(sorted(others.values())).encode()).hexdigest()[:16]]
     everything = repr((sorted(slots.items()), frozen))
     return {"slots": slots, "frozen": frozen, "digest": hashlib.sha256(everything.encode()).hexdigest()[:32]}
 
 
-def _digests(engine: ZeroOrder) -> dict[int, str]:
-    """The digest of every parameter, by ``id``."""
-    found: dict[int, str] = {}
+def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
+    """Dtype and shape, and the digest, of every parameter, by ``id``; what stands for a streamed one has others."""
+    found: dict[int, tuple[str, str]] = {}
     tensors: dict[int, Tensor] = {id(p): p for p in engine.model.parameters()}
     tensors |= {id(slot.tensor): slot.tensor for slot in engine.slots}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for ids, blocks in _streamed(engine):
-            for each, result in zip(ids, pool.map(digest, blocks), strict=True):
+            for each, result in zip(ids, pool.map(_described, blocks), strict=True):
                 found.update(dict.fromkeys(each, result))
         resident = {key: tensor for key, tensor in tensors.items() if key not in found}
         shared: dict[tuple[object, ...], list[int]] = {}
         for key, tensor in resident.items():
             shared.setdefault(memory_of(tensor), []).append(key)
         values = [resident[keys[0]].data for keys in shared.values()]
-        for keys, result in zip(shared.values(), pool.map(digest, values), strict=True):
+        for keys, result in zip(shared.values(), pool.map(_described, values), strict=True):
             found.update(dict.fromkeys(keys, result))
     return found
+
+
+def _described(tensor: Tensor) -> tuple[str, str]:
+    return f"{tensor.dtype} {tuple(tensor.shape)}", digest(tensor)
 
 
 def _streamed(engine: ZeroOrder) -> Iterator[tuple[list[list[int]], list[Tensor]]]:

@@ -72,6 +72,7 @@ class LoggedStep:
         lrs: learning rate of each parameter group.
         settings: those that were in force.
         draws: whether measuring it drew from the global random generators (dropout does).
+        rule: that was in force, as its registry describes it.
     """
 
     step: int
@@ -80,6 +81,7 @@ class LoggedStep:
     lrs: tuple[float, ...]
     settings: Settings = field(repr=False)
     draws: bool = False
+    rule: Any = field(default=None, repr=False, hash=False)
 
     @property
     def skipped(self) -> bool:
@@ -128,7 +130,7 @@ class Parsed:
         offsets: where each of them begins.
         checkpoints: the steps at which a checkpoint was begun.
         changes: number of change-records.
-        settings, draws, next_step: as they are after the last record.
+        settings, rule, draws, next_step: as they are after the last record.
         end: where the last good record ends; what follows is damaged.
         chain: checksum of the last good record.
         torn: bytes after ``end`` that are no whole record.
@@ -139,6 +141,7 @@ class Parsed:
     header: dict[str, Any]
     settings: Settings
     next_step: int
+    rule: Any
     end: int
     chain: int
     steps: list[LoggedStep] = field(default_factory=list)
@@ -164,7 +167,8 @@ def parse(data: bytes, name: str) -> Parsed:
     header, end = _header(data, name)
     try:
         settings = Settings.from_dict(header["settings"])
-        parsed = Parsed(header, settings, header["first_step"], end, CRC.unpack_from(data, end - 4)[0])
+        chain = CRC.unpack_from(data, end - CRC.size)[0]
+        parsed = Parsed(header, settings, header["first_step"], header["rule"], end, chain)
         num_probes = header["num_probes"]
     except (KeyError, TypeError) as error:
         raise StateError(f"{name} is damaged: its header lacks {error}") from error
@@ -228,6 +232,7 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
                 tuple(lrs[column] for column in parsed.settings.columns),
                 parsed.settings,
                 parsed.draws,
+                parsed.rule,
             )
         )
         parsed.offsets.append(at)
@@ -241,6 +246,7 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
     parsed.changes += 1
     if "settings" in change:
         parsed.settings = Settings.from_dict(change["settings"])
+    parsed.rule = change.get("rule", parsed.rule)
     parsed.draws = change.get("draws", parsed.draws)
     parsed.next_step = change.get("next_step", parsed.next_step)
     if "checkpoint" in change:

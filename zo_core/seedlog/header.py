@@ -28,6 +28,10 @@ def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True
     """
     name = f"the seed log {log.path}"
     now = _facts(engine)
+    # Where the rule changes from step to step (a scheduler cycles its momentum), its name has to agree.
+    varies = any(entry.rule != log.header["rule"] for entry in log.steps)
+    if varies and RULES.resolve(log.header["rule"]).name == engine.rule.name:
+        del now["rule"]
     for key, value in now.items():
         if log.header[key] != value:
             raise StateError(f"{name} is of a run with {key}={log.header[key]!r}, and this one has {key}={value!r}")
@@ -39,7 +43,7 @@ def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True
 
 
 def _facts(engine: ZeroOrder) -> dict[str, Any]:
-    """What decides the update and cannot change in mid-run."""
+    """What decides the update and does not change in mid-run, apart from the rule's own settings."""
     config = engine.config
     return {
         "target": TARGETS.describe(engine.target),
@@ -133,9 +137,9 @@ def same_updates(a: Settings, b: Settings) -> bool:
     return (a.seed, a.group_of, a.eps, a.weight_decay) == (b.seed, b.group_of, b.eps, b.weight_decay)
 
 
-def shown(settings: Settings, lrs: tuple[float, ...]) -> str:
-    """What `current` returned, for messages."""
+def shown(settings: Settings, lrs: tuple[float, ...], rule: Any) -> str:
+    """What `current` returned, and the rule, for messages."""
     return (
         f"seed={settings.seed}, lr={list(lrs)}, weight_decay={list(settings.weight_decay)}, "
-        f"eps ratios={list(settings.eps)}"
+        f"eps ratios={list(settings.eps)}, rule={rule}"
     )

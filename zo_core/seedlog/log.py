@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import StateError
 from ..modes import rng_state, same_rng
 from ..records import StepRecord
+from ..rules import RULES
 from .format import LoggedStep, Parsed, encode_change, encode_header, encode_step, parse
 from .header import check_run, current, make_header, same_updates, shown
 
@@ -97,7 +98,7 @@ class SeedLogWriter:
     def __init__(self, engine: ZeroOrder, path: Path, parsed: Parsed):
         self.engine, self.path = engine, path
         self.next_step, self.chain = parsed.next_step, parsed.chain
-        self.settings, self.draws = parsed.settings, parsed.draws
+        self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
         self._logged = {entry.step: entry for entry in parsed.steps if entry.step >= engine.step_count}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._drew = False
@@ -156,11 +157,12 @@ class SeedLogWriter:
         entry = self._logged.get(self.engine.step_count)
         if entry is not None:
             settings, lrs = current(self.engine)
-            if lrs != entry.lrs or not same_updates(settings, entry.settings):
+            rule = RULES.describe(self.engine.rule)
+            if lrs != entry.lrs or rule != entry.rule or not same_updates(settings, entry.settings):
                 raise StateError(
-                    f"{self.path} has step {entry.step} with {shown(entry.settings, entry.lrs)}, and this run has "
-                    f"{shown(settings, lrs)}; continue with the arguments of that run, or start from a checkpoint "
-                    "by its name, which leaves the rest of the log aside"
+                    f"{self.path} has step {entry.step} with {shown(entry.settings, entry.lrs, entry.rule)}, and this "
+                    f"run has {shown(settings, lrs, rule)}; continue with the arguments of that run, or start from a "
+                    "checkpoint by its name, which leaves the rest of the log aside"
                 )
         return entry
 
@@ -186,13 +188,16 @@ class SeedLogWriter:
         changes: dict[str, Any] = {}
         if settings != self.settings:
             changes["settings"] = settings.to_dict()
+        rule = RULES.describe(self.engine.rule)
+        if rule != self.rule:
+            changes["rule"] = rule
         if self._drew != self.draws:
             changes["draws"] = self._drew
         if record.step != self.next_step:
             changes["next_step"] = record.step
         if changes:
             self.note(changes)
-        self.settings, self.draws, self._drew = settings, self._drew, False
+        self.settings, self.rule, self.draws, self._drew = settings, rule, self._drew, False
         width = 1 + max(settings.columns)
         columns = [lrs[settings.columns.index(column)] for column in range(width)]
         padded = coefficients or (float("nan"),) * self.engine.num_probes
@@ -219,7 +224,7 @@ class SeedLogWriter:
             os.truncate(self.path, size)
             raise StateError(
                 f"the seed log {self.path} could not be written ({reason}) and ends before this step; free some space "
-                "and resume, or train with zo_log=False"
+                "and resume, or train without a log"
             )
         self.chain = int.from_bytes(record[-4:], "little")
 

@@ -26,13 +26,14 @@ from ..noise import Direction
 from ..noise.direction import piece_size
 from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
+from ..rules import RULES, UpdateRule
 from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
 from .format import LoggedStep
 from .header import check_run
 from .log import SeedLog
 
 Advance = Callable[[int], None]
-Move = tuple[Direction, float, float]
+Move = tuple[UpdateRule, Direction, float, float]
 
 #: Directions whose words for one batch fit into the cache of words together.
 CACHED_DIRECTIONS = 48
@@ -77,6 +78,7 @@ def replay(
     engine.step_count = end
     if steps:
         engine.seed = steps[-1].settings.seed
+        engine.rule = _rule(steps[-1], engine, RULES.describe(engine.rule))
     return end
 
 
@@ -192,18 +194,24 @@ def _advance_slot(
 ) -> None:
     """All steps of one slot."""
     moves: list[Move] = []
+    own = RULES.describe(engine.rule)
     for entry in steps:
         group = entry.settings.group_of[index]
         direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
-        moves.append((direction, entry.lrs[group], entry.settings.weight_decay[group]))
+        moves.append((_rule(entry, engine, own), direction, entry.lrs[group], entry.settings.weight_decay[group]))
     batch = BATCH_WORDS * engine.noise.values_per_word
     pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
     if pieces and slot.scaling is None and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
         _advance_pieces(engine, moves, advance, theta, state)
         return
-    for direction, lr, weight_decay in moves:
-        engine.rule.update(theta, state, direction, lr, weight_decay)
+    for rule, direction, lr, weight_decay in moves:
+        rule.update(theta, state, direction, lr, weight_decay)
         advance(theta.numel())
+
+
+def _rule(entry: LoggedStep, engine: ZeroOrder, own: str | dict[str, Any]) -> UpdateRule:
+    """The rule of a step; ``own`` describes the engine's."""
+    return engine.rule if entry.rule == own else RULES.resolve(entry.rule)
 
 
 def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, theta: Tensor, state: State) -> None:
@@ -218,8 +226,8 @@ def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, thet
                 piece = flat[start : start + size]
                 if start not in states:
                     states[start] = {name: value.view(-1)[start : start + size] for name, value in state.items()}
-                for direction, lr, weight_decay in moves[first : first + group]:
-                    engine.rule.update(piece, states[start], changed(direction, offset=start), lr, weight_decay)
+                for rule, direction, lr, weight_decay in moves[first : first + group]:
+                    rule.update(piece, states[start], changed(direction, offset=start), lr, weight_decay)
                     advance(piece.numel())
     if not state and states and states[0]:
         whole = {name: torch.cat([local[name] for local in states.values()]) for name in states[0]}

@@ -1,0 +1,169 @@
+"""The seed log of one `fit`: where it is, and what a run that is resumed takes up."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.strategies.launchers.launcher import _Launcher
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from zo_core import SeedLog, SeedLogWriter, StateError, ZeroOrder
+from zo_core.seedlog import FILE_NAME, LoggedStep
+from zo_core.seedlog.log import set_aside
+
+logger = logging.getLogger("lightning_zo")
+
+#: What a user may ask for: yes or no, or where.
+Where = bool | str | os.PathLike[str]
+
+
+class Asked(_Launcher):
+    """Launches nothing, but sees what `fit` was called with: "last" is None to everybody who comes later,
+    if there is no checkpoint yet.
+    """
+
+    is_interactive_compatible = True
+
+    def __init__(self) -> None:
+        self.ckpt_path: Any = None
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self.ckpt_path = inspect.signature(function).bind(*args, **kwargs).arguments.get("ckpt_path")
+        return function(*args, **kwargs)
+
+    def kill(self, signum: int) -> None:
+        """There are no other processes."""
+
+
+class Journal:
+    """Decides from ``ckpt_path`` what happens with the log.
+
+    * None: a new log begins, and an old one is kept under another name.
+    * "last", or the newest checkpoint that the log knows: the log goes on. The run repeats the steps that
+      it has beyond the checkpoint, or all if there is no checkpoint yet.
+    * an older checkpoint: the run goes on from exactly there; the log loses the steps beyond it, and its
+      whole is kept under another name.
+
+    A log that is not of this run never stops it: a warning says why, and a new one begins.
+
+    Args:
+        trainer: of the run; its checkpoint has been chosen.
+        path: of the log.
+        asked: what `fit` was given as ``ckpt_path``.
+
+    Attributes:
+        log: open from the first step on.
+        measures_again: whether repeated steps run their forwards, because something watches what
+            ``training_step`` logs; None until that is known.
+    """
+
+    def __init__(self, trainer: Trainer, path: Path, asked: Any):
+        self.path, self.asked = path, asked
+        self.checkpoint = trainer.ckpt_path
+        self.watched = _watched(trainer)
+        self.log: SeedLogWriter | None = None
+        self.measures_again: bool | None = None if self.watched else False
+        self._begun = False
+
+    def logged(self, engine: ZeroOrder) -> LoggedStep | None:
+        """The engine's next step as the log has it; None if it is yet to be measured."""
+        if self.log is None:
+            self.log = self._open(engine)
+        try:
+            entry = self.log.logged()
+        except StateError as error:
+            logger.warning("%s. The whole log is kept aside, and this run is measured from here on", error)
+            self.end()
+            self.log = SeedLogWriter.branch(engine, self.path)
+            return None
+        if entry is None and engine.step_count < self.log.next_step:  # a callback has gone back, to try learning rates
+            self.end()
+            self.log = SeedLogWriter.attach(engine, self.path)
+        return entry
+
+    def _open(self, engine: ZeroOrder) -> SeedLogWriter:
+        resumes = (self.asked == "last" or self.checkpoint is not None) and not self._begun
+        self._begun = True
+        source = self._source() if resumes else None
+        if source is None:
+            return SeedLogWriter.attach(engine, self.path)
+        try:
+            log = SeedLog.read(source)
+            if source != self.path:
+                set_aside(self.path)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, self.path)
+            newest = max(log.parsed.checkpoints, default=log.first_step)
+            if self.asked != "last" and engine.step_count < newest:
+                return SeedLogWriter.branch(engine, self.path)
+            return SeedLogWriter.attach(engine, self.path, follow=True)
+        except StateError as error:
+            logger.warning("%s. It is kept aside, and a new log begins at step %d", error, engine.step_count)
+            return SeedLogWriter.attach(engine, self.path)
+
+    def _source(self) -> Path | None:
+        """The log to go on with: beside the checkpoint, where an earlier run may have had its own folder."""
+        beside = [] if self.checkpoint is None else [Path(self.checkpoint).parent / self.path.name]
+        return next((path.absolute() for path in (*beside, self.path) if path.exists()), None)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around the measurement of a step that is not in the log."""
+        assert self.log is not None, "logged() comes first"
+        return self.log.watching()
+
+    def saw(self, names: set[str]) -> None:
+        """Learns what ``training_step`` logs: whether repeated steps have to log it, too."""
+        forms = {f"{name}{end}" for name in names for end in ("", "_step", "_epoch")}
+        self.measures_again = bool(self.measures_again or self.watched & forms)
+
+    def begin_checkpoint(self) -> None:
+        """The log is on the disk before the checkpoint."""
+        if self.log is not None:
+            self.log.sync()
+
+    def end_checkpoint(self, step: int) -> None:
+        """Notes a checkpoint that a run can go on from."""
+        if self.log is not None:
+            self.log.checkpoint(step)
+
+    def end(self) -> None:
+        """Closes the log; a next step would begin a new one."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
+
+
+def log_path(trainer: Trainer, where: Where) -> Path | None:
+    """The file of a run's log: ``where``, or beside its checkpoints; None if it has none."""
+    if where is False or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
+        return None
+    if where is not True:
+        path = Path(where)
+        return (path / FILE_NAME if path.is_dir() else path).absolute()
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    folders = [callback.dirpath for callback in callbacks]
+    local = [f for f in (*folders, trainer.log_dir, trainer.default_root_dir) if f and _is_local_file_protocol(f)]
+    if not local:
+        logger.warning(
+            "no seed log is written, because checkpoints and logs of this run go to another machine and a log is "
+            "appended to; ZOStrategy(log='some/folder/%s') puts it on this one",
+            FILE_NAME,
+        )
+        return None
+    return (Path(str(local[0]).removeprefix("file://")) / FILE_NAME).absolute()
+
+
+def _watched(trainer: Any) -> set[str]:
+    """Names of values that callbacks and schedulers decide by."""
+    callbacks = {str(callback.monitor) for callback in trainer.callbacks if getattr(callback, "monitor", None)}
+    schedulers = {str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    return callbacks | schedulers
