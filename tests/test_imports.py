@@ -26,8 +26,10 @@ RANKS = {
     "rules": 5,
     "config": 6,
     "optimizer": 6,
+    "lr_range": 6,
     "engine": 7,
-    "__init__": 8,
+    "suggest": 8,
+    "__init__": 9,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}
 ADAPTERS = ("hf_zo", "lightning_zo")

@@ -7,10 +7,12 @@ from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
+from .lr_range import LrSuggestion, Trial
 from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
+from .suggest import suggest_lr
 from .targets import TARGETS, Slot, Target, Trainable
 
 __version__ = "0.1.0"
@@ -25,6 +27,7 @@ __all__ = [
     "Fzoo",
     "Gaussian",
     "LossError",
+    "LrSuggestion",
     "ModelError",
     "Momentum",
     "Noise",
@@ -40,10 +43,12 @@ __all__ = [
     "Target",
     "Torch",
     "Trainable",
+    "Trial",
     "UpdateRule",
     "ZOConfig",
     "ZOError",
     "ZOOptimizer",
     "ZeroOrder",
     "derive_seed",
+    "suggest_lr",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
+from .lr_range import LrSuggestion, range_test
 from .noise import Direction, derive_seed
 from .offload import Block, LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer
@@ -216,6 +217,12 @@ class ZeroOrder:
         """
         self.measure(closure)
         return self.optimizer.step()
+
+    def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
+        """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
+        suggestion = range_test(self, closures, steps)
+        logger.info("learning rate %.2g suggested, after %d forwards", suggestion.lr, suggestion.forwards)
+        return suggestion
 
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.
