@@ -309,17 +309,16 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=FORWARDS)
     parser.add_argument("--save", metavar="NAME", help="write to benchmarks/results under this name")
     args = parser.parse_args()
-    rows = []
+    columns = ["task", "method", "suggested", "best of grid", "ratio", "loss before", "at suggested", "at best"]
+    columns += ["forwards of the test", "grid (rate:loss)"]
+    title = f"Suggested learning rates beside a grid; held-out loss after {args.forwards} forwards"
+    rows: list[list[str]] = []
     for name in args.tasks:
         torch.manual_seed(0)
         task = TASKS[name]()
         for method in args.methods:
             rows.append(compare(name, method, task, args.forwards))
-            print(*rows[-1], sep="  ", flush=True)
-    columns = ["task", "method", "suggested", "best of grid", "ratio", "loss before", "at suggested", "at best"]
-    columns += ["forwards of the test", "grid (rate:loss)"]
-    title = f"Suggested learning rates beside a grid; held-out loss after {args.forwards} forwards"
-    save(args.save or "suggest-lr", title, columns, rows, torch.device("cpu"), write=args.save is not None)
+            save(args.save or "suggest-lr", title, columns, rows, torch.device("cpu"), write=args.save is not None)
 
 
 if __name__ == "__main__":

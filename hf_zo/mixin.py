@@ -13,18 +13,21 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.config import AUTO
 from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
 from zo_core.offload import Streaming
 from zo_core.oracle.materialise import is_compiled
 
 from .arguments import ZOArguments
+from .auto_lr import samples, schedulers, unnoticed
 from .checks import check_arguments, counters, warn_about_numbers
 
 if TYPE_CHECKING:
@@ -99,7 +102,8 @@ class ZOTrainerMixin(_Trainer):
             given = super().create_optimizer(model)
         if given is None:
             given = self._grouped_optimizer(model, config)
-            config = config.replace(lr=None, eps=None, weight_decay=0.0)  # its groups hold them now
+            lr = AUTO if config.lr == AUTO else None
+            config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them now
         self.zo = ZeroOrder(model, config, optimizer=given)
         self.zo.listeners.append(self._zo_records.append)
         warn_about_numbers(self.args, self.zo)
@@ -121,7 +125,7 @@ class ZOTrainerMixin(_Trainer):
             {"params": [t for t in tensors if names.get(id(t)) in decayed], "weight_decay": decay},
             {"params": [t for t in tensors if names.get(id(t)) not in decayed], "weight_decay": 0.0},
         ]
-        lr = self.args.learning_rate if config.lr is None else config.lr
+        lr = self.args.learning_rate if config.lr in (None, AUTO) else settings.lr
         return ZOOptimizer([group for group in groups if group["params"]], lr=lr, eps=settings.eps)
 
     # The step
@@ -137,8 +141,27 @@ class ZOTrainerMixin(_Trainer):
         if model is not self.model and any(map(is_compiled, model.modules())):
             self.zo.oracle.copy_whole()
         run = super().training_step
+        if self.zo.wants_lr:
+            self._find_lr(run, model, inputs, num_items_in_batch)
         with self._probing() as batch:
             return self.zo.measure(lambda: batch.run(lambda: run(model, inputs, num_items_in_batch)))
+
+    def _find_lr(self, run: Callable[..., Tensor], model: nn.Module, inputs: Any, items: Any) -> None:
+        """The range test, on the data of a few steps; the batch at hand where no other can be had."""
+        assert self.zo is not None
+        count = self.current_gradient_accumulation_steps
+        drawn = samples(self, count) or [([inputs], items)]
+
+        def closure(pairs: list[tuple[Any, _MicroBatch]], items: Any) -> Tensor:
+            losses = []
+            for raw, batch in pairs:
+                self._zo_batch = batch
+                losses.append(batch.run(partial(run, model, raw, items)))
+            return torch.stack(losses).mean() * count
+
+        with unnoticed(self), self._probing():
+            steps = [([(raw, _MicroBatch(self)) for raw in batches], items) for batches, items in drawn]
+            self.zo.find_lr([partial(closure, *step) for step in steps], schedulers(self))
 
     @contextmanager
     def _probing(self) -> Iterator[_MicroBatch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core.advice import lr_advice
 from zo_core.engine import offload_model
 from zo_core.offload import Streaming
 
+from .auto_lr import batches
 from .engine import build, check, settings
 from .probes import Probes
 from .sgd import SGDFace
@@ -151,6 +154,9 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.oracle.copy_whole()
         self._trained = self._trainable()
         self._losses, self._partial = 0, False
+        advice = None if running else lr_advice(zo, "lr")
+        if advice is not None:
+            logger.warning("%s", advice)
         return zo
 
     def _trainable(self) -> list[int]:
@@ -184,6 +190,8 @@ class ZOStrategy(SingleDeviceStrategy):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
+        if zo.wants_lr:
+            self._find_lr(zo, run, args, kwargs)
         count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
         probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
         # Around all probes, too: the default dtype that half precision sets belongs to the process, and probes
@@ -195,6 +203,20 @@ class ZOStrategy(SingleDeviceStrategy):
         self._losses += not probes.without_loss
         self._partial |= 0 < probes.without_loss < len(probes.runs)
         return probes.output()
+
+    def _find_lr(self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The range test, on a few batches; on the one at hand where no others can be had."""
+        module = self._module()
+        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        probes = Probes(module, 0, 1, zo.streaming is not None)
+
+        def closure(batch: Any) -> Any:
+            probes.runs.clear()
+            return probes.run(run, (batch, *args[1:]), kwargs)
+
+        drawn = batches(module.trainer) or [args[0]]
+        with self.precision_plugin.train_step_context(), probes.recording():
+            zo.find_lr([partial(closure, batch) for batch in drawn], schedulers)
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""

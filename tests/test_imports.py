@@ -29,6 +29,7 @@ RANKS = {
     "lr_range": 6,
     "engine": 7,
     "suggest": 8,
+    "advice": 8,
     "__init__": 9,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}

@@ -30,6 +30,8 @@ FORWARDS, LEAST_STEPS = 128, 16
 #: The search for an upper end: steps of a trial, and what the rate grows by. Its first rate moves an
 #: element by this part of eps.
 SCOUT_STEPS, SCOUT_FACTOR, SCOUT_START = 8, 8.0, 1e-3
+#: What schedulers keep in a group besides its rate.
+SCHEDULED = ("initial_lr", "max_lr", "min_lr")
 #: More trials than this say that there is nothing to find.
 TRIALS = 32
 #: What counts as blown up: the loss has grown by this part of itself.
@@ -171,9 +173,46 @@ def _copies(held: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
 
 
-def base_rates(engine: ZeroOrder) -> list[float]:
+def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups that hold the rates, which schedulers change: those of the optimizer behind a face, if any."""
+    return getattr(optimizer, "inner", optimizer).param_groups
+
+
+def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     """The rate of each group as it is without a schedule."""
-    return [float(group.get("initial_lr", group["lr"])) for group in engine.optimizer.param_groups]
+    return [float(group.get("initial_lr", group["lr"])) for group in rate_groups(optimizer)]
+
+
+def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:
+    """Raises `ConfigError` if `set_lr` could not put another rate in the place of the optimizer's."""
+    if base_rates(optimizer)[0] == 0.0:
+        raise ConfigError(["lr='auto' came with an optimizer whose lr is 0; give it any other, which will be replaced"])
+    if not schedulers and any("initial_lr" in group for group in rate_groups(optimizer)):
+        raise ConfigError(
+            [
+                "lr='auto' came with a learning-rate scheduler, which has computed its rates already; call "
+                "zo_core.suggest_lr first, and write the rate it returns"
+            ]
+        )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any] = ()) -> None:
+    """Gives the first group this rate without a schedule, and the others theirs in proportion.
+
+    Args:
+        optimizer: its groups may be in a schedule already, warming up from 0, say.
+        lr: the new rate.
+        schedulers: every one that works on the optimizer.
+    """
+    factor = lr / base_rates(optimizer)[0]
+    for group in rate_groups(optimizer):
+        for name in ("lr", *SCHEDULED):
+            if name in group:
+                group[name] = group[name] * factor
+    for scheduler in schedulers:
+        for name in ("base_lrs", "_last_lr", "min_lrs"):
+            if isinstance(rates := getattr(scheduler, name, None), list):
+                setattr(scheduler, name, [rate * factor for rate in rates])
 
 
 class _Test:
@@ -184,7 +223,7 @@ class _Test:
         self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
         self.steps = steps or max(LEAST_STEPS, round(FORWARDS / self.points))
         self.forwards = 0
-        base = base_rates(engine)
+        base = base_rates(engine.optimizer)
         self.proportions = [rate / base[0] if base[0] else 1.0 for rate in base]
         self.start: list[float] = []
         self.scale = 0.0
