@@ -24,16 +24,16 @@ pytestmark = QUIET
 
 METHODS: dict[str, dict[str, Any]] = {
     "spsa": {},
-    "fzoo": {"estimator": "fzoo"},
+    "fzoo": {"estimator": "fzoo", "num_probes": 2},
     "momentum": {"rule": "momentum"},
     "sign": {"rule": "sign"},
-    "several directions": {"num_probes": 3, "weight_decay": 0.1},
+    "several directions": {"num_probes": 2, "weight_decay": 0.1},
     "dropout": {"dropout": True},
 }
 Closures = list[Callable[[], Any]]
 
 
-def closures(model: nn.Module, name: str = "mlp", count: int = 3) -> Closures:
+def closures(model: nn.Module, name: str = "mlp", count: int = 2) -> Closures:
     return [closure(name, model, index) for index in range(count)]
 
 
