@@ -36,7 +36,7 @@ def suggest_lr(
     change of the loss is ``-lr ||grad||^2 + lr^2 / 2 E[g^2 z'Hz]``, smallest at about ``1 / tr(H)``, and
     three losses along a z measure ``z'Hz``. One step is not enough, however, because its best rate
     knows nothing of the noise of the batches and of how the curvature changes: on the tasks of
-    ``benchmarks/suggest_lr.py`` ``1 / tr(H)`` came out up to 9 times too large, or negative. Trials of
+    ``benchmarks/suggest_lr.py`` ``1 / tr(H)`` came out 5 to 29 times too large, or negative. Trials of
     many steps see both. They are short beside a training run, which leaves less noise to the end; hence
     the margins.
 
