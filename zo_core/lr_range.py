@@ -36,9 +36,9 @@ SCHEDULED = ("initial_lr", "max_lr", "min_lr")
 TRIALS = 32
 #: What counts as blown up: the loss has grown by this part of itself.
 BLOWN = 0.1
-#: A rate is enough if it brings this part of the largest decrease.
+#: A rate is good if it brings this part of the largest decrease.
 ENOUGH = 0.9
-#: How far the suggestion stays below the rate that is enough, and below the first that does harm.
+#: How far the suggestion stays below the middle one of the good rates, and below the first that does harm.
 MARGIN, LIMIT_MARGIN = 2.0, 4.0
 
 
@@ -237,7 +237,8 @@ class _Test:
             raise LossError(f"the loss is not finite before any step ({self.start}), so no learning rate can be tested")
         trials = self._curve(self._blown_rate())
         best = min(trial.change for trial in trials)
-        enough = next(trial.lr for trial in trials if trial.change <= ENOUGH * best)
+        good = [trial.lr for trial in trials if trial.change <= ENOUGH * best]
+        enough = good[(len(good) - 1) // 2]  # many, if what can be learnt quickly was learnt at all of them
         limit = next((trial.lr for trial in trials if trial.lr > enough and trial.change > 0.0), math.inf)
         lr = min(enough / MARGIN, limit / LIMIT_MARGIN)
         return LrSuggestion(lr, _mean(self.start), tuple(trials), limit, self.steps, self.forwards)

@@ -29,8 +29,8 @@ def suggest_lr(
 
     Short trial runs start from the same weights, with the same directions and batches, at rates a
     factor of 2 apart; the loss on all batches says what each has brought. A first scan at rates that
-    grow from harmless ones finds where the loss blows up. The suggestion is half of the smallest rate
-    that brings 90% of the largest decrease, and at most a quarter of the smallest that does harm.
+    grow from harmless ones finds where the loss blows up. The suggestion is half of the middle one
+    of the rates that bring 90% of the largest decrease, and at most a quarter of the smallest that does harm.
 
     Theory gives the rate only for one quadratic: with directions z and one of them a step, the expected
     change of the loss is ``-lr ||grad||^2 + lr^2 / 2 E[g^2 z'Hz]``, smallest at about ``1 / tr(H)``, and
