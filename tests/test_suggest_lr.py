@@ -268,9 +268,10 @@ def test_auto_under_lightning(tmp_path: Path, scheduled: bool) -> None:
     def optimizer(lr: float) -> Callable[[nn.Module], Any]:
         def make(module: nn.Module) -> Any:
             inner = sgd(lr, momentum=0.9)(module)
+            if not scheduled:
+                return inner
             schedule = torch.optim.lr_scheduler.LinearLR(inner, 0.5, total_iters=4)
-            how = {"scheduler": schedule, "interval": "step"}
-            return {"optimizer": inner, "lr_scheduler": how} if scheduled else inner
+            return {"optimizer": inner, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
         return make
 
