@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from zo_core import ZOConfig
 
 PREFIX = "zo_"
+#: Fields that have another name in `ZOConfig`.
+RENAMED = {"zo_learning_rate": "lr"}
 
 
 @dataclass
@@ -19,11 +21,15 @@ class ZOArguments:
         @dataclass
         class ZOSFTConfig(ZOArguments, SFTConfig): ...
 
-    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_log``, which concerns the
-    trainer alone, has none.
+    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_learning_rate`` is ``lr``, and
+    ``zo_log``, which concerns the trainer alone, has none.
     """
 
     zo_estimator: str = field(default="spsa", metadata={"help": "How losses become probes: spsa or fzoo."})
+    zo_learning_rate: str | None = field(
+        default=None,
+        metadata={"help": "auto: found by a range test before the first step; default: --learning_rate counts."},
+    )
     zo_eps: float | None = field(
         default=None,
         metadata={"help": "Distance of the probes from the weights; default 1e-3 (spsa) or 1e-4 (fzoo). LoRA: 1e-2."},
@@ -65,7 +71,7 @@ class ZOArguments:
     def zo_settings(self) -> dict[str, Any]:
         """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""
         return {
-            f.name.removeprefix(PREFIX): getattr(self, f.name)
+            RENAMED.get(f.name, f.name.removeprefix(PREFIX)): getattr(self, f.name)
             for f in fields(ZOArguments)
             if getattr(self, f.name) != f.default and f.name != "zo_log"
         }
@@ -84,7 +90,7 @@ class ZOTrainingArguments(ZOArguments, TrainingArguments):
     """`TrainingArguments` with the ``zo_*`` fields, and defaults that suit forward-only training.
 
     The learning rate is constant at 1e-6 (full fine-tuning with spsa); PEFT adapters want about
-    1e-4, fzoo 5e-5.
+    1e-4, fzoo 5e-5. ``zo_learning_rate="auto"`` finds it.
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})

@@ -8,14 +8,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zo_core import ConfigError, ZeroOrder
+from zo_core.advice import lr_advice
 
 logger = logging.getLogger("hf_zo")
 
-#: Above these learning rates a run with SPSA and plain updates usually diverges, for full fine-tuning of
-#: this many parameters; the limit of smaller models is higher in proportion.
-LARGE = 10_000_000
-MAX_LR_FULL = 1e-5
-MAX_LR_PEFT = 1e-2
 #: Below this one, a run on relative quantisation scales hardly moves.
 MIN_LR_SCALES = 1e-5
 
@@ -79,20 +75,9 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
                 lr,
             )
         return  # the ranges below are for weights
-    if engine.estimator.name != "spsa" or engine.rule.name not in ("sgd", "momentum"):
-        return
-    trained = sum(slot.tensor.numel() for slot in engine.slots)
-    peft = trained < 0.1 * sum(p.numel() for p in engine.model.parameters())
-    full = MAX_LR_FULL * max(1.0, LARGE / trained)
-    limit, sensible = (MAX_LR_PEFT, "5e-5 to 1e-4") if peft else (full, "1e-7 to 1e-6")
-    lr = max(float(group["lr"]) for group in engine.optimizer.param_groups)
-    if lr > limit:
-        logger.warning(
-            "learning_rate=%g is in the range for backpropagation; zeroth-order %s usually needs %s",
-            lr,
-            "training of adapters" if peft else "full fine-tuning",
-            sensible,
-        )
+    advice = lr_advice(engine, "learning_rate")
+    if advice is not None:
+        logger.warning("%s", advice)
 
 
 def default(args: TrainingArguments, name: str) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.config import AUTO
 from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
 from zo_core.offload import LockstepOracle, Streaming
@@ -29,6 +30,7 @@ from zo_core.oracle.materialise import is_compiled
 from zo_core.seedlog import LoggedStep
 
 from .arguments import ZOArguments
+from .auto_lr import samples, schedulers, unnoticed
 from .checks import add_counters, check_arguments, counters, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .quantised import quantised_training
@@ -134,7 +136,8 @@ class ZOTrainerMixin(_Trainer):
             given = super().create_optimizer(model)
         if given is None:
             given = self._grouped_optimizer(model, config)
-            config = config.replace(lr=None, eps=None, weight_decay=0.0)  # its groups hold them now
+            lr = AUTO if config.lr == AUTO else None
+            config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them now
         self.zo = ZeroOrder(model, config, optimizer=given)
         self.zo.listeners.append(self._zo_records.append)
         if isinstance(self.zo.oracle, LockstepOracle):
@@ -159,7 +162,7 @@ class ZOTrainerMixin(_Trainer):
         still = [{**group, "weight_decay": 0.0} for group in param_groups(s for s in slots if s not in split)]
         # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
         groups = [*still, *groups] if slots[0].scaling is not None else [*groups, *still]
-        lr = self.args.learning_rate if config.lr is None else config.lr
+        lr = self.args.learning_rate if config.lr in (None, AUTO) else settings.lr
         return ZOOptimizer(groups, lr=lr, eps=settings.eps)
 
     # The step
@@ -174,7 +177,10 @@ class ZOTrainerMixin(_Trainer):
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
             self.zo.oracle.copy_whole()
-        run = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        step = super().training_step
+        if self.zo.wants_lr:
+            self._find_lr(step, model, inputs, num_items_in_batch)
+        run = partial(step, model, num_items_in_batch=num_items_in_batch)
         log = None if self._zo_journal is None else self._zo_journal.open(self.zo)
         entry = None if log is None else log.logged()
         if entry is not None:
@@ -205,6 +211,24 @@ class ZOTrainerMixin(_Trainer):
                 self.zo.oracle.losses((Point(0, 0.0),), partial(_MicroBatch(self).run, run))
         self.zo.follow(entry.probes, entry.loss)
         return torch.tensor(entry.loss / self.current_gradient_accumulation_steps, device=self.args.device)
+
+    def _find_lr(self, run: Callable[..., Tensor], model: nn.Module, inputs: Any, items: Any) -> None:
+        """The range test, on the data of a few steps; the batch at hand where no other can be had."""
+        assert self.zo is not None
+        count = self.current_gradient_accumulation_steps
+        together = self._zo_together
+        drawn = samples(self, count) or [([inputs], items)]
+        self._zo_together = together  # of the step that is about to begin
+
+        def closure(pairs: list[tuple[Any, _MicroBatch]], items: Any) -> Tensor:
+            losses = []
+            for raw, batch in pairs:
+                losses.append(batch.run(partial(run, model, raw, items)))
+            return torch.stack(losses).mean() * count
+
+        with unnoticed(self), self._probing():
+            steps = [([(raw, _MicroBatch(self)) for raw in batches], items) for batches, items in drawn]
+            self.zo.find_lr([partial(closure, *step) for step in steps], schedulers(self))
 
     @contextmanager
     def _probing(self) -> Iterator[None]:

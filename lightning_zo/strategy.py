@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core.advice import lr_advice
 from zo_core.engine import offload_model
 from zo_core.offload import Streaming
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import keep_codes_plain
 
+from .auto_lr import batches
 from .engine import build, check, settings
 from .journal import Asked, Journal, log_path
 from .probes import Probes
@@ -169,6 +172,9 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.oracle.copy_whole()
         self._trained = self._trainable()
         self._losses, self._partial = 0, False
+        advice = None if running else lr_advice(zo, "lr")
+        if advice is not None:
+            logger.warning("%s", advice)
         return zo
 
     def _trainable(self) -> list[int]:
@@ -205,6 +211,8 @@ class ZOStrategy(SingleDeviceStrategy):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
+        if zo.wants_lr:
+            self._find_lr(zo, run, args, kwargs)
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
@@ -231,6 +239,20 @@ class ZOStrategy(SingleDeviceStrategy):
         if isinstance(zo.optimizer, SGDFace):
             zo.optimizer.follow()  # the log has the learning rate of this step
         return None if self._journal is None else self._journal.logged(zo)
+
+    def _find_lr(self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The range test, on a few batches; on the one at hand where no others can be had."""
+        module = self._module()
+        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        probes = Probes(module, 0, 1, zo.streaming is not None)
+
+        def closure(batch: Any) -> Any:
+            probes.runs.clear()
+            return probes.run(run, (batch, *args[1:]), kwargs)
+
+        drawn = batches(module.trainer) or [args[0]]
+        with self.precision_plugin.train_step_context(), probes.recording():
+            zo.find_lr([partial(closure, batch) for batch in drawn], schedulers)
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""

@@ -15,8 +15,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_zo import ZOArguments, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments, checks
-from zo_core import ConfigError, ModelError, ZOConfig
+from hf_zo import ZOArguments, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+from zo_core import ConfigError, ModelError, ZOConfig, advice
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_setting_that_means_something_else_here_is_said_once(
     tmp_path: Path, said: Any, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "LARGE", 1)
+    monkeypatch.setattr(advice, "LARGE", 1)
     assert said(arguments(tmp_path, **changes)) == [message]
 
 
 def test_a_small_model_may_have_a_larger_learning_rate(tmp_path: Path, said: Any) -> None:
     trained = sum(p.numel() for p in tiny("llama").parameters())
-    limit = checks.MAX_LR_FULL * checks.LARGE / trained
+    limit = advice.MAX_LR_FULL * advice.LARGE / trained
     assert said(arguments(tmp_path, learning_rate=0.9 * limit)) == []
     assert len(said(arguments(tmp_path, learning_rate=1.1 * limit))) == 1
 

@@ -28,9 +28,12 @@ RANKS = {
     "config": 6,
     "homes": 6,
     "optimizer": 6,
+    "lr_range": 6,
     "engine": 7,
     "estimate": 7,
     "seedlog": 8,
+    "suggest": 8,
+    "advice": 8,
     "__init__": 9,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the last two at use, if they are there

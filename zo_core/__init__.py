@@ -7,12 +7,14 @@ from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
+from .lr_range import LrSuggestion, Trial
 from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
 from .seedlog import SeedLog, SeedLogWriter, replay
+from .suggest import suggest_lr
 from .targets import TARGETS, Int4Scales, Slot, Target, Trainable
 from .version import __version__
 
@@ -27,6 +29,7 @@ __all__ = [
     "Gaussian",
     "Int4Scales",
     "LossError",
+    "LrSuggestion",
     "ModelError",
     "Momentum",
     "Noise",
@@ -45,6 +48,7 @@ __all__ = [
     "Target",
     "Torch",
     "Trainable",
+    "Trial",
     "UpdateRule",
     "ZOConfig",
     "ZOError",
@@ -53,4 +57,5 @@ __all__ = [
     "__version__",
     "derive_seed",
     "replay",
+    "suggest_lr",
 ]

@@ -19,6 +19,8 @@ from .rules import RULES, UpdateRule
 from .targets import TARGETS, Target
 
 BACKENDS = ("auto", "eager", "compile", "triton")
+#: As a learning rate: found before the first step.
+AUTO = "auto"
 OFFLOADS = (None, "cpu", "disk", "auto")
 
 
@@ -30,7 +32,8 @@ class ZOConfig:
     ``list(zo_core.NOISES)`` and its siblings for the names.
 
     Attributes:
-        lr: learning rate; None takes the estimator's default (1e-6 for spsa, 5e-5 for fzoo).
+        lr: learning rate; None takes the estimator's default (1e-6 for spsa, 5e-5 for fzoo), "auto" finds
+            one by a range test before the first step.
         eps: distance of the probes from the weights, in units of the noise; None takes the
             estimator's default (1e-3 for spsa, 1e-4 for fzoo). PEFT adapters want more: 1e-2 for
             LoRA, 1e-1 for prefix tuning.
@@ -66,7 +69,7 @@ class ZOConfig:
         blocks: names of the streamed modules, or of containers of them; None finds them.
     """
 
-    lr: float | None = None
+    lr: float | str | None = None
     eps: float | None = None
     num_probes: int | None = None
     estimator: str | dict[str, Any] | Estimator = "spsa"
@@ -92,7 +95,8 @@ class ZOConfig:
         self._component("target", TARGETS, problems)
         if self.rule != "auto":
             self._component("rule", RULES, problems)
-        self._number("lr", problems, lambda x: x >= 0, "a number of at least 0, for example 1e-6")
+        if self.lr != AUTO:
+            self._number("lr", problems, lambda x: x >= 0, "a number of at least 0, for example 1e-6, or 'auto'")
         self._number("eps", problems, lambda x: x > 0, "a number above 0, for example 1e-3")
         self._number("weight_decay", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
         if self.clip != math.inf:
@@ -176,7 +180,7 @@ class ZOConfig:
             noise=NOISES.resolve(self.noise),
             rule=rule,
             target=TARGETS.resolve(self.target),
-            lr=estimator.default_lr if self.lr is None else float(self.lr),
+            lr=estimator.default_lr if self.lr in (None, AUTO) else float(self.lr),
             eps=estimator.default_eps if self.eps is None else float(self.eps),
             num_probes=estimator.default_num_probes if self.num_probes is None else self.num_probes,
             backend=("triton" if has_triton() else "eager") if self.backend == "auto" else self.backend,

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ZOConfig, parse_bytes
+from .config import AUTO, ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .homes import Homes, State
+from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .noise import Direction, derive_seed
 from .noise.direction import float32
 from .offload import LockstepOracle, Streaming, offload
@@ -67,6 +68,7 @@ class ZeroOrder:
         optimizer: the `ZOOptimizer` to give to learning-rate schedulers.
         step_count: index of the next step; with the seed it determines the next directions.
         listeners: called with the `StepRecord` of every step.
+        suggestion: with ``lr="auto"``, from the first step on: what the range test found.
 
     Raises:
         ConfigError: settings that cannot work; all of them are listed.
@@ -100,7 +102,7 @@ class ZeroOrder:
         self.target = settings.target
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
         in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
-        twice = [name for name in in_groups if getattr(self.config, name) != getattr(ZOConfig, name)]
+        twice = [name for name in in_groups if getattr(self.config, name) not in (getattr(ZOConfig, name), AUTO)]
         if twice:
             raise ConfigError(
                 [
@@ -111,6 +113,8 @@ class ZeroOrder:
             )
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
+        self.suggestion: LrSuggestion | None = None
+        self._skips = 0
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.target = target = settings.target.chosen(model)
         self.clip = target.default_clip if self.config.clip is None else self.config.clip
@@ -199,6 +203,29 @@ class ZeroOrder:
         self.measure(closure)
         return self.optimizer.step()
 
+    def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
+        """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
+        return range_test(self, closures, steps)
+
+    @property
+    def wants_lr(self) -> bool:
+        """Whether the learning rate has still to be found; a run that goes on from a checkpoint has one."""
+        return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._measured is None
+
+    def find_lr(self, closures: Sequence[Callable[[], Any]], schedulers: Sequence[Any] = ()) -> None:
+        """Trains with the rate that `suggest_lr` finds, for ``lr="auto"``.
+
+        Args:
+            closures: one per batch.
+            schedulers: those of the optimizer; what they have computed follows the new rate.
+        """
+        check_replaceable(self.optimizer, schedulers)
+        self.suggestion = self.suggest_lr(closures)
+        set_lr(self.optimizer, self.suggestion.lr, schedulers)
+        logger.warning(
+            "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
+        )
+
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.
 
@@ -215,6 +242,8 @@ class ZeroOrder:
                     f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
                     "write zo.step(lambda: model(**batch).loss)"
                 )
+        if self.wants_lr:
+            self.find_lr(closures)
         if self._measured is None:
             seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
@@ -261,9 +290,7 @@ class ZeroOrder:
         if estimate.skip is None:
             self._update(probes)
         else:
-            # Losses that agree are what a converged model gives; ones that are not finite are trouble.
-            level = logging.INFO if estimate.projected_grads else logging.WARNING
-            logger.log(level, "step %d skipped, weights untouched: %s", self.step_count, estimate.skip)
+            self._log_skip(estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
         return self._done(mean_loss, projected_grad, measured.seeds[0], probes, clipped, estimate.skip)
@@ -302,6 +329,15 @@ class ZeroOrder:
         for listener in self.listeners:
             listener(record)
         return record
+
+    def _log_skip(self, estimate: Estimate) -> None:
+        said = f"step {self.step_count} skipped, weights untouched: {estimate.skip}"
+        if estimate.projected_grads:  # losses that agree are what a converged model gives
+            logger.info("%s", said)
+            return
+        self._skips += 1
+        if self._skips & (self._skips - 1) == 0:  # a diverged run skips every step: said at powers of two
+            logger.warning("%s%s", said, f" ({self._skips} steps skipped so far)" if self._skips > 1 else "")
 
     def _probes(self, seeds: tuple[int, ...], losses: list[float]) -> tuple[Estimate, tuple[Probe, ...], int]:
         if not all(map(math.isfinite, losses)):

@@ -1,0 +1,308 @@
+"""A learning-rate range test: short trial runs at growing rates, every one of them undone.
+
+It drives an engine through its ordinary steps, so it holds for every estimator, rule and model, and
+knows nothing about what they compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, LossError
+from .modes import rng_state, set_rng_state
+from .records import Point
+
+if TYPE_CHECKING:
+    from .engine import ZeroOrder
+
+Closure = Callable[[], Any]
+
+#: Trial runs take their directions from here on, far from those of any training run.
+FIRST_STEP = 1 << 30
+#: Forwards of a trial run, and the fewest steps in it.
+FORWARDS, LEAST_STEPS = 128, 16
+#: The search for an upper end: steps of a trial, and what the rate grows by. Its first rate moves an
+#: element by this part of eps.
+SCOUT_STEPS, SCOUT_FACTOR, SCOUT_START = 8, 8.0, 1e-3
+#: What schedulers keep in a group besides its rate.
+SCHEDULED = ("initial_lr", "max_lr", "min_lr")
+#: More trials than this say that there is nothing to find.
+TRIALS = 32
+#: What counts as blown up: the loss has grown by this part of itself.
+BLOWN = 0.1
+#: A rate is good if it brings this part of the largest decrease.
+ENOUGH = 0.9
+#: How far the suggestion stays below the middle one of the good rates, and below the first that does harm.
+MARGIN, LIMIT_MARGIN = 2.0, 4.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial run did.
+
+    Attributes:
+        lr: its learning rate.
+        change: of the mean loss over all batches, from before the run to after it; infinite if the run
+            was stopped because the loss had blown up.
+    """
+
+    lr: float
+    change: float
+
+
+@dataclass(frozen=True)
+class LrSuggestion:
+    """What a range test found; ``float(suggestion)`` is the rate.
+
+    Attributes:
+        lr: the suggested learning rate.
+        loss: mean loss over the batches, before.
+        curve: the trial runs, by growing learning rate.
+        limit: the lowest rate at which a trial run did harm; infinite if none did.
+        steps: length of a trial run.
+        forwards: how often a closure was called, in all.
+    """
+
+    lr: float
+    loss: float
+    curve: tuple[Trial, ...]
+    limit: float
+    steps: int
+    forwards: int
+
+    def __float__(self) -> float:
+        return self.lr
+
+    def table(self) -> str:
+        """The curve for people: a bar of the decrease for each rate."""
+        largest = max(-trial.change for trial in self.curve)
+        lines = [f"{'lr':>9}  {'loss change':>11}  after {self.steps} steps, from a loss of {self.loss:.4g}"]
+        for trial in self.curve:
+            bar = "#" * max(0, round(30 * -trial.change / largest)) if math.isfinite(trial.change) else "blown up"
+            lines.append(f"{trial.lr:>9.2e}  {trial.change:>+11.4g}  {bar}".rstrip())
+        return "\n".join([*lines, f"{self.lr:>9.2e}  suggested"])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def range_test(engine: ZeroOrder, closures: Sequence[Closure], steps: int | None = None) -> LrSuggestion:
+    """Finds a rate by trial runs from where the engine is; see `zo_core.suggest_lr`.
+
+    Afterwards weights, rule state, learning rates, random generators and the step count are bit for bit
+    as before, also after an exception.
+
+    Args:
+        engine: has measured nothing since its last step. The rates of its groups keep their proportions.
+        closures: one per batch, each returning the loss of its own.
+        steps: length of a trial run; None takes 128 forwards, and at least 16 steps.
+
+    Raises:
+        ConfigError: trained weights are streamed, or no rate lowers the loss.
+        LossError: the loss is not finite as it is.
+    """
+    if not closures or not all(callable(closure) for closure in closures):
+        raise LossError(
+            f"closure={closures!r} must be a function that returns the loss, or a list of such functions, one for "
+            "each batch: [lambda: model(**batch).loss for ...] needs batch=batch as a default argument of each lambda"
+        )
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ConfigError([f"steps={steps!r} must be a whole number of at least 1, or None"])
+    test = _Test(engine, closures, steps)
+    try:
+        return test.run()
+    finally:
+        test.before.restore()
+
+
+class Snapshot:
+    """What an engine's steps change, to be put back: weights, rule state, rates, random generators, counters.
+
+    It takes the memory of a copy of the trained weights and the rule state.
+
+    Raises:
+        ConfigError: trained weights are streamed.
+    """
+
+    def __init__(self, engine: ZeroOrder):
+        streaming = engine.streaming
+        if streaming is not None and any(streaming.home(slot.tensors) is not None for slot in engine.slots):
+            raise ConfigError(
+                [
+                    "the range test for the learning rate keeps a copy of the weights that move, and those of this "
+                    "model are streamed, which is not supported; write a number for the learning rate, or train "
+                    "adapters, which stay resident on a streamed base"
+                ]
+            )
+        engine.flush()
+        self.engine = engine
+        self.weights = [slot.tensor.data.clone() for slot in engine.slots]
+        self.state = {tensor: _copies(held) for tensor, held in engine.optimizer.state.items()}
+        self.rates = [group["lr"] for group in engine.optimizer.param_groups]
+        self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
+
+    def rewind(self) -> None:
+        """Weights, rule state and random generators as they were."""
+        engine = self.engine
+        engine.discard()
+        for slot, kept in zip(engine.slots, self.weights, strict=True):
+            slot.tensor.data.copy_(kept)
+        state = engine.optimizer.state
+        for tensor in [tensor for tensor in state if tensor not in self.state]:
+            del state[tensor]
+        for tensor, held in self.state.items():
+            state[tensor] = _copies(held)
+        set_rng_state(self.random)
+        torch.clear_autocast_cache()
+
+    def restore(self) -> None:
+        """Everything as it was."""
+        self.rewind()
+        self.engine.step_count, self.engine.listeners = self.step, self.listeners
+        for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+
+
+def _copies(held: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
+
+
+def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups that hold the rates, which schedulers change: those of the optimizer behind a face, if any."""
+    return getattr(optimizer, "inner", optimizer).param_groups
+
+
+def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The rate of each group as it is without a schedule."""
+    return [float(group.get("initial_lr", group["lr"])) for group in rate_groups(optimizer)]
+
+
+def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:
+    """Raises `ConfigError` if `set_lr` could not put another rate in the place of the optimizer's."""
+    if base_rates(optimizer)[0] == 0.0:
+        raise ConfigError(["lr='auto' came with an optimizer whose lr is 0; give it any other, which will be replaced"])
+    if not schedulers and any("initial_lr" in group for group in rate_groups(optimizer)):
+        raise ConfigError(
+            [
+                "lr='auto' came with a learning-rate scheduler, which has computed its rates already; call "
+                "zo_core.suggest_lr first, and write the rate it returns"
+            ]
+        )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any] = ()) -> None:
+    """Gives the first group this rate without a schedule, and the others theirs in proportion.
+
+    Args:
+        optimizer: its groups may be in a schedule already, warming up from 0, say.
+        lr: the new rate.
+        schedulers: every one that works on the optimizer.
+    """
+    factor = lr / base_rates(optimizer)[0]
+    for group in rate_groups(optimizer):
+        for name in ("lr", *SCHEDULED):
+            if name in group:
+                group[name] = group[name] * factor
+    for scheduler in schedulers:
+        for name in ("base_lrs", "_last_lr", "min_lrs"):
+            if isinstance(rates := getattr(scheduler, name, None), list):
+                setattr(scheduler, name, [rate * factor for rate in rates])
+
+
+class _Test:
+    """One range test, made of trials that all start from the same snapshot."""
+
+    def __init__(self, engine: ZeroOrder, closures: Sequence[Closure], steps: int | None):
+        self.engine, self.closures, self.before = engine, closures, Snapshot(engine)
+        self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
+        self.steps = steps or max(LEAST_STEPS, round(FORWARDS / self.points))
+        self.forwards = 0
+        base = base_rates(engine.optimizer)
+        self.proportions = [rate / base[0] if base[0] else 1.0 for rate in base]
+        self.start: list[float] = []
+        self.scale = 0.0
+
+    def run(self) -> LrSuggestion:
+        engine = self.engine
+        engine.listeners = []
+        self.start = self._losses()
+        self.scale = _mean(map(abs, self.start))
+        if not math.isfinite(self.scale):
+            raise LossError(f"the loss is not finite before any step ({self.start}), so no learning rate can be tested")
+        trials = self._curve(self._blown_rate())
+        best = min(trial.change for trial in trials)
+        good = [trial.lr for trial in trials if trial.change <= ENOUGH * best]
+        enough = good[(len(good) - 1) // 2]  # many, if what can be learnt quickly was learnt at all of them
+        limit = next((trial.lr for trial in trials if trial.lr > enough and trial.change > 0.0), math.inf)
+        lr = min(enough / MARGIN, limit / LIMIT_MARGIN)
+        return LrSuggestion(lr, _mean(self.start), tuple(trials), limit, self.steps, self.forwards)
+
+    def _curve(self, lr: float) -> list[Trial]:
+        """Trials at falling rates, until two in a row bring less than the best; by growing rate."""
+        trials: list[Trial] = []
+        worse, best = 0, 0.0
+        while worse < 2:
+            if len(trials) == TRIALS:
+                raise ConfigError(
+                    [
+                        "no learning rate lowers the loss: it does not depend on the weights that move, or the batches "
+                        f"differ too much for trials of {self.steps} steps; pass more batches, or a larger steps="
+                    ]
+                )
+            lr /= 2.0
+            trials.append(Trial(lr, self._trial(lr, self.steps)))
+            worse = worse + 1 if best < 0.0 and trials[-1].change > ENOUGH * best else 0
+            best = min(best, trials[-1].change)
+        return trials[::-1]
+
+    def _blown_rate(self) -> float:
+        """A rate that does harm within a few steps, by trials at growing rates."""
+        lr = SCOUT_START * self.engine.eps / max(1.0, self._size())
+        for _ in range(TRIALS):
+            if self._trial(lr, SCOUT_STEPS) > BLOWN * self.scale:
+                break
+            lr *= SCOUT_FACTOR
+        return lr
+
+    def _size(self) -> float:
+        """How far a step of plain descent at rate 1 moves an element: root mean square, on the first batch."""
+        self._begin(0.0)
+        self.engine.measure(self.closures[0])
+        self.forwards += self.points
+        return math.sqrt(math.fsum(probe.coefficient**2 for probe in self.engine.apply().probes))
+
+    def _begin(self, lr: float) -> None:
+        self.before.rewind()
+        self.engine.step_count = FIRST_STEP
+        for group, proportion in zip(self.engine.optimizer.param_groups, self.proportions, strict=True):
+            group["lr"] = lr * proportion
+
+    def _trial(self, lr: float, steps: int) -> float:
+        """The change of the mean loss by a run of ``steps`` steps; infinite if it blew up."""
+        self._begin(lr)
+        for step in range(steps):
+            index = step % len(self.closures)
+            loss = float(self.engine.measure(self.closures[index]))
+            self.forwards += self.points
+            if not loss - self.start[index] <= self.scale:  # or it is NaN
+                return math.inf
+            self.engine.apply()
+        change = _mean(self._losses()) - _mean(self.start)
+        return change if math.isfinite(change) else math.inf
+
+    def _losses(self) -> list[float]:
+        """The loss on every batch, at the weights as they are, with the same random numbers (dropout) each time."""
+        set_rng_state(self.before.random)
+        self.forwards += len(self.closures)
+        return [float(self.engine.oracle.losses([Point(0, 0.0)], closure)[0]) for closure in self.closures]
+
+
+def _mean(values: Iterable[float]) -> float:
+    kept = list(values)
+    return math.fsum(kept) / len(kept) if all(map(math.isfinite, kept)) else math.nan
