@@ -24,6 +24,7 @@ RANKS = {
     "offload": 4,
     "estimators": 5,
     "rules": 5,
+    "lazy": 6,
     "config": 6,
     "optimizer": 6,
     "engine": 7,

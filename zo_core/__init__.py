@@ -7,7 +7,7 @@ from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
-from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
+from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
@@ -27,6 +27,7 @@ __all__ = [
     "Gaussian",
     "Int4Scales",
     "LossError",
+    "LowRank",
     "ModelError",
     "Momentum",
     "Noise",

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from .config import ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
-from .noise import Direction, derive_seed
+from .lazy import LazyUpdates
+from .noise import Direction, direction_of
 from .offload import Block, LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_groups
-from .oracle import ResidentOracle
+from .oracle import ResidentOracle, realisation
 from .records import Point, Probe, StepRecord
 from .rules import Torch, UpdateRule
 from .targets import Slot, keep_codes_plain
@@ -134,6 +135,7 @@ class ZeroOrder:
             )
         self.streaming: Streaming | None = None
         self._stored: dict[tuple[Slot, str], tuple[Block, str, Tensor]] = {}
+        self.lazy = self._lazy()
         self.oracle = self._oracle()
         self._group_of = self._groups()
         self._measured: _Measured | None = None
@@ -141,8 +143,9 @@ class ZeroOrder:
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
+        how = {"dropout": config.dropout, "realisation": realisation(self.noise)}
         if streaming is None and config.offload is None:
-            return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
+            return ResidentOracle(self.model, self.slots, self._perturbation, **how)
         if isinstance(self.rule, Torch):
             raise ConfigError(
                 ["a streamed model needs a rule that works on one layer at a time; leave out the optimizer, or offload"]
@@ -150,22 +153,32 @@ class ZeroOrder:
         if streaming is None:
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:
-            return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
+            return ResidentOracle(self.model, self.slots, self._perturbation, **how)
         self.streaming = streaming
+        self.lazy = self._lazy()
         for slot in self.slots:
-            if (home := streaming.home(slot.tensors)) is None:
+            if (home := streaming.home(slot.tensors)) is None or (self.lazy is not None and self.lazy.takes(slot)):
                 continue
             block, name = home
             for kind, (shape, dtype) in self.rule.state(slot.tensor).items():
                 key = f"{name}#{kind}"
                 token = self.optimizer.state[slot.tensor][kind] = streaming.keep_state(block, key, shape, dtype)
                 self._stored[slot, kind] = block, key, token
-        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, dropout=config.dropout)
+        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, **how)
+
+    def _lazy(self) -> LazyUpdates | None:
+        stochastic = self.config.stochastic_rounding
+        state = self.optimizer.state
+        return LazyUpdates.make(
+            self.model, self.slots, self.noise, self.rule, state, self.streaming, stochastic=stochastic
+        )
 
     def stored_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A slot's state with the values of what is streamed, for a checkpoint."""
         places = {id(token): (block, key) for block, key, token in self._stored.values()}
         streaming = self.streaming
+        if self.lazy is not None:
+            state = self.lazy.saved(state)
         return {
             kind: streaming.state(*places[id(value)]) if streaming is not None and id(value) in places else value
             for kind, value in state.items()
@@ -173,6 +186,8 @@ class ZeroOrder:
 
     def store_state(self) -> None:
         """Moves what was loaded into the optimizer to where it is streamed from."""
+        if self.lazy is not None:
+            self.lazy.loaded(self.optimizer.state)
         loaded: dict[Block, dict[str, Tensor | None]] = {}
         for (slot, kind), (block, key, token) in self._stored.items():
             loaded.setdefault(block, {})[key] = self.optimizer.state[slot.tensor].get(kind)
@@ -198,6 +213,8 @@ class ZeroOrder:
         Args:
             device: where the streamed parameters go; None takes the device they computed on.
         """
+        if self.lazy is not None:
+            self.lazy.merge()
         if self.streaming is not None:
             self.stop()
             for slot, kind in self._stored:
@@ -206,7 +223,13 @@ class ZeroOrder:
             self._stored = {}
             self.streaming.close(device)
             self.streaming = None
-            self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
+            self.oracle = ResidentOracle(
+                self.model,
+                self.slots,
+                self._perturbation,
+                dropout=self.config.dropout,
+                realisation=realisation(self.noise),
+            )
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -237,7 +260,7 @@ class ZeroOrder:
                 "write zo.step(lambda: model(**batch).loss)"
             )
         if self._measured is None:
-            seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
+            seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
         self._group_of = self._groups()
         try:
@@ -319,7 +342,9 @@ class ZeroOrder:
                     group = self._group_of[slot]
                     how = direction, float(group["lr"]), float(group["weight_decay"])
                     home = None if self.streaming is None else self.streaming.home(slot.tensors)
-                    if home is None:
+                    if self.lazy is not None and self.lazy.takes(slot):
+                        self.lazy.update(slot, direction.terms, *how[1:], direction.rounding_seed)
+                    elif home is None:
                         state = self.optimizer.state[slot.tensor]
                         self.rule.update(slot.tensor.data, state, *how)
                         if not state:
@@ -344,7 +369,9 @@ class ZeroOrder:
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:
         scale = point.scale * self._relative_eps(slot)
-        return Direction(self.noise, slot.key, ((point.seed, scale),), None, self.backend, slot.scaling)
+        terms = ((point.seed, scale),)
+        result = direction_of(self.noise, slot.key, slot.tensor.shape, terms, None, self.backend, slot.scaling)
+        return result if self.lazy is None else self.lazy.added(slot, result)
 
     def _direction(self, slot: Slot, probes: tuple[Probe, ...]) -> Direction:
         # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
@@ -352,7 +379,7 @@ class ZeroOrder:
         relative = self._relative_eps(slot)
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
-        return Direction(self.noise, slot.key, terms, rounding, self.backend, slot.scaling)
+        return direction_of(self.noise, slot.key, slot.tensor.shape, terms, rounding, self.backend, slot.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""

@@ -102,8 +102,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             problems += [
                 f"{name} of parameter {index} has the shape {list(value.shape)}, the parameter {list(tensor.shape)}"
                 for name, value in state_dict["state"].get(index, {}).items()
-                if isinstance(value, Tensor) and value.shape != tensor.shape
+                if isinstance(value, Tensor) and value.shape != tensor.shape and not name.startswith("factor")
             ]
+            kept = state_dict["state"].get(index, {})
+            lazy = None if self.engine is None else self.engine.lazy
+            if "factor" in kept and (lazy is None or not lazy.fits(tensor, kept)):
+                problems.append(f"parameter {index} has low-rank updates of another noise; give it the run's")
         if problems:
             raise ValueError("; ".join(problems))
 

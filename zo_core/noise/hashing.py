@@ -19,7 +19,7 @@ MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
 #: What a stream of words is for; streams of different purposes never coincide.
-DIRECTION, ROUNDING = 1, 2
+DIRECTION, ROUNDING, BASIS = 1, 2, 3
 
 #: Words hashed at once, so that small operations do not dominate (512 KiB, half of a core's L2 here).
 BATCH_WORDS = 1 << 17
