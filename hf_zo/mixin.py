@@ -139,7 +139,7 @@ class ZOTrainerMixin(_Trainer):
         assert self.zo is not None, "create_optimizer makes the engine, and Trainer calls it first"
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
-            self.zo.oracle.copy_whole()
+            self.zo.copy_whole()
         run = super().training_step
         with self._probing() as batch:
             return self.zo.measure(lambda: batch.run(lambda: run(model, inputs, num_items_in_batch)))

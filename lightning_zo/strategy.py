@@ -148,7 +148,7 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.optimizer.state.update(before.optimizer.state)
             zo.store_state()
         if getattr(module, "_compiler_ctx", None):
-            zo.oracle.copy_whole()
+            zo.copy_whole()
         self._trained = self._trainable()
         self._losses, self._partial = 0, False
         return zo

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .config import ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
-from .lazy import LazyUpdates
-from .noise import Direction, direction_of
+from .lazy import LazyUpdates, changes_often
+from .noise import NOISES, Direction, direction_of
 from .offload import Block, LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_groups
 from .oracle import ResidentOracle, realisation
@@ -143,7 +143,7 @@ class ZeroOrder:
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
-        how = {"dropout": config.dropout, "realisation": realisation(self.noise)}
+        how: dict[str, Any] = {"dropout": config.dropout, "realisation": realisation(self.noise)}
         if streaming is None and config.offload is None:
             return ResidentOracle(self.model, self.slots, self._perturbation, **how)
         if isinstance(self.rule, Torch):
@@ -230,6 +230,13 @@ class ZeroOrder:
                 dropout=self.config.dropout,
                 realisation=realisation(self.noise),
             )
+
+    def copy_whole(self) -> None:
+        """From now on each probe copies all slots at once, for closures that run compiled code."""
+        self.oracle.copy_whole()
+        if self.lazy is not None:  # compiled code that evaluates could not be told of updates that wait
+            self.lazy.merge()
+            self.lazy = None
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -412,12 +419,14 @@ def offload_model(
 ) -> Streaming | None:
     """Streams a model as ``config`` says; ``device`` counts if that names none."""
     assert config.offload is not None
+    noise = NOISES.resolve(config.noise)
     return offload(
         model,
         config.offload,
         config.offload_dir,
         config.blocks,
         {id(tensor) for slot in slots for tensor in slot.tensors},
+        {id(tensor) for slot in slots if changes_often(noise, slot) for tensor in slot.tensors},
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
     )

@@ -25,6 +25,7 @@ from .noise import Direction, LowRank, LowRankDirection, Noise, is_matrix
 from .noise.direction import float32
 from .noise.low_rank import SEED_BITS, basis
 from .offload import Streaming
+from .oracle.function_mode import ProbeMode
 from .oracle.functional import FunctionalMode, Sight
 from .oracle.materialise import is_compiled
 from .oracle.scratch import ScratchPool
@@ -225,7 +226,7 @@ class LazyUpdates:
                 ]
             if module in owners:
                 self.handles += [
-                    module.register_state_dict_post_hook(partial(LazyUpdates._export, self)),  # is given an attribute
+                    module.register_state_dict_post_hook(partial(LazyUpdates._export, self)),
                     module.register_load_state_dict_pre_hook(self._import),
                 ]
 
@@ -233,7 +234,7 @@ class LazyUpdates:
         """A forward outside of a step begins; the outermost module turns the corrections on."""
         if self.entered and self.entered[-1][0] is module:
             self.entered[-1][2] += 1
-        elif not any(isinstance(mode, FunctionalMode) for mode in _get_current_function_mode_stack()):
+        elif not any(isinstance(mode, (FunctionalMode, ProbeMode)) for mode in _get_current_function_mode_stack()):
             mode = self.mode()
             mode.__enter__()
             self.entered.append([module, mode, 1])
@@ -337,6 +338,11 @@ def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
             total = total + momentum[:, at + k : at + k + 1] * overlap[k]
         result[:, piece] = total
     return result
+
+
+def changes_often(noise: Noise, slot: Slot) -> bool:
+    """Whether a slot is written at every step while others are once in a window."""
+    return isinstance(noise, LowRank) and not is_matrix(noise, slot.tensor.shape, slot.scaling)
 
 
 def _values(slot: Slot) -> Tensor:

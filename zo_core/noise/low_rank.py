@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -127,7 +127,7 @@ class LowRankDirection(Direction):
         decay: what the weights are multiplied with, besides the ``decay`` of `add_to`.
     """
 
-    shape: torch.Size = torch.Size()
+    shape: torch.Size = field(default_factory=torch.Size)
     base: tuple[Tensor, Tensor] | None = None
     decay: float = 1.0
 

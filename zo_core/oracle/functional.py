@@ -29,7 +29,7 @@ from .materialise import Materialised, ProbeView
 from .scratch import ScratchPool
 
 #: Statements about the parameter object, which are no use of its values.
-ASSIGNMENTS = {Tensor.data.__set__, Tensor.grad.__set__, Tensor.requires_grad.__set__, Tensor.requires_grad_}
+ASSIGNMENTS = {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")} | {Tensor.requires_grad_}
 
 
 class Sight:
