@@ -12,7 +12,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,6 +159,10 @@ class ZOTrainerMixin(_Trainer):
         if self._zo_batch is None:
             return super()._prepare_inputs(inputs)
         return self._zo_batch.prepared(inputs, super()._prepare_inputs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.zo is None else self.zo.effective():
+            return super().prediction_step(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack: ExitStack = super().compute_loss_context_manager()

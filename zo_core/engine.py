@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -230,6 +231,14 @@ class ZeroOrder:
                 dropout=self.config.dropout,
                 realisation=realisation(self.noise),
             )
+
+    def effective(self) -> AbstractContextManager[Any]:
+        """A context in which weights count with the updates that wait for the end of a low-rank window.
+
+        Forwards of the model's modules do by themselves; this is for code that computes with a parameter
+        outside of them.
+        """
+        return nullcontext() if self.lazy is None else self.lazy.mode()
 
     def copy_whole(self) -> None:
         """From now on each probe copies all slots at once, for closures that run compiled code."""
