@@ -278,6 +278,8 @@ class ZeroOrder:
         if self._measured is None:
             seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
+            device = self.slots[0].tensor.device if self.streaming is None else self.streaming.device
+            self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], device)
         self._group_of = self._groups()
         try:
             losses = self.oracle.losses(self._measured.points, closure)

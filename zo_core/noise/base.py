@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,9 @@ class Noise:
             direction: index of the direction within the step, from 0.
         """
         return derive_seed(base, step, direction)
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        """Computes in advance what is cheaper for many slots together; it changes no value."""
 
     def values(
         self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base import NOISES, Noise
 from .direction import CPU_CHUNK, Direction, Scaling, float32, workspace
-from .hashing import BASIS, DIRECTION, derive_seed
+from .hashing import BASIS, DIRECTION, derive_seed, first_words, stream_key
 from .rademacher import Rademacher
 
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
@@ -70,6 +70,22 @@ class LowRank(Rademacher):
         return direction_of(self, slot, torch.Size(shape), ((seed, scale),)).values(
             torch.Size(shape), torch.device(device)
         )
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
+        names = [(seed, key, shape, DIRECTION, device) for seed in seeds for key, shape in shapes]
+        names = [name for name in names if _factors.get(name) is None]
+        if not names:
+            return
+        counts = [-(-shape[0] * shape[1] // self.values_per_word) for _, _, shape, _, _ in names]
+        bits = first_words([stream_key(seed, key, DIRECTION) for seed, key, *_ in names], counts, device)
+        with torch.inference_mode(False):
+            values = torch.empty(len(bits) * self.values_per_word, dtype=torch.float32, device=device)
+        self.expand(bits, 1.0, values)
+        pieces = values.split([count * self.values_per_word for count in counts])
+        for name, piece in zip(names, pieces, strict=True):
+            shape = name[2]
+            _factors.put(name, piece[: shape[0] * shape[1]].view(shape))
 
     def left(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """U, float32 ``[m, r]``; do not write to it."""

@@ -12,7 +12,7 @@ cannot see computes with NaN, and the oracle notices, as it does for materialise
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -100,13 +100,21 @@ class FunctionalMode(TorchFunctionMode):
                 found = FORMS[func](self, *args, **kwargs)
                 if found is not None:
                     return found
-            args = self.replaced(args)
-            if kwargs:
+            if self._concerned(args):
+                args = self.replaced(args)
+            if kwargs and self._concerned(kwargs.values()):
                 kwargs = {name: self.replaced(value) for name, value in kwargs.items()}
         if self.losses and func in LOSS_FUNCTIONS:
             args = tuple(upcast(value) for value in args)
             kwargs = {name: upcast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
+
+    def _concerned(self, values: Iterable[Any]) -> bool:
+        """Whether a parameter may be among them; most calls have none, and there are many calls."""
+        for value in values:  # noqa: SIM110 (runs at every call of a torch function, and any() is slower)
+            if id(value) in self.slots or type(value) is tuple or type(value) is list:
+                return True
+        return False
 
     def replaced(self, value: Any) -> Any:
         """The value, with copies for the parameters in it."""
