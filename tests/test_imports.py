@@ -28,6 +28,7 @@ RANKS = {
     "config": 6,
     "optimizer": 6,
     "engine": 7,
+    "adapter": 7,
     "__init__": 8,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton"}

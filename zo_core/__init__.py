@@ -3,6 +3,7 @@
 It knows torch and nothing of any trainer.
 """
 
+from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
@@ -50,4 +51,5 @@ __all__ = [
     "ZOOptimizer",
     "ZeroOrder",
     "derive_seed",
+    "save_adapter",
 ]
