@@ -19,7 +19,7 @@ from torch import nn
 from .learning import FORWARDS, Method, accuracy, adapt, batch, pretrained
 from .report import save
 
-RATES = (3e-4, 6e-4)
+RATES = (3e-4, 6e-4, 1e-3)
 NOISES: dict[str, object] = {
     "rademacher": "rademacher",
     "low_rank(2, refresh=50)": {"name": "low_rank", "rank": 2, "refresh": 50},

@@ -86,6 +86,31 @@ def test_the_weights_are_those_of_the_formula(rule: str, num_probes: int, weight
         assert torch.equal(slot.tensor, w), slot.key
 
 
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_the_update_goes_along_the_directions_that_the_probes_took(num_probes: int) -> None:
+    # Published code draws another V for the update than for the probe in the steps that begin a window.
+    model = nn.Linear(5, 7, bias=False).double()
+    slope = torch.randn(7, 5, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def loss() -> Tensor:
+        seen.append(model.weight + 0)
+        return (seen[-1] * slope).sum()
+
+    zo = engine(model, num_probes=num_probes, lr=1e-2, eps=1e-2)
+    before = model.weight.detach().clone()
+    for _ in range(9):
+        record = zo.step(loss)
+        with torch.no_grad(), zo.effective():
+            after = model.weight + 0
+        z = [(plus - minus) / 2e-2 for plus, minus in zip(seen[::2], seen[1::2], strict=True)]
+        moved = sum(-1e-2 * probe.coefficient * one for probe, one in zip(record.probes, z, strict=True))
+        assert torch.allclose(after - before, moved, atol=1e-6)
+        assert moved.abs().max() > 1e-4
+        before = after.clone()
+        seen.clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inside_a_window_no_matrix_in_memory_is_written(dtype: torch.dtype) -> None:
     model = tiny("llama", dtype=dtype)

@@ -142,7 +142,7 @@ class LazyUpdates:
                 momentum.mul_(float32(self.beta)).add_(left * float32(c / math.sqrt(rank)))
                 factor[:, columns].add_(momentum * float32(-lr))
         self.exported.pop(slot, None)
-        if not self.handles:
+        if not self.handles and (decay != 1.0 or any(c for _, c in terms)):
             self._attach()
 
     def added(self, slot: Slot, direction: Direction) -> Direction:
