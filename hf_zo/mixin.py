@@ -176,7 +176,7 @@ class ZOTrainerMixin(_Trainer):
         assert self.zo is not None, "create_optimizer makes the engine, and Trainer calls it first"
         self.zo.step_count = self.state.global_step
         if model is not self.model and any(map(is_compiled, model.modules())):
-            self.zo.oracle.copy_whole()
+            self.zo.copy_whole()
         step = super().training_step
         if self.zo.wants_lr:
             self._find_lr(step, model, inputs, num_items_in_batch)
@@ -248,6 +248,10 @@ class ZOTrainerMixin(_Trainer):
         if self._zo_batch is None:
             return super()._prepare_inputs(inputs)
         return self._zo_batch.prepared(inputs, super()._prepare_inputs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.zo is None else self.zo.effective():
+            return super().prediction_step(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack: ExitStack = super().compute_loss_context_manager()

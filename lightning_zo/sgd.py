@@ -77,5 +77,5 @@ class SGDFace(ZOOptimizer):
                 wide = compute_dtype(tensor.dtype)
                 self.state[tensor]["momentum"] = buffer.detach().to(tensor.device, wide, copy=True)
         if self.engine is not None:
-            self.engine.homes.store()
+            self.engine.store_state()
         self.follow()

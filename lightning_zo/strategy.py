@@ -167,9 +167,9 @@ class ZOStrategy(SingleDeviceStrategy):
         if running and before is not None:
             zo.listeners = before.listeners
             zo.optimizer.state.update(before.optimizer.state)
-            zo.homes.store()
+            zo.store_state()
         if getattr(module, "_compiler_ctx", None):
-            zo.oracle.copy_whole()
+            zo.copy_whole()
         self._trained = self._trainable()
         self._losses, self._partial = 0, False
         advice = None if running else lr_advice(zo, "lr")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_helpers import adapted
-from models import closure, tiny
+from models import batch, closure, tiny
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -331,3 +331,27 @@ def test_a_run_whose_log_begins_at_a_checkpoint_is_replayed_on_that(tmp_path: Pa
     model.load_state_dict(start)
     assert replay(model, tmp_path / "log") == 2
     assert same_bits(weights(model), weights(zo.model))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "sign"])
+@pytest.mark.parametrize("tier", [None, "cpu"])
+def test_low_rank_directions_are_replayed_with_their_windows(tier: str | None, rule: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "noise": {"name": "low_rank", "refresh": 3},
+        "rule": rule,
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+    }
+    model, inputs = tiny("llama"), batch("llama")
+    zo = ZeroOrder(model, **settings, **({} if tier is None else {"offload": tier}))
+    log = SeedLogWriter.attach(zo, tmp_path / "seedlog.zo")
+    states = []
+    for _ in range(8):
+        zo.step(lambda: model(**inputs).loss)
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+    log.close()
+    for until in (8, 4):
+        again = tiny("llama")
+        assert replay(again, tmp_path / "seedlog.zo", until=until) == until
+        found = again.state_dict()
+        assert all(torch.equal(value, found[name]) for name, value in states[until - 1].items())

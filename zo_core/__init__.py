@@ -3,12 +3,13 @@
 It knows torch and nothing of any trainer.
 """
 
+from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
 from .lr_range import LrSuggestion, Trial
-from .noise import NOISES, Gaussian, Noise, Rademacher, derive_seed
+from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
@@ -29,6 +30,7 @@ __all__ = [
     "Gaussian",
     "Int4Scales",
     "LossError",
+    "LowRank",
     "LrSuggestion",
     "ModelError",
     "Momentum",
@@ -57,5 +59,6 @@ __all__ = [
     "__version__",
     "derive_seed",
     "replay",
+    "save_adapter",
     "suggest_lr",
 ]

@@ -40,7 +40,7 @@ class ZOConfig:
         num_probes: directions per step; None takes the estimator's default (1 for spsa, 8 for
             fzoo). spsa runs two forwards per direction, fzoo one, and one more.
         estimator: how losses become probes: "spsa" or "fzoo".
-        noise: distribution of the directions: "rademacher" or "gaussian".
+        noise: distribution of the directions: "rademacher", "gaussian" or "low_rank".
         rule: how probes move the weights: "sgd", "momentum", "sign" or "torch"; "auto" is "torch" if
             an optimizer is passed, else "sgd".
         target: what may move: "trainable" parameters, the "int4_scales" of a model that bitsandbytes has

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,12 +17,13 @@ from .config import AUTO, ZOConfig, parse_bytes
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .homes import Homes, State
+from .lazy import LazyUpdates, changes_often
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .noise import Direction, derive_seed
+from .noise import NOISES, Direction, direction_of
 from .noise.direction import float32
 from .offload import LockstepOracle, Streaming, offload
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_groups
-from .oracle import ResidentOracle
+from .oracle import ResidentOracle, realisation
 from .records import Point, Probe, StepRecord
 from .rules import Torch, UpdateRule
 from .targets import Slot, keep_codes_plain
@@ -140,8 +142,10 @@ class ZeroOrder:
                 "this model's parameters (after moving or wrapping the model), or leave it out"
             )
         self.streaming: Streaming | None = None
+        self.lazy = self._lazy()
         self.oracle = self._oracle()
-        self.homes = Homes(self.slots, self.optimizer, self.rule, self.streaming)
+        at_once = [slot for slot in self.slots if self.lazy is None or not self.lazy.takes(slot)]
+        self.homes = Homes(at_once, self.optimizer, self.rule, self.streaming)
         self._group_of = self._groups()
         self._measured: _Measured | None = None
         self._followed: tuple[tuple[Probe, ...], float] | None = None
@@ -149,8 +153,9 @@ class ZeroOrder:
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
+        how: dict[str, Any] = {"dropout": config.dropout, "realisation": realisation(self.noise)}
         if streaming is None and config.offload is None:
-            return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
+            return ResidentOracle(self.model, self.slots, self._perturbation, **how)
         if isinstance(self.rule, Torch):
             raise ConfigError(
                 ["a streamed model needs a rule that works on one layer at a time; leave out the optimizer, or offload"]
@@ -158,9 +163,27 @@ class ZeroOrder:
         if streaming is None:
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:
-            return ResidentOracle(self.model, self.slots, self._perturbation, dropout=config.dropout)
+            return ResidentOracle(self.model, self.slots, self._perturbation, **how)
         self.streaming = streaming
-        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, dropout=config.dropout)
+        self.lazy = self._lazy()
+        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, **how)
+
+    def _lazy(self) -> LazyUpdates | None:
+        stochastic = self.config.stochastic_rounding
+        state = self.optimizer.state
+        return LazyUpdates.make(
+            self.model, self.slots, self.noise, self.rule, state, self.streaming, stochastic=stochastic
+        )
+
+    def saved_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A slot's state with what a checkpoint needs of it: values that are streamed, weights that are behind."""
+        return self.homes.whole(state if self.lazy is None else self.lazy.saved(state))
+
+    def store_state(self) -> None:
+        """Takes over what was loaded into the optimizer."""
+        if self.lazy is not None:
+            self.lazy.loaded(self.optimizer.state)
+        self.homes.store()
 
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
@@ -179,12 +202,35 @@ class ZeroOrder:
         Args:
             device: where the streamed parameters go; None takes the device they computed on.
         """
+        if self.lazy is not None:
+            self.lazy.merge()
         if self.streaming is not None:
             self.stop()
             self.homes.bring_back()
             self.streaming.close(device)
             self.streaming = None
-            self.oracle = ResidentOracle(self.model, self.slots, self._perturbation, dropout=self.config.dropout)
+            self.oracle = ResidentOracle(
+                self.model,
+                self.slots,
+                self._perturbation,
+                dropout=self.config.dropout,
+                realisation=realisation(self.noise),
+            )
+
+    def effective(self) -> AbstractContextManager[Any]:
+        """A context in which weights count with the updates that wait for the end of a low-rank window.
+
+        Forwards of the model's modules do by themselves; this is for code that computes with a parameter
+        outside of them.
+        """
+        return nullcontext() if self.lazy is None else self.lazy.mode()
+
+    def copy_whole(self) -> None:
+        """From now on each probe copies all slots at once, for closures that run compiled code."""
+        self.oracle.copy_whole()
+        if self.lazy is not None:  # compiled code that evaluates could not be told of updates that wait
+            self.lazy.merge()
+            self.lazy = None
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -245,8 +291,10 @@ class ZeroOrder:
         if self.wants_lr:
             self.find_lr(closures)
         if self._measured is None:
-            seeds = tuple(derive_seed(self.seed, self.step_count, i) for i in range(self.num_probes))
+            seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
+            device = self.slots[0].tensor.device if self.streaming is None else self.streaming.device
+            self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], device)
         self._group_of = self._groups()
         try:
             found = self.oracle.together(self._measured.points, closures)
@@ -303,7 +351,7 @@ class ZeroOrder:
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
         two_sided = self.estimator.name == "spsa" and probes
         projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
-        seed = derive_seed(self.seed, self.step_count, 0)
+        seed = self.noise.seed(self.seed, self.step_count, 0)
         return self._done(loss, projected_grad, seed, probes, 0, None if probes else "the log has it as skipped")
 
     def _done(
@@ -367,7 +415,10 @@ class ZeroOrder:
                 for slot, direction in zip(self.slots, directions, strict=True):
                     group = self._group_of[slot]
                     how = direction, float(group["lr"]), float(group["weight_decay"])
-                    self.homes.move(slot, partial(_move, self.rule, how))
+                    if self.lazy is not None and self.lazy.takes(slot):
+                        self.lazy.update(slot, direction.terms, *how[1:], direction.rounding_seed)
+                    else:
+                        self.homes.move(slot, partial(_move, self.rule, how))
         torch.clear_autocast_cache()
 
     def _groups(self) -> dict[Slot, dict[str, Any]]:
@@ -383,14 +434,16 @@ class ZeroOrder:
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:
         scale = point.scale * self._relative_eps(slot)
-        return Direction(self.noise, slot.key, ((point.seed, scale),), None, self.backend, slot.scaling)
+        terms = ((point.seed, scale),)
+        result = direction_of(self.noise, slot.key, slot.tensor.shape, terms, None, self.backend, slot.scaling)
+        return result if self.lazy is None else self.lazy.added(slot, result)
 
     def _direction(self, slot: Slot, probes: tuple[Probe, ...], relative: float) -> Direction:
         # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
         # estimate of this group's gradient is divided by m.
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
-        return Direction(self.noise, slot.key, terms, rounding, self.backend, slot.scaling)
+        return direction_of(self.noise, slot.key, slot.tensor.shape, terms, rounding, self.backend, slot.scaling)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""
@@ -427,12 +480,14 @@ def offload_model(
 ) -> Streaming | None:
     """Streams a model as ``config`` says; ``device`` counts if that names none."""
     assert config.offload is not None
+    noise = NOISES.resolve(config.noise)
     return offload(
         model,
         config.offload,
         config.offload_dir,
         config.blocks,
         {id(tensor) for slot in slots for tensor in slot.tensors},
+        {id(tensor) for slot in slots if changes_often(noise, slot) for tensor in slot.tensors},
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
     )

@@ -92,7 +92,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
         if self.engine is not None:
-            self.engine.homes.store()
+            self.engine.store_state()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -102,8 +102,12 @@ class ZOOptimizer(torch.optim.Optimizer):
             problems += [
                 f"{name} of parameter {index} has the shape {list(value.shape)}, the parameter {list(tensor.shape)}"
                 for name, value in state_dict["state"].get(index, {}).items()
-                if isinstance(value, Tensor) and value.shape != tensor.shape
+                if isinstance(value, Tensor) and value.shape != tensor.shape and not name.startswith("factor")
             ]
+            kept = state_dict["state"].get(index, {})
+            lazy = None if self.engine is None else self.engine.lazy
+            if "factor" in kept and (lazy is None or not lazy.fits(tensor, kept)):
+                problems.append(f"parameter {index} has low-rank updates of another noise; give it the run's")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -113,7 +117,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             return super().state_dict()
         self.engine.flush()
         result = super().state_dict()
-        result["state"] = {index: self.engine.homes.whole(kept) for index, kept in result["state"].items()}
+        result["state"] = {index: self.engine.saved_state(kept) for index, kept in result["state"].items()}
         return result
 
     def __getstate__(self) -> dict[str, Any]:

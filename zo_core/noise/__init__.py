@@ -4,6 +4,18 @@ from .base import NOISES, Noise
 from .direction import Direction
 from .gaussian import Gaussian
 from .hashing import derive_seed
+from .low_rank import LowRank, LowRankDirection, direction_of, is_matrix
 from .rademacher import Rademacher
 
-__all__ = ["NOISES", "Direction", "Gaussian", "Noise", "Rademacher", "derive_seed"]
+__all__ = [
+    "NOISES",
+    "Direction",
+    "Gaussian",
+    "LowRank",
+    "LowRankDirection",
+    "Noise",
+    "Rademacher",
+    "derive_seed",
+    "direction_of",
+    "is_matrix",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..registry import Registry
-from .hashing import BATCH_WORDS, DIRECTION, stream_key, words
+from .hashing import BATCH_WORDS, DIRECTION, derive_seed, stream_key, words
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,34 @@ class Noise:
         """
         raise NotImplementedError
 
+    def seed(self, base: int, step: int, direction: int) -> int:
+        """The seed of one direction of one step: all that its values depend on besides the slot.
+
+        Args:
+            base: the run's seed, any integer.
+            step: index of the optimizer step, from 0.
+            direction: index of the direction within the step, from 0.
+        """
+        return derive_seed(base, step, direction)
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        """Computes in advance what is cheaper for many slots together; it changes no value."""
+
+    def values(
+        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
+    ) -> Tensor:
+        """``scale * z(seed)`` of one slot as a whole, float32 of its shape."""
+        return self.z(seed, slot, 0, torch.Size(shape).numel(), device, scale).view(shape)
+
     def z(
-        self, seed: int, slot: str, start: int, stop: int, device: torch.device | str = "cpu", scale: float = 1.0
+        self,
+        seed: int,
+        slot: str,
+        start: int,
+        stop: int,
+        device: torch.device | str = "cpu",
+        scale: float = 1.0,
+        purpose: int = DIRECTION,
     ) -> Tensor:
         """Elements ``start … stop - 1`` of ``scale * z(seed)`` for one slot: a pure function.
 
@@ -52,7 +79,7 @@ class Noise:
             float32 tensor of shape ``[stop - start]``.
         """
         device = torch.device(device)
-        key = stream_key(seed, slot, DIRECTION)
+        key = stream_key(seed, slot, purpose)
         per_word = self.values_per_word
         first, last = start // per_word, -(-stop // per_word)
         values = torch.empty((last - first) * per_word, dtype=torch.float32, device=device)

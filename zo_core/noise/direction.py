@@ -193,12 +193,17 @@ class Direction:
         source, target = flat(theta), flat_target(theta, out)
         wide = compute_dtype(theta.dtype)
         half = theta.dtype in DROPPED_BITS and self.rounding_key(theta.dtype) is None
-        if half and self.noise.signs and len(self.terms) == 1 and decay == 1.0:
+        if half and self._signs_alone and decay == 1.0:
             self._add_signs(source, target)
         else:
             self._add_wide(source, target, wide, decay)
         if target.data_ptr() != out.data_ptr():
             out.copy_(target.view(out.shape))
+
+    @property
+    def _signs_alone(self) -> bool:
+        """Whether ``s`` is signs times one number."""
+        return self.noise.signs and len(self.terms) == 1
 
     def _add_signs(self, source: Tensor, target: Tensor) -> None:
         """A probe of 16-bit weights along signs, at half the traffic: the terms never exist in float32."""

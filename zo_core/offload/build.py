@@ -25,6 +25,7 @@ def offload(
     folder: str | os.PathLike[str] | None = None,
     names: Sequence[str] | None = None,
     moving: Collection[int] = (),
+    staying: Collection[int] = (),
     *,
     device: torch.device | None = None,
     memory: int | None = None,
@@ -39,6 +40,7 @@ def offload(
         names: of the blocks; None finds them.
         moving: ``id`` of the tensors that training changes. Where they are the smaller part of their
             block (adapters on a frozen base) they stay, and the block is never written.
+        staying: ``id`` of tensors that stay in any case.
         device: where the model computes; what is resident is moved there. None leaves it where it is.
         memory: bytes that weights may take on the device; blocks that fit are not streamed. None
             streams all of them, or, with "auto", takes what is free.
@@ -51,7 +53,7 @@ def offload(
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
-    blocks = plan(model, names, moving)
+    blocks = plan(model, names, moving, staying)
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
     home = {id(tensor) for block in blocks for held in block.holders.values() for tensor in held}
@@ -78,7 +80,12 @@ def offload(
     return streaming
 
 
-def plan(model: nn.Module, names: Sequence[str] | None = None, moving: Collection[int] = ()) -> list[Block]:
+def plan(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    moving: Collection[int] = (),
+    staying: Collection[int] = (),
+) -> list[Block]:
     """The blocks of a model with the parameters that can be streamed; see `offload`."""
     modules = find_blocks(model, names)
     holders: dict[tuple[object, ...], list[tuple[nn.Module, Tensor]]] = {}
@@ -91,7 +98,8 @@ def plan(model: nn.Module, names: Sequence[str] | None = None, moving: Collectio
         streamed: dict[str, list[Tensor]] = {}
         for local, parameter in module.named_parameters():
             held = holders[memory_of(parameter)]
-            if all(holder in inside for holder, _ in held) and parameter.is_contiguous():
+            stays = any(id(tensor) in staying for _, tensor in held)
+            if all(holder in inside for holder, _ in held) and parameter.is_contiguous() and not stays:
                 streamed[local] = list({id(tensor): tensor for _, tensor in held}.values())
         still = {local: tensors for local, tensors in streamed.items() if not any(id(t) in moving for t in tensors)}
         if 2 * _nbytes(t[0] for t in still.values()) > _nbytes(t[0] for t in streamed.values()):

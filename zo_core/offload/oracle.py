@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..modes import eval_mode, frozen_statistics, modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
-from ..oracle.function_mode import ProbeMode
 from ..oracle.materialise import Materialised, Originals, ProbeView, restore
 from ..oracle.resident import Closure, as_scalar
 from ..records import Point
@@ -37,6 +36,7 @@ class LockstepOracle:
         direction: the perturbation of one slot at one point.
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
+        realisation: how the model comes to compute with the perturbed weights.
 
     Attributes:
         carried: what belongs to the process and a closure may change, as pairs of functions that get
@@ -51,9 +51,10 @@ class LockstepOracle:
         streaming: Streaming,
         *,
         dropout: bool,
+        realisation: type[Materialised] = Materialised,
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
-        self.realisation = Materialised(model, slots, direction)
+        self.realisation = realisation(model, slots, direction)
         self.lockstep = Lockstep(self._leave, self._enter)
         self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
         self.resident = [slot for slot in slots if slot not in self.home]
@@ -112,7 +113,7 @@ class LockstepOracle:
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
         self.states = [[get() for get, _ in self.carried]] * len(points)
         self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
-        self.views = [ProbeView(self.realisation, point, self._original) for point in points]
+        self.views = [self.realisation.view(point, self._original) for point in points]
         for view in self.views:
             for slot in self.realisation.slots:
                 view.release(slot)
@@ -129,7 +130,7 @@ class LockstepOracle:
 
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with ProbeMode(view.absent, view.serve):
+            with view.mode():
                 value = closure()
             return as_scalar(value)
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..noise import Direction
 from ..records import Point
@@ -48,8 +49,8 @@ class Materialised:
         originals: Originals = {}
         with ExitStack() as stack:
             stack.callback(restore, originals)
-            perturbed = self.slots if point.scale != 0.0 else []
-            view = ProbeView(self, point, lambda slot: originals[slot][0])
+            perturbed = self.slots if self.moves(point) else []
+            view = self.view(point, lambda slot: originals[slot][0])
             for slot in perturbed:
                 originals[slot] = [tensor.data for tensor in slot.tensors]
                 view.release(slot)
@@ -58,8 +59,16 @@ class Materialised:
                     view.materialise(slot)
             elif perturbed:
                 self.hook(lambda: view, stack)
-            stack.enter_context(ProbeMode(view.absent, view.serve))
+            stack.enter_context(view.mode())
             yield
+
+    def moves(self, point: Point) -> bool:
+        """Whether the weights at a point differ from those in memory."""
+        return point.scale != 0.0
+
+    def view(self, point: Point, original: Callable[[Slot], Tensor]) -> ProbeView:
+        """What the probe at a point sees; ``original`` gives the values of a slot in memory."""
+        return ProbeView(self, point, original)
 
     def hook(self, current: Callable[[], ProbeView], stack: ExitStack) -> None:
         """Tells the probe that has the turn about every module that begins and ends, until ``stack`` ends."""
@@ -93,6 +102,10 @@ class ProbeView:
         self.present: dict[Slot, Tensor] = {}
         self.frames: list[list[Slot]] = [[]]
 
+    def mode(self) -> TorchFunctionMode:
+        """Is to be active while the probe runs."""
+        return ProbeMode(self.absent, self.serve)
+
     def enter(self, own: list[Slot]) -> None:
         """A module begins: the slots that it holds get values."""
         self.frames.append([])
@@ -118,7 +131,7 @@ class ProbeView:
         with torch._C.DisableTorchFunction():
             original = self.original(slot)
             scratch = original
-            if self.point.scale != 0.0:
+            if self.owner.moves(self.point):
                 scratch = self.owner.pool.take(original)
                 self.owner.direction(slot, self.point).add_to(original, out=scratch)
             self.present[slot] = scratch

@@ -32,14 +32,21 @@ class ResidentOracle:
         slots: what is perturbed.
         direction: the perturbation of one slot at one point.
         dropout: run the probes with the model's own modes, dropout included, instead of eval mode.
+        realisation: how the model comes to compute with the perturbed weights.
     """
 
     def __init__(
-        self, model: nn.Module, slots: list[Slot], direction: Callable[[Slot, Point], Direction], *, dropout: bool
+        self,
+        model: nn.Module,
+        slots: list[Slot],
+        direction: Callable[[Slot, Point], Direction],
+        *,
+        dropout: bool,
+        realisation: type[Materialised] = Materialised,
     ):
         self.model = model
         self.dropout = dropout
-        self.realisation = Materialised(model, slots, direction)
+        self.realisation = realisation(model, slots, direction)
         self._checked = self.realisation.whole
         self._warned_half = False
 
@@ -82,7 +89,7 @@ class ResidentOracle:
 
     def _loss(self, point: Point, closure: Closure, start: dict[str, Any]) -> Tensor:
         value = self._run(point, closure)
-        if self._checked or point.scale == 0.0:
+        if self._checked or not self.realisation.moves(point):
             return value
         if math.isfinite(value.item()):
             self._checked = True

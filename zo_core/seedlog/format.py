@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import StateError
-from ..noise import derive_seed
+from ..noise import NOISES
 from ..records import Probe
 
 MAGIC = b"\x89ZOLOG\r\n"
@@ -73,6 +73,7 @@ class LoggedStep:
         settings: those that were in force.
         draws: whether measuring it drew from the global random generators (dropout does).
         rule: that was in force, as its registry describes it.
+        noise: of the run, likewise; it knows the seeds of a step.
     """
 
     step: int
@@ -82,6 +83,7 @@ class LoggedStep:
     settings: Settings = field(repr=False)
     draws: bool = False
     rule: Any = field(default=None, repr=False, hash=False)
+    noise: Any = field(default="rademacher", repr=False, hash=False)
 
     @property
     def skipped(self) -> bool:
@@ -90,8 +92,8 @@ class LoggedStep:
     @cached_property
     def probes(self) -> tuple[Probe, ...]:
         """The directions with their coefficients, as `zo_core.StepRecord` had them."""
-        seed = self.settings.seed
-        return tuple(Probe(derive_seed(seed, self.step, i), c) for i, c in enumerate(self.coefficients))
+        seed_of, base = NOISES.resolve(self.noise).seed, self.settings.seed
+        return tuple(Probe(seed_of(base, self.step, i), c) for i, c in enumerate(self.coefficients))
 
 
 @lru_cache(maxsize=64)
@@ -233,6 +235,7 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
                 parsed.settings,
                 parsed.draws,
                 parsed.rule,
+                parsed.header["noise"],
             )
         )
         parsed.offsets.append(at)

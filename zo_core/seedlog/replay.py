@@ -176,7 +176,12 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     advance: Advance = (lambda amount: None) if bar is None else bar.advance
     with torch.no_grad():
         for slot in engine.slots:
-            engine.homes.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
+            if engine.lazy is not None and engine.lazy.takes(slot):
+                for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps):
+                    engine.lazy.update(slot, direction.terms, lr, weight_decay, direction.rounding_seed)
+                    advance(slot.tensor.numel())
+            else:
+                engine.homes.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
         engine.flush()
     torch.clear_autocast_cache()
     if bar is not None:
@@ -193,20 +198,26 @@ def _advance_slot(
     state: State,
 ) -> None:
     """All steps of one slot."""
+    moves = _moves(engine, slot, index, steps)
+    batch = BATCH_WORDS * engine.noise.values_per_word
+    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
+    plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
+    if pieces and plain and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
+        _advance_pieces(engine, moves, advance, theta, state)
+        return
+    for rule, direction, lr, weight_decay in moves:
+        rule.update(theta, state, direction, lr, weight_decay)
+        advance(theta.numel())
+
+
+def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep]) -> list[Move]:
     moves: list[Move] = []
     own = RULES.describe(engine.rule)
     for entry in steps:
         group = entry.settings.group_of[index]
         direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
         moves.append((_rule(entry, engine, own), direction, entry.lrs[group], entry.settings.weight_decay[group]))
-    batch = BATCH_WORDS * engine.noise.values_per_word
-    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
-    if pieces and slot.scaling is None and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
-        _advance_pieces(engine, moves, advance, theta, state)
-        return
-    for rule, direction, lr, weight_decay in moves:
-        rule.update(theta, state, direction, lr, weight_decay)
-        advance(theta.numel())
+    return moves
 
 
 def _rule(entry: LoggedStep, engine: ZeroOrder, own: str | dict[str, Any]) -> UpdateRule:

@@ -1,0 +1,92 @@
+"""How close does a zeroth-order step come to plain inference?
+
+Tokens per second of a step, divided by those of the same forwards with no training at all: full-rank and
+low-rank directions, and low-rank ones with 8 probes in a step. Side by side in one run, interleaved so that a
+noisy machine disturbs all alike, medians over the rounds.
+
+    python -m benchmarks.throughput --tokens 64 512 4096 --save
+
+"stacked forward" is what one forward of 16 copies of the batch gains over 16 forwards, without training: the
+gain that meeting at the layers could bring. The numbers mean something only on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaForCausalLM
+
+from zo_core import LowRank, ZeroOrder
+
+from .report import save
+from .step_overhead import llama_60m, synchronise
+
+#: Settings of each contender, and the forwards in one of its steps.
+CONTENDERS: dict[str, tuple[dict[str, object], int]] = {
+    "full rank (rademacher)": ({"noise": "rademacher"}, 2),
+    "low rank": ({"noise": LowRank()}, 2),
+    "low rank, 8 probes": ({"noise": LowRank(), "num_probes": 8}, 16),
+}
+
+
+def measure(tokens: int, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Tokens per second of each contender, by name."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_60m()).to(device, dtype).eval()
+    ids = torch.randint(0, 32000, (1, tokens), device=device)
+    many = ids.repeat(16, 1)
+
+    @torch.no_grad()
+    def forwards(batch: torch.Tensor, count: int) -> None:
+        for _ in range(count):
+            model(input_ids=batch, labels=batch).loss.item()
+
+    runs: dict[str, tuple[Callable[[], object], int]] = {"forwards alone": (lambda: forwards(ids, 2), 2)}
+    if tokens <= 64:  # more would be limited by the memory of the logits
+        runs["stacked forward"] = (lambda: forwards(many, 1), 16)
+    for name, (settings, count) in CONTENDERS.items():
+        # Each engine has a model of its own: the same weights in memory, with hooks of its own.
+        twin = LlamaForCausalLM(llama_60m()).to(device, dtype).eval()
+        twin.load_state_dict(model.state_dict())
+        zo = ZeroOrder(twin, lr=1e-7, eps=1e-3, **settings)  # type: ignore[arg-type]
+        runs[name] = (lambda zo=zo, twin=twin: zo.step(lambda: twin(input_ids=ids, labels=ids).loss), count)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run, _ in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, (run, _) in runs.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: tokens * runs[name][1] / statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 4096])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    print(f"load of the machine before: {os.getloadavg()[0]:.2f}")
+    rows = []
+    for tokens in args.tokens:
+        speeds = measure(tokens, device, getattr(torch, args.dtype), args.rounds)
+        base = speeds["forwards alone"]
+        rows += [[str(tokens), name, f"{speed:.0f}", f"{speed / base:.2f}"] for name, speed in speeds.items()]
+    title = f"Throughput of a step, Llama 54.9 M, {args.dtype}, median of {args.rounds} interleaved rounds"
+    columns = ["tokens", "", "tokens/s", "÷ forwards alone"]
+    save(f"throughput-llama55m-{args.dtype}", title, columns, rows, device, write=args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a run with one window has learnt, as a LoRA adapter in the files of PEFT.
+
+With ``LowRank(refresh=None)`` all updates of a linear layer are one product of low rank and the base was
+never written. PEFT itself is not needed to write the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import StateError
+from .noise import LowRank, LowRankDirection
+
+if TYPE_CHECKING:
+    from .engine import ZeroOrder
+
+
+def save_adapter(engine: ZeroOrder, folder: str | os.PathLike[str]) -> None:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` for ``PeftModel.from_pretrained``.
+
+    Loaded on the base model they give the trained weights, up to the rounding of float32 sums. Call it
+    before ``engine.close()``, which puts the updates into the weights.
+
+    Args:
+        engine: trained with ``noise=LowRank(refresh=None)``, no weight decay, and only the weights of
+            linear layers (`nn.Linear`, or the ``Conv1D`` of transformers) as trainable parameters.
+        folder: made if it is missing.
+
+    Raises:
+        StateError: the run was another one; the message lists everything that no adapter can hold.
+    """
+    tensors, targets, problems = {}, [], _problems(engine)
+    kinds = set()
+    names = {id(module): name for name, module in engine.model.named_modules()}
+    for slot in engine.slots:
+        waiting = None if engine.lazy is None else engine.lazy.waiting(slot)
+        module = slot.modules[0]
+        transposed = type(module).__name__ == "Conv1D"
+        linear = isinstance(module, nn.Linear) or transposed
+        if len(slot.modules) > 1 or not linear or slot.tensor is not getattr(module, "weight", None):
+            problems.append(f"{slot.key} is not the weight of one linear layer; requires_grad_(False) leaves it alone")
+        elif waiting is not None:
+            if waiting.decay != 1.0:
+                problems.append(f"{slot.key} has shrunk by weight decay; train with weight_decay=0")
+            kinds.add(transposed)
+            down, up = _factors(waiting, transposed)
+            targets.append(names[id(module)])
+            tensors[f"base_model.model.{targets[-1]}.lora_A.weight"] = down
+            tensors[f"base_model.model.{targets[-1]}.lora_B.weight"] = up
+    if not problems and not tensors:
+        problems.append("nothing was learnt yet")
+    if len(kinds) > 1:
+        problems.append("the model mixes Linear and Conv1D layers, and one adapter cannot; train one kind of them")
+    if problems:
+        raise StateError("this run is not a LoRA adapter: " + "; ".join(problems))
+    rank = len(next(iter(tensors.values())))
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "fan_in_fan_out": kinds == {True},
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(getattr(engine.model, "config", None), "_name_or_path", None) or None,
+    }
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _problems(engine: ZeroOrder) -> list[str]:
+    noise = engine.noise
+    if not isinstance(noise, LowRank) or noise.refresh is not None:
+        return [f"its noise is {noise!r}; train with noise=LowRank(refresh=None), in one window"]
+    if engine.lazy is None:
+        return [f"rule={engine.rule.name!r} and compiled models write into the base; use the rule 'sgd' or 'momentum'"]
+    return []
+
+
+def _factors(waiting: LowRankDirection, transposed: bool) -> tuple[Tensor, Tensor]:
+    """``lora_A`` and ``lora_B``, whose product ``B A`` PEFT adds, transposed for ``Conv1D``."""
+    assert waiting.base is not None
+    left, right = (factor.detach().float().cpu() for factor in waiting.base)
+    down, up = (left.t(), right.t()) if transposed else (right, left)
+    return down.contiguous().clone(), up.contiguous().clone()

@@ -1,0 +1,208 @@
+"""Directions of low rank: ``z = U V^T / sqrt(r)``, with V kept for a window of steps (LOZO, arXiv 2410.07698).
+
+A weight ``[m, ...]`` counts as a matrix of m rows and as many columns as the rest has elements. U ``[m, r]``
+is new every step, V ``[columns, r]`` every ``refresh`` steps, and both hold signs. A linear layer can then
+be run at ``W + eps z`` without making that sum, as ``x W^T + eps (x V) U^T / sqrt(r)``, and all updates of
+a window add up in one factor ``[m, r]``. Tensors with one dimension have ordinary signs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import NOISES, Noise
+from .direction import CPU_CHUNK, Direction, Scaling, float32, workspace
+from .hashing import BASIS, DIRECTION, derive_seed, first_words, stream_key
+from .rademacher import Rademacher
+
+#: The seed of U is in the low bits of a direction's seed, that of V above them.
+SEED_BITS = 64
+
+
+@NOISES.register
+@dataclass(frozen=True)
+class LowRank(Rademacher):
+    """Matrices of rank ``rank`` from signs; an element has mean 0, variance 1 and fourth moment 3 - 2 / rank.
+
+    For a matrix of d elements the estimator over n directions has the second moment
+    ``(d + n + kappa - 2) / n * |grad|^2`` with ``kappa = 3 - 2 / rank``: that of full-rank signs for rank 1,
+    and towards that of normal noise for large ranks. (With normal factors it would be larger.) That V is
+    kept does not change it; it means that the steps of a window search one subspace.
+
+    Attributes:
+        rank: r, at least 1.
+        refresh: how many steps V is kept; None keeps it for the whole run, and what is learnt is
+            then one matrix of rank r.
+    """
+
+    name: ClassVar[str] = "low_rank"
+    rank: int = 2
+    refresh: int | None = 50
+
+    def __post_init__(self) -> None:
+        for name, value, optional in (("rank", self.rank, False), ("refresh", self.refresh, True)):
+            if value is None and optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                wanted = "a whole number of at least 1" + (", or None to keep V for the whole run" if optional else "")
+                raise ValueError(f"{name}={value!r} must be {wanted}, for example {2 if name == 'rank' else 50}")
+
+    @property
+    def matrix_kurtosis(self) -> float:
+        """Fourth standardised moment of an element of a matrix."""
+        return 3.0 - 2.0 / self.rank
+
+    def seed(self, base: int, step: int, direction: int) -> int:
+        """The seed of U in the low 64 bits, and above them that of V, derived from the window's index."""
+        window = 0 if self.refresh is None else step // self.refresh
+        return derive_seed(base, window, direction) << SEED_BITS | derive_seed(base, step, direction)
+
+    def values(
+        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
+    ) -> Tensor:
+        return direction_of(self, slot, torch.Size(shape), ((seed, scale),)).values(
+            torch.Size(shape), torch.device(device)
+        )
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
+        names = [(seed, key, shape, DIRECTION, device) for seed in seeds for key, shape in shapes]
+        names = [name for name in names if _factors.get(name) is None]
+        if not names:
+            return
+        counts = [-(-shape[0] * shape[1] // self.values_per_word) for _, _, shape, _, _ in names]
+        bits = first_words([stream_key(seed, key, DIRECTION) for seed, key, *_ in names], counts, device)
+        with torch.inference_mode(False):
+            values = torch.empty(len(bits) * self.values_per_word, dtype=torch.float32, device=device)
+        self.expand(bits, 1.0, values)
+        pieces = values.split([count * self.values_per_word for count in counts])
+        for name, piece in zip(names, pieces, strict=True):
+            shape = name[2]
+            _factors.put(name, piece[: shape[0] * shape[1]].view(shape))
+
+    def left(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """U, float32 ``[m, r]``; do not write to it."""
+        return self._signs(seed, slot, (shape[0], self.rank), DIRECTION, device)
+
+    def right(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """V, transposed, float32 ``[r, columns]``; do not write to it."""
+        return self._signs(basis(seed), slot, (self.rank, shape[1:].numel()), BASIS, device)
+
+    def _signs(self, seed: int, slot: str, shape: tuple[int, int], purpose: int, device: torch.device) -> Tensor:
+        name = (seed, slot, shape, purpose, device)
+        kept = _factors.get(name)
+        if kept is None:
+            with torch.inference_mode(False):
+                kept = self.z(seed, slot, 0, shape[0] * shape[1], device, purpose=purpose).view(shape)
+            _factors.put(name, kept)
+        return kept
+
+
+def basis(seed: int) -> int:
+    """The part of a direction's seed that V depends on."""
+    return seed >> SEED_BITS
+
+
+def is_matrix(noise: Noise, shape: torch.Size, scaling: Scaling | None = None) -> bool:
+    """Whether the direction of such a slot is of low rank."""
+    return isinstance(noise, LowRank) and len(shape) > 1 and shape.numel() > 0 and scaling is None
+
+
+def direction_of(
+    noise: Noise,
+    slot: str,
+    shape: torch.Size,
+    terms: tuple[tuple[int, float], ...],
+    rounding_seed: int | None = None,
+    backend: str = "eager",
+    scaling: Scaling | None = None,
+) -> Direction:
+    """The `Direction` of a slot of this shape."""
+    if is_matrix(noise, shape, scaling):
+        return LowRankDirection(noise, slot, terms, rounding_seed, shape=shape)
+    return Direction(noise, slot, terms, rounding_seed, backend, scaling)
+
+
+@dataclass(frozen=True)
+class LowRankDirection(Direction):
+    """``s = sum over k of left[:, k] right[k, :]`` for a matrix slot, from left to right in float32.
+
+    A term ``(seed, c)`` gives r columns ``round(c / sqrt(r)) U`` and as many rows ``V^T``; those of ``base``
+    come first. All entries of ``right`` are signs, so every product is exact. No ``terms`` are fine here.
+
+    Attributes:
+        shape: of the slot.
+        base: factors ``[m, K]`` and ``[K, columns]`` of a sum that is already there: updates that wait.
+        decay: what the weights are multiplied with, besides the ``decay`` of `add_to`.
+    """
+
+    shape: torch.Size = field(default_factory=torch.Size)
+    base: tuple[Tensor, Tensor] | None = None
+    decay: float = 1.0
+
+    def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``left`` ``[m, K]`` and ``right`` ``[K, columns]``, float32."""
+        noise = self.noise
+        assert isinstance(noise, LowRank)
+        lefts, rights = ([], []) if self.base is None else ([self.base[0]], [self.base[1]])
+        for seed, c in self.terms:
+            lefts.append(noise.left(seed, self.slot, self.shape, device) * float32(c / math.sqrt(noise.rank)))
+            rights.append(noise.right(seed, self.slot, self.shape, device))
+        return (lefts[0], rights[0]) if len(lefts) == 1 else (torch.cat(lefts, 1), torch.cat(rights))
+
+    def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        left, right = self.factors(device)
+        columns = right.shape[1]
+        size = CPU_CHUNK if device.type == "cpu" else 16 * CPU_CHUNK
+        for start in range(0, numel, size):
+            stop = min(start + size, numel)
+            first, last = start // columns, -(-stop // columns)
+            rows = left[first:last]
+            total = workspace("sum", (last - first) * columns, device).view(last - first, columns)
+            torch.mul(rows[:, :1], right[0], out=total)
+            for k in range(1, len(right)):
+                term = workspace("term", (last - first) * columns, device).view(last - first, columns)
+                total.add_(torch.mul(rows[:, k : k + 1], right[k], out=term))
+            yield start, stop, total.view(-1)[start - first * columns : stop - first * columns]
+
+    def add_to(self, theta: Tensor, decay: float = 1.0, out: Tensor | None = None) -> Tensor:
+        out = theta if out is None else out
+        self._add_eager(theta, float32(self.decay * decay), out)
+        return out
+
+    @property
+    def _signs_alone(self) -> bool:
+        return False
+
+
+class _FactorCache:
+    """The factors used last: both sides of a probe and the update take the same U, a whole window the same V."""
+
+    MAX_BYTES = 64 << 20
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[object, Tensor] = OrderedDict()
+        self.bytes = 0
+
+    def get(self, name: object) -> Tensor | None:
+        kept = self.entries.get(name)
+        if kept is not None:
+            self.entries.move_to_end(name)
+        return kept
+
+    def put(self, name: object, value: Tensor) -> None:
+        self.entries[name] = value
+        self.bytes += 4 * value.numel() + 2048
+        while self.bytes > self.MAX_BYTES:
+            _, oldest = self.entries.popitem(last=False)
+            self.bytes -= 4 * oldest.numel() + 2048
+
+
+_factors = _FactorCache()
