@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.config import AUTO
-from zo_core.engine import offload_model
 from zo_core.modes import eval_mode, frozen_statistics
 from zo_core.offload import LockstepOracle, Streaming
 from zo_core.optimizer import param_groups
 from zo_core.oracle.materialise import is_compiled
+from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 
 from .arguments import ZOArguments

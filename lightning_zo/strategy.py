@@ -24,8 +24,8 @@ from torch import Tensor
 
 from zo_core import ConfigError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
-from zo_core.engine import offload_model
 from zo_core.offload import Streaming
+from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import keep_codes_plain
 

@@ -6,46 +6,29 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import AUTO, ZOConfig, parse_bytes
+from .config import AUTO, ZOConfig
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
-from .homes import Homes, State
-from .lazy import LazyUpdates, changes_often
+from .homes import Homes, by_rule
+from .lazy import LazyUpdates
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .noise import NOISES, Direction, direction_of
-from .noise.direction import float32
-from .offload import LockstepOracle, Streaming, offload
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_optimizer, param_groups
+from .measured import Measured, mean, probes_from
+from .noise import Direction, direction_of
+from .offload import LockstepOracle, Streaming
+from .optimizer import TorchOptimizerFace, ZOOptimizer, param_groups
 from .oracle import ResidentOracle, realisation
+from .placement import offload_model, resolve, slots_of
 from .records import Point, Probe, StepRecord
-from .rules import Torch, UpdateRule
+from .rules import Torch
 from .targets import Slot, keep_codes_plain
 
 logger = logging.getLogger(__name__)
-
-NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
-FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def is_distributed() -> bool:
-    """Whether a process group exists; a build of torch may lack the whole package."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-@dataclass
-class _Measured:
-    """Losses of the step in progress, summed over its micro-batches."""
-
-    seeds: tuple[int, ...]
-    points: tuple[Point, ...]
-    sums: list[Tensor] = field(default_factory=list)
 
 
 class ZeroOrder:
@@ -89,30 +72,10 @@ class ZeroOrder:
             raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the closure calls")
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
-        check_optimizer(optimizer)
         foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
-        settings = self.config.resolve(has_optimizer=foreign)
-        ranks = torch.distributed.get_world_size() if is_distributed() else 1
-        if ranks > 1:
-            raise ConfigError(
-                [
-                    f"world_size={ranks}: training on several processes is not supported yet and the ranks would "
-                    "drift apart; start one process"
-                ]
-            )
+        settings = resolve(self.config, optimizer)
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
-        self.target = settings.target
         self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
-        in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
-        twice = [name for name in in_groups if getattr(self.config, name) not in (getattr(ZOConfig, name), AUTO)]
-        if twice:
-            raise ConfigError(
-                [
-                    f"{name}={getattr(self.config, name)!r} was given together with an optimizer, whose groups hold "
-                    f"the {NAMES.get(name, name)}; write it there"
-                    for name in twice
-                ]
-            )
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
@@ -122,40 +85,26 @@ class ZeroOrder:
         self.clip = target.default_clip if self.config.clip is None else self.config.clip
         keep_codes_plain(model)
         slots = target.slots(model)
-        if foreign and any(slot.scaling is not None for slot in slots):
-            raise ConfigError(
-                [
-                    f"target={target.name!r} moves scales that must stay positive, which a torch optimizer does not "
-                    "know; leave out the optimizer and choose a rule (rule='momentum'), or write target='trainable'"
-                ]
-            )
         if optimizer is None:
             optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         if isinstance(optimizer, ZOOptimizer):
             self.eps = float(self.optimizer.param_groups[0]["eps"])
-        held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
-        self.slots = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
-        if not self.slots:
-            raise ModelError(
-                "none of the optimizer's tensors is a trainable parameter of the model; build the optimizer from "
-                "this model's parameters (after moving or wrapping the model), or leave it out"
-            )
+        self.slots = slots_of(self.optimizer, slots, target.name, foreign=foreign)
         self.streaming: Streaming | None = None
         self.lazy = self._lazy()
         self.oracle = self._oracle()
         at_once = [slot for slot in self.slots if self.lazy is None or not self.lazy.takes(slot)]
         self.homes = Homes(at_once, self.optimizer, self.rule, self.streaming)
         self._group_of = self._groups()
-        self._measured: _Measured | None = None
+        self._measured: Measured | None = None
         self._followed: tuple[tuple[Probe, ...], float] | None = None
         self.optimizer.engine = self
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
-        how: dict[str, Any] = {"dropout": config.dropout, "realisation": realisation(self.noise)}
         if streaming is None and config.offload is None:
-            return ResidentOracle(self.model, self.slots, self._perturbation, **how)
+            return self._resident()
         if isinstance(self.rule, Torch):
             raise ConfigError(
                 ["a streamed model needs a rule that works on one layer at a time; leave out the optimizer, or offload"]
@@ -163,17 +112,20 @@ class ZeroOrder:
         if streaming is None:
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:
-            return ResidentOracle(self.model, self.slots, self._perturbation, **how)
+            return self._resident()
         self.streaming = streaming
         self.lazy = self._lazy()
-        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, **how)
+        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, **self._how())
+
+    def _resident(self) -> ResidentOracle:
+        return ResidentOracle(self.model, self.slots, self._perturbation, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
 
     def _lazy(self) -> LazyUpdates | None:
-        stochastic = self.config.stochastic_rounding
-        state = self.optimizer.state
-        return LazyUpdates.make(
-            self.model, self.slots, self.noise, self.rule, state, self.streaming, stochastic=stochastic
-        )
+        parts = self.noise, self.rule, self.optimizer.state, self.streaming
+        return LazyUpdates.make(self.model, self.slots, *parts, stochastic=self.config.stochastic_rounding)
 
     def saved_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A slot's state with what a checkpoint needs of it: values that are streamed, weights that are behind."""
@@ -209,13 +161,7 @@ class ZeroOrder:
             self.homes.bring_back()
             self.streaming.close(device)
             self.streaming = None
-            self.oracle = ResidentOracle(
-                self.model,
-                self.slots,
-                self._perturbation,
-                dropout=self.config.dropout,
-                realisation=realisation(self.noise),
-            )
+            self.oracle = self._resident()
 
     def effective(self) -> AbstractContextManager[Any]:
         """A context in which weights count with the updates that wait for the end of a low-rank window.
@@ -292,7 +238,7 @@ class ZeroOrder:
             self.find_lr(closures)
         if self._measured is None:
             seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
-            self._measured = _Measured(seeds, self.estimator.points(seeds, self.eps))
+            self._measured = Measured(seeds, self.estimator.points(seeds, self.eps))
             device = self.slots[0].tensor.device if self.streaming is None else self.streaming.device
             self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], device)
         self._group_of = self._groups()
@@ -302,8 +248,7 @@ class ZeroOrder:
             self.discard()
             raise
         for losses in found:
-            sums = self._measured.sums
-            self._measured.sums = [a + b for a, b in zip(sums, losses, strict=True)] if sums else losses
+            self._measured.add(losses)
         return [torch.stack(losses).mean().to(torch.float32) for losses in found]
 
     def discard(self) -> None:
@@ -332,16 +277,15 @@ class ZeroOrder:
         if self._measured is None:
             raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
         measured, self._measured = self._measured, None
-        losses: list[float] = torch.stack(measured.sums).tolist()
-        mean_loss = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else float("nan")
-        estimate, probes, clipped = self._probes(measured.seeds, losses)
+        losses = measured.losses()
+        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, measured.seeds, losses)
         if estimate.skip is None:
             self._update(probes)
         else:
             self._log_skip(estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
-        return self._done(mean_loss, projected_grad, measured.seeds[0], probes, clipped, estimate.skip)
+        return self._done(mean(losses), projected_grad, measured.seeds[0], probes, clipped, estimate.skip)
 
     def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
         self.discard()
@@ -387,23 +331,6 @@ class ZeroOrder:
         if self._skips & (self._skips - 1) == 0:  # a diverged run skips every step: said at powers of two
             logger.warning("%s%s", said, f" ({self._skips} steps skipped so far)" if self._skips > 1 else "")
 
-    def _probes(self, seeds: tuple[int, ...], losses: list[float]) -> tuple[Estimate, tuple[Probe, ...], int]:
-        if not all(map(math.isfinite, losses)):
-            shown = ", ".join(f"{loss:.4g}" for loss in losses)
-            return Estimate((), (), f"a loss is not finite (losses of the probes: {shown})"), (), 0
-        estimate = self.estimator.estimate(losses, self.eps)
-        if estimate.skip is not None:
-            return estimate, (), 0
-        bound = self.clip
-        clipped = sum(abs(c) > bound for c in estimate.coefficients)
-        coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in estimate.coefficients]
-        if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
-            shown = ", ".join(f"{c:.4g}" for c in coefficients)
-            return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
-        # A float32 from here on: what a log or another process is given is what is applied.
-        probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
-        return estimate, probes, clipped
-
     def _update(self, probes: tuple[Probe, ...]) -> None:
         directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
         with torch.no_grad():
@@ -418,7 +345,7 @@ class ZeroOrder:
                     if self.lazy is not None and self.lazy.takes(slot):
                         self.lazy.update(slot, direction.terms, *how[1:], direction.rounding_seed)
                     else:
-                        self.homes.move(slot, partial(_move, self.rule, how))
+                        self.homes.move(slot, partial(by_rule, self.rule, how))
         torch.clear_autocast_cache()
 
     def _groups(self) -> dict[Slot, dict[str, Any]]:
@@ -469,25 +396,3 @@ class ZeroOrder:
             raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
         self.step_count, self.seed = state["step"], state["seed"]
         self.discard()
-
-
-def _move(rule: UpdateRule, how: tuple[Direction, float, float], theta: Tensor, state: State) -> None:
-    rule.update(theta, state, *how)
-
-
-def offload_model(
-    model: nn.Module, config: ZOConfig, slots: list[Slot], device: torch.device | None = None
-) -> Streaming | None:
-    """Streams a model as ``config`` says; ``device`` counts if that names none."""
-    assert config.offload is not None
-    noise = NOISES.resolve(config.noise)
-    return offload(
-        model,
-        config.offload,
-        config.offload_dir,
-        config.blocks,
-        {id(tensor) for slot in slots for tensor in slot.tensors},
-        {id(tensor) for slot in slots if changes_often(noise, slot) for tensor in slot.tensors},
-        device=device if config.device is None else torch.device(config.device),
-        memory=parse_bytes(config.device_memory),
-    )

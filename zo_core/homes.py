@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .noise import Direction
 from .offload import Block, Streaming
 from .rules import UpdateRule
 from .targets import Slot
@@ -105,3 +106,8 @@ class Homes:
                 whole = self.whole(self.states[slot.tensor])
                 self.states[slot.tensor].update({kind: whole[kind].clone() for kind in held})
         self.home, self.stored = {}, {}
+
+
+def by_rule(rule: UpdateRule, how: tuple[Direction, float, float], theta: Tensor, state: State) -> None:
+    """The work of a rule: ``how`` is the direction, the learning rate and the weight decay."""
+    rule.update(theta, state, *how)

@@ -1,0 +1,76 @@
+"""What a step has measured so far, and the probes that it comes to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .estimators import Estimate, Estimator
+from .noise.direction import float32
+from .records import Point, Probe
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass
+class Measured:
+    """Losses of the step in progress, summed over its micro-batches.
+
+    Attributes:
+        seeds: one per direction.
+        points: where losses are measured.
+        sums: float64 tensors of shape ``[]``, one per point.
+    """
+
+    seeds: tuple[int, ...]
+    points: tuple[Point, ...]
+    sums: list[Tensor] = field(default_factory=list)
+
+    def add(self, losses: list[Tensor]) -> None:
+        """Adds the losses of a micro-batch, one per point."""
+        self.sums = [a + b for a, b in zip(self.sums, losses, strict=True)] if self.sums else losses
+
+    def losses(self) -> list[float]:
+        """The sums as numbers; waits for the device."""
+        numbers: list[float] = torch.stack(self.sums).tolist()
+        return numbers
+
+
+def mean(losses: list[float]) -> float:
+    """Of losses that are finite, else NaN."""
+    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else float("nan")
+
+
+def probes_from(
+    estimator: Estimator, eps: float, bound: float, seeds: tuple[int, ...], losses: list[float]
+) -> tuple[Estimate, tuple[Probe, ...], int]:
+    """What was learnt, as it is to be applied.
+
+    Args:
+        estimator: turns losses into coefficients.
+        eps: distance of the probes.
+        bound: largest absolute coefficient of a direction.
+        seeds: one per direction.
+        losses: one per point.
+
+    Returns:
+        The estimate, the probes with the mean over the directions in their coefficients, and how many of
+        them were clipped. An estimate that is to be skipped has no probes.
+    """
+    if not all(map(math.isfinite, losses)):
+        shown = ", ".join(f"{loss:.4g}" for loss in losses)
+        return Estimate((), (), f"a loss is not finite (losses of the probes: {shown})"), (), 0
+    estimate = estimator.estimate(losses, eps)
+    if estimate.skip is not None:
+        return estimate, (), 0
+    clipped = sum(abs(c) > bound for c in estimate.coefficients)
+    coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in estimate.coefficients]
+    if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
+        shown = ", ".join(f"{c:.4g}" for c in coefficients)
+        return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
+    # A float32 from here on: what a log or another process is given is what is applied.
+    probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
+    return estimate, probes, clipped

@@ -1,0 +1,99 @@
+"""From the settings of an engine to what is streamed and what may be set where."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .config import AUTO, Resolved, ZOConfig, parse_bytes
+from .errors import ConfigError, ModelError
+from .lazy import changes_often
+from .noise import NOISES
+from .offload import Streaming, offload
+from .optimizer import ZOOptimizer, check_optimizer
+from .targets import Slot
+
+NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists; a build of torch may lack the whole package."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None) -> Resolved:
+    """The components of a configuration, checked against the optimizer that comes with it.
+
+    Raises:
+        ConfigError: they do not fit together, or there are several processes.
+    """
+    check_optimizer(optimizer)
+    foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
+    settings = config.resolve(has_optimizer=foreign)
+    ranks = torch.distributed.get_world_size() if is_distributed() else 1
+    if ranks > 1:
+        raise ConfigError(
+            [
+                f"world_size={ranks}: training on several processes is not supported yet and the ranks would "
+                "drift apart; start one process"
+            ]
+        )
+    in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
+    twice = [name for name in in_groups if getattr(config, name) not in (getattr(ZOConfig, name), AUTO)]
+    if twice:
+        raise ConfigError(
+            [
+                f"{name}={getattr(config, name)!r} was given together with an optimizer, whose groups hold "
+                f"the {NAMES.get(name, name)}; write it there"
+                for name in twice
+            ]
+        )
+    return settings
+
+
+def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *, foreign: bool) -> list[Slot]:
+    """Those slots whose tensors an optimizer holds, led by the tensor it knows.
+
+    Args:
+        optimizer: whose groups say what moves.
+        slots: what the target found.
+        target: its name.
+        foreign: whether a torch optimizer does the updates.
+
+    Raises:
+        ConfigError: scales, which a torch optimizer would make negative.
+        ModelError: the optimizer holds none of the slots.
+    """
+    if foreign and any(slot.scaling is not None for slot in slots):
+        raise ConfigError(
+            [
+                f"target={target!r} moves scales that must stay positive, which a torch optimizer does not "
+                "know; leave out the optimizer and choose a rule (rule='momentum'), or write target='trainable'"
+            ]
+        )
+    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    chosen = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
+    if not chosen:
+        raise ModelError(
+            "none of the optimizer's tensors is a trainable parameter of the model; build the optimizer from "
+            "this model's parameters (after moving or wrapping the model), or leave it out"
+        )
+    return chosen
+
+
+def offload_model(
+    model: nn.Module, config: ZOConfig, slots: list[Slot], device: torch.device | None = None
+) -> Streaming | None:
+    """Streams a model as ``config`` says; ``device`` counts if that names none."""
+    assert config.offload is not None
+    noise = NOISES.resolve(config.noise)
+    return offload(
+        model,
+        config.offload,
+        config.offload_dir,
+        config.blocks,
+        {id(tensor) for slot in slots for tensor in slot.tensors},
+        {id(tensor) for slot in slots if changes_often(noise, slot) for tensor in slot.tensors},
+        device=device if config.device is None else torch.device(config.device),
+        memory=parse_bytes(config.device_memory),
+    )
