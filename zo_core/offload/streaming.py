@@ -25,8 +25,9 @@ from .store import DiskStore, RamStore, Tensors
 #: Changes some tensors of a block, given all of them by name.
 Update = Callable[[Tensors], None]
 
-#: Blocks on the device at a time: the one in use, the one being fetched, the one being written.
-ARENA_SLOTS = 3
+#: Blocks on the device at a time: the one in use, and the one being fetched. A block is written back while it
+#: is in use, so its slot is free when the next one but one is fetched.
+ARENA_SLOTS = 2
 
 
 @dataclass(eq=False)
