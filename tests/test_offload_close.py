@@ -23,7 +23,7 @@ def test_close_ends_every_thread_and_the_engine_goes_on_resident(tmp_path: Path,
     zo.step(closure("llama", streamed))
     assert set(threading.enumerate()) - threads
     zo.close(torch.device("cpu"))
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads
     zo.close()
     zo.step(closure("llama", streamed, 1))
     other = ZeroOrder(resident, lr=1e-3)
