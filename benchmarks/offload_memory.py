@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from .report import save
 LEARNING = {"sgd": 1e-7, "momentum": 1e-8}
 
 
-def write_checkpoint(folder: Path, layers: int, dtype: torch.dtype) -> None:
+def llama(layers: int, dtype: torch.dtype) -> Any:
     """A Llama with small embeddings and 12.6 M weights a layer; values random."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,10 +37,10 @@ def write_checkpoint(folder: Path, layers: int, dtype: torch.dtype) -> None:
         num_hidden_layers=layers,
         num_attention_heads=16,
         vocab_size=4096,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="400MB")
+    return LlamaForCausalLM(config).to(dtype)
 
 
 def status() -> dict[str, float]:
@@ -100,7 +101,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder)
-        write_checkpoint(path, args.layers, getattr(torch, args.dtype))
+        llama(args.layers, getattr(torch, args.dtype)).save_pretrained(path, max_shard_size="400MB")
         size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 2**20
         rows = []
         losses = set()

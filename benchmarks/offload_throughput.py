@@ -21,30 +21,15 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_core import ZeroOrder
 from zo_core.offload import Streaming
 
+from .offload_memory import llama
 from .report import save
 from .step_overhead import PublishedMezo, synchronise
 
 TIERS = {"cpu": "host memory", "disk": "disk"}
-
-
-def llama(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """12.6 M weights a layer, small embeddings."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        vocab_size=4096,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 class NoPlan(dict[Any, Any]):
@@ -72,7 +57,7 @@ def measure(tier: str, dtype: torch.dtype, device: torch.device, args: Any, fold
     steps: dict[str, Callable[[], object]] = {}
     streamings = []
     for name in ("resident", "streamed", "no prefetch"):
-        model = llama(args.layers, dtype)
+        model = llama(args.layers, dtype).eval()
         settings: dict[str, Any] = {"lr": 1e-7}
         if name == "resident":
             model.to(device)
@@ -85,7 +70,7 @@ def measure(tier: str, dtype: torch.dtype, device: torch.device, args: Any, fold
             streamings.append(zo.streaming)
             if name == "no prefetch":
                 zo.streaming.following = NoPlan({block: block for block in zo.streaming.blocks})
-    plain = llama(args.layers, dtype)
+    plain = llama(args.layers, dtype).eval()
     values = {name: value.clone() for name, value in plain.state_dict().items()}
     mezo = PublishedMezo(plain)
     mezo.parameters = list({value.data_ptr(): value for value in values.values()}.values())

@@ -77,7 +77,8 @@ def from_pretrained_offloaded(
     finally:
         quiet.setLevel(level)
     index = _take_over(model)
-    streamed = [_adopt(name, model.get_submodule(name), index, store) for name in names]
+    headers = {file: read_header(file) for file in {entry["safetensors_file"] for entry in index.values()}}
+    streamed = [_adopt(name, model.get_submodule(name), index, headers, store) for name in names]
     describe(model, Streaming(streamed, store, place))
     return model
 
@@ -121,7 +122,13 @@ def _take_over(model: nn.Module) -> dict[str, dict[str, str]]:
     return index
 
 
-def _adopt(name: str, module: nn.Module, index: dict[str, dict[str, str]], store: DiskStore) -> Block:
+def _adopt(
+    name: str,
+    module: nn.Module,
+    index: dict[str, dict[str, str]],
+    headers: dict[str, dict[str, Piece]],
+    store: DiskStore,
+) -> Block:
     """A block whose values are where ``index`` says, with parameters of its own in place of those on ``meta``."""
     holders: dict[str, list[Tensor]] = {}
     pieces: dict[str, Piece] = {}
@@ -129,7 +136,7 @@ def _adopt(name: str, module: nn.Module, index: dict[str, dict[str, str]], store
         entry = index.get(f"{name}.{local}")
         if entry is None:
             raise StateError(f"the checkpoint has no weight {name}.{local}; train it in memory, without offloading")
-        piece = read_header(entry["safetensors_file"]).get(entry["weight_name"])
+        piece = headers[entry["safetensors_file"]].get(entry["weight_name"])
         if piece is None:
             raise StateError(f"{entry['weight_name']} is missing in {entry['safetensors_file']}; download it again")
         owner, _, leaf = local.rpartition(".")
