@@ -7,6 +7,7 @@ each run is measured as it is, and with MALLOC_MMAP_THRESHOLD_=65536, which make
 estimate is of memory in use, so it is to be compared with the second.
 
     python -m benchmarks.estimate --save
+    python -m benchmarks.estimate --hidden 1024 --layers 32 --vocabulary 4096 --steps 3 --places "from disk" --save
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ CASES = (
 )
 
 
-def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
-    """A Llama in float32 with 3.1 M weights a layer, embeddings tied; values random."""
+def write_checkpoint(folder: Path, hidden: int, layers: int, vocabulary: int) -> None:
+    """A Llama in float32 with 12 * hidden^2 weights a layer, embeddings tied; values random."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=8,
+        num_attention_heads=hidden // 64,
         vocab_size=vocabulary,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -118,10 +119,12 @@ def measured(folder: Path, case: Case, tokens: int, steps: int, keep: bool) -> i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=16000)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--places", nargs="+", choices=["resident", "from disk"], default=["resident", "from disk"])
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -131,9 +134,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        write_checkpoint(path, args.layers, args.vocabulary)
+        write_checkpoint(path, args.hidden, args.layers, args.vocabulary)
         rows = []
-        for case in CASES:
+        for case in (case for case in CASES if case.place in args.places):
             said = sum(predicted(path, case, args.tokens).values())
             used, kept = (measured(path, case, args.tokens, args.steps, keep) for keep in (False, True))
             rows.append(
@@ -141,7 +144,7 @@ def main() -> None:
             )
         size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e6
     save(
-        "estimate",
+        f"estimate-{size:.0f}mb",
         f"`zo-estimate` and peaks of RssAnon above the imports, MB; a checkpoint of {size:.0f} MB in float32, "
         f"{args.layers} layers, {args.tokens} tokens, {args.steps} steps",
         ["", "estimate", "measured", "estimate ÷ measured", "measured, glibc keeps"],

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from hf_zo import ZOTrainer
+from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import StepRecord, ZeroOrder, ZOOptimizer
 
 # accelerate collects garbage at every train(), which takes 0.3 s among all that was imported.
@@ -142,3 +142,19 @@ def run(zo: ZeroOrder, steps: list[list[Batch]], scheduler: Any, loss: Loss = mo
         records.append(zo.optimizer.step())
         scheduler.step()
     return records
+
+
+def seedlog_trainer(path: Path, **changes: Any) -> Any:
+    """Eight steps in two epochs, with everything that has to advance: schedule, shuffling, accumulation.
+
+    ``changes`` are arguments of the trainer, of its arguments, or ``cls``.
+    """
+    given = {
+        "cls": ZOTrainer, "num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.1, **changes,
+    }  # fmt: skip
+    own = {name: given.pop(name) for name in ("model", "callbacks", "eval_dataset") if name in given}
+    cls = given.pop("cls")
+    torch.manual_seed(0)
+    args = arguments(path, ZOTrainingArguments, **given)
+    return cls(**{"model": tiny("llama"), "args": args, "train_dataset": texts(), **own})

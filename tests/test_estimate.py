@@ -270,7 +270,7 @@ def test_batches_of_the_tests_are_those_of_the_estimate() -> None:
 def test_peaks_are_within_ten_percent(tmp_path: Path) -> None:
     from benchmarks.estimate import Case, measured, predicted, write_checkpoint
 
-    write_checkpoint(tmp_path, layers=12, vocabulary=16000)
+    write_checkpoint(tmp_path, hidden=512, layers=12, vocabulary=16000)
     for case in (Case("resident"), Case("from disk"), Case("from disk", "momentum", 2)):
         said = sum(predicted(tmp_path, case, 128).values())
         was = measured(tmp_path, case, tokens=128, steps=7, keep=False)

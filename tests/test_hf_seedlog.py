@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,12 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from hf_helpers import adapted, arguments, differing, logged, texts, weights, zo_trainer
+from hf_helpers import arguments, differing, logged, seedlog_trainer, texts, weights, zo_trainer
 from models import tiny
-from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -37,28 +34,9 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def settings_of(**changes: Any) -> dict[str, Any]:
-    """Eight steps in two epochs, with everything that has to advance: schedule, shuffling, accumulation."""
-    return {
-        "cls": ZOTrainer, "num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.1, **changes,
-    }  # fmt: skip
-
-
-def zo(path: Path, **changes: Any) -> Any:
-    given = settings_of(**changes)
-    extra = {name: value for name, value in given.items() if name.startswith("zo_")}
-    rest = {name: value for name, value in given.items() if not name.startswith("zo_")}
-    own = {name: rest.pop(name) for name in ("model", "callbacks", "eval_dataset") if name in rest}
-    cls = rest.pop("cls")
-    torch.manual_seed(0)
-    args = arguments(path, ZOTrainingArguments, **rest, **extra)
-    return cls(**{"model": tiny("llama"), "args": args, "train_dataset": texts(), **own})
-
-
 def killed(path: Path, after: int, resume: bool = False, **changes: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
-        zo(path, callbacks=[Kill(after)], **changes).train(resume_from_checkpoint=resume)
+        seedlog_trainer(path, callbacks=[Kill(after)], **changes).train(resume_from_checkpoint=resume)
 
 
 class Drawing(ZOTrainer):
@@ -92,12 +70,12 @@ SLOW = ("fzoo", "torch rule")
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     saving: dict[str, Any], variant: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = zo(tmp_path / "whole", **variant)
+    whole = seedlog_trainer(tmp_path / "whole", **variant)
     whole.train()
     path = tmp_path / "killed"
     killed(path, 2, **variant, **saving)
     killed(path, 5, True, **variant, **saving)
-    again = zo(path, **variant, **saving)
+    again = seedlog_trainer(path, **variant, **saving)
     forwards = []
     again.model.register_forward_hook(lambda *_: forwards.append(None))
     again.train(resume_from_checkpoint=True)
@@ -131,7 +109,7 @@ def test_with_dropout_the_masks_after_a_restart_are_those_of_the_whole_run(
     for path, ends in ((tmp_path / "whole", ()), (tmp_path / "killed", (3, 6))):
         for end in ends:
             killed(path, end, end > 3, model=dropping(), **variant)
-        runs.append(zo(path, model=dropping(), **variant))
+        runs.append(seedlog_trainer(path, model=dropping(), **variant))
         runs[-1].train(resume_from_checkpoint=bool(ends))
     assert differing(weights(runs[0].model), weights(runs[1].model)) == []
     assert "dropout is on, and the masks of a step are not in the log" in caplog.text
@@ -149,17 +127,17 @@ def test_plain_arguments_log_too_and_zo_log_switches_it_off(tmp_path: Path) -> N
 
 
 def test_a_new_run_keeps_the_log_of_the_old_one(tmp_path: Path) -> None:
-    zo(tmp_path).train()
+    seedlog_trainer(tmp_path).train()
     before = (tmp_path / "out" / LOG).read_bytes()
-    zo(tmp_path, seed=7).train()
+    seedlog_trainer(tmp_path, seed=7).train()
     assert (tmp_path / "out" / "seedlog-1.zo").read_bytes() == before
     assert (tmp_path / "out" / LOG).read_bytes() != before
-    zo(tmp_path).train()
+    seedlog_trainer(tmp_path).train()
     assert (tmp_path / "out" / "seedlog-2.zo").exists()
 
 
 def test_training_twice_with_one_trainer_begins_a_second_log(tmp_path: Path) -> None:
-    trainer = zo(tmp_path)
+    trainer = seedlog_trainer(tmp_path)
     trainer.train()
     trainer.train()
     model = tiny("llama")
@@ -169,16 +147,16 @@ def test_training_twice_with_one_trainer_begins_a_second_log(tmp_path: Path) -> 
 
 
 def test_evaluating_writes_no_log(tmp_path: Path) -> None:
-    zo(tmp_path, eval_dataset=texts(4)).evaluate()
+    seedlog_trainer(tmp_path, eval_dataset=texts(4)).evaluate()
     assert not (tmp_path / "out" / LOG).exists()
 
 
 def test_a_named_checkpoint_is_taken_exactly_and_the_rest_of_the_log_is_kept(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}
-    straight = zo(tmp_path, **saving)
+    straight = seedlog_trainer(tmp_path, **saving)
     straight.train()
     before = (tmp_path / "out" / LOG).read_bytes()
-    other = zo(tmp_path, **saving, zo_seed=5)
+    other = seedlog_trainer(tmp_path, **saving, zo_seed=5)
     other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert (tmp_path / "out" / "seedlog-1.zo").read_bytes() == before
     assert differing(weights(straight.model), weights(other.model))
@@ -197,45 +175,45 @@ def test_changed_arguments_are_an_error_that_names_both_sides(tmp_path: Path) ->
         ({"model": tiny("llama", tied=False)}, "trained 20 tensors and 21 of this model would move"),
     ):
         with pytest.raises(StateError, match=words):
-            zo(tmp_path, **changes).train(resume_from_checkpoint=True)
-    zo(tmp_path).train(resume_from_checkpoint=True)
+            seedlog_trainer(tmp_path, **changes).train(resume_from_checkpoint=True)
+    seedlog_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_without_log_and_checkpoint_resuming_is_the_error_of_trainer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No valid checkpoint found"):
-        zo(tmp_path).train(resume_from_checkpoint=True)
+        seedlog_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_half_a_checkpoint_is_not_taken(tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = zo(tmp_path / "whole")
+    whole = seedlog_trainer(tmp_path / "whole")
     whole.train()
     killed(tmp_path, 5, **saving)
     (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch"')
     (tmp_path / "out" / "checkpoint-4" / "model.safetensors").unlink()
     shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-5")  # of another run
-    again = zo(tmp_path, **saving)
+    again = seedlog_trainer(tmp_path, **saving)
     again.train(resume_from_checkpoint=True)
     assert differing(weights(whole.model), weights(again.model)) == []
 
 
 def test_checkpoints_of_the_model_alone_are_left_for_the_log(tmp_path: Path) -> None:
     variant = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "zo_rule": "momentum"}
-    whole = zo(tmp_path / "whole", **variant)
+    whole = seedlog_trainer(tmp_path / "whole", **variant)
     whole.train()
     killed(tmp_path, 5, **variant)
-    again = zo(tmp_path, **variant)
+    again = seedlog_trainer(tmp_path, **variant)
     again.train(resume_from_checkpoint=True)
     assert differing(weights(whole.model), weights(again.model)) == []
 
 
 def test_a_torn_tail_costs_the_torn_step_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = zo(tmp_path / "whole")
+    whole = seedlog_trainer(tmp_path / "whole")
     whole.train()
     killed(tmp_path, 5)
     path = tmp_path / "out" / LOG
     os.truncate(path, path.stat().st_size - 7)
-    again = zo(tmp_path)
+    again = seedlog_trainer(tmp_path)
     again.train(resume_from_checkpoint=True)
     assert "17 bytes of a record that was not finished; they are dropped" in caplog.text
     assert differing(weights(whole.model), weights(again.model)) == []
@@ -243,7 +221,7 @@ def test_a_torn_tail_costs_the_torn_step_alone(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_the_best_model_is_what_is_shared(tmp_path: Path) -> None:
-    trainer = zo(
+    trainer = seedlog_trainer(
         tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=0.1,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", eval_dataset=texts(4, seed=1), weight_decay=0.0,
     )  # fmt: skip
@@ -264,79 +242,6 @@ def test_a_hyperparameter_search_has_a_log_for_each_trial(tmp_path: Path) -> Non
     trainer.hyperparameter_search(hp_space=search_space, n_trials=2, backend="optuna")
     found = sorted(tmp_path.rglob("seedlog*.zo"))
     assert [len(SeedLog.read(path).steps) for path in found] == [2, 2]
-
-
-# Sharing
-
-
-def test_a_shared_fine_tune_is_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = zo(tmp_path)
-    trainer.train()
-    folder = save_zo_adapter(trainer, tmp_path / "shared")
-    assert {path.name for path in folder.iterdir()} == {LOG, "zo_adapter.json", "README.md"}
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000
-    assert differing(weights(load_zo_adapter(tiny("llama"), folder)), weights(trainer.model)) == []
-
-    def download(repo_id: str, **kwargs: Any) -> str:
-        assert repo_id == "someone/tune"
-        assert kwargs == {"revision": "v1", "allow_patterns": ["zo_adapter.json", LOG, "README.md"]}
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    loaded = load_zo_adapter(tiny("llama"), "someone/tune", revision="v1")
-    assert differing(weights(loaded), weights(trainer.model)) == []
-    start = load_zo_adapter(tiny("llama"), folder, until=0)
-    assert differing(weights(start), weights(tiny("llama"))) == []
-
-
-def test_adapters_are_shared_with_the_same_start(tmp_path: Path) -> None:
-    def model() -> nn.Module:
-        return adapted(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-
-    trainer = zo(tmp_path, model=model())
-    trainer.train()
-    save_zo_adapter(tmp_path / "out" / LOG, tmp_path / "shared")
-    assert differing(weights(load_zo_adapter(model(), tmp_path / "shared")), weights(trainer.model)) == []
-
-
-def test_the_model_card_says_what_it_is(tmp_path: Path) -> None:
-    trainer = zo(tmp_path)
-    trainer.model.config._name_or_path = "someone/base"
-    trainer.train()
-    text = (save_zo_adapter(trainer, tmp_path / "shared") / "README.md").read_text()
-    assert text.startswith("---\nlibrary_name: zo-trainer\n")
-    assert "base_model: someone/base" in text
-    assert SeedLog.read(tmp_path / "out" / LOG).header["base"]["digest"] in text
-
-
-def test_a_damaged_folder_is_a_clear_error(tmp_path: Path) -> None:
-    trainer = zo(tmp_path)
-    trainer.train()
-    folder = save_zo_adapter(trainer, tmp_path / "shared")
-    before = weights(tiny("llama"))
-
-    def refuses(words: str, model: nn.Module | None = None) -> None:
-        model = tiny("llama") if model is None else model
-        untouched = weights(model)
-        with pytest.raises(StateError, match=words):
-            load_zo_adapter(model, folder)
-        assert differing(weights(model), untouched) == []
-
-    other = tiny("llama", tied=False)
-    refuses("another frozen base than this model has: 0 tensors .* in the log, 1 tensors", other)
-    data = (folder / LOG).read_bytes()
-    (folder / LOG).write_bytes(data[:-24])
-    refuses("is cut off: it ends at step 7, and zo_adapter.json says it was shared with 8")
-    (folder / LOG).write_bytes(data[:-30] + b"x" + data[-29:])
-    refuses("is corrupt at byte")
-    (folder / LOG).write_bytes(data)
-    config = json.loads((folder / "zo_adapter.json").read_text())
-    (folder / "zo_adapter.json").write_text(json.dumps({**config, "trained_weights": "0" * 32}))
-    with pytest.raises(StateError, match="the replayed weights are not those that were shared"):
-        load_zo_adapter(tiny("llama"), folder)
-    (folder / "zo_adapter.json").unlink()
-    refuses("is no folder of a shared seed log")
-    assert differing(before, weights(tiny("llama"))) == []
 
 
 # The process
@@ -396,7 +301,7 @@ def test_somebody_elses_handler_of_sigterm_stays(tmp_path: Path) -> None:
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 seen.append(signal.getsignal(signal.SIGTERM))
 
-        zo(tmp_path, callbacks=[Look()], max_steps=1).train()
+        seedlog_trainer(tmp_path, callbacks=[Look()], max_steps=1).train()
         assert seen == [mine]
     finally:
         signal.signal(signal.SIGTERM, before)
