@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
-from zo_core import ConfigError, Int4Scales, ZeroOrder, ZOConfig
+from zo_core import ConfigError, Int4Scales, ModelError, ZeroOrder, ZOConfig
 
 FLAG = "_hf_peft_config_loaded"
 
@@ -173,6 +173,13 @@ def test_scales_move_beside_adapters_when_asked(tmp_path: Path, folder: Path, ca
 
 
 # The refusal
+
+
+def test_8bit_models_are_refused_with_the_reason(tmp_path: Path, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    with pytest.raises(ModelError, match="8-bit layers round their inputs"):
+        made(tmp_path, model)
+    assert FLAG not in vars(model)
 
 
 def test_a_quantised_model_is_still_refused_where_scales_do_not_move(tmp_path: Path, folder: Path) -> None:
