@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import adapted, arguments, differing, texts, weights
+from hf_helpers import adapted, arguments, differing, saved_llama, texts, weights
 from int4_models import layers, scales
-from models import VOCAB
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import ConfigError, Int4Scales, ModelError, ZeroOrder, ZOConfig
@@ -24,19 +23,7 @@ FLAG = "_hf_peft_config_loaded"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model on disk, as a user has one."""
-    path = tmp_path_factory.mktemp("float")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-        LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return saved_llama(tmp_path_factory.mktemp("float"))
 
 
 def load(folder: Path, nested: bool = True, **more: Any) -> Any:

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import arguments, texts
-from models import VOCAB
+from hf_helpers import arguments, saved_llama, texts
 from torch import Tensor, nn
 from torchao_models import GROUPS, plain
 from traces import same_bits
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_zo import ZOTrainer
 from zo_core import ZeroOrder, ZOConfig
@@ -20,19 +19,7 @@ from zo_core import ZeroOrder, ZOConfig
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("float")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-        LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return saved_llama(tmp_path_factory.mktemp("float"))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
