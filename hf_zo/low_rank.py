@@ -60,9 +60,10 @@ def low_rank_adapter(
         problems.append("this version of peft cannot keep a part of an adapter frozen; pip install -U peft")
     if problems:
         raise ConfigError(problems)
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError("model has adapters already; pass the base model, which model.unload() returns")
     keep_codes_plain(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     lora = LoraConfig(r=rank, lora_alpha=1, use_rslora=True, target_modules=target_modules, **config)
     with torch.random.fork_rng(devices=[]):
         adapted = get_peft_model(model, lora)
@@ -71,6 +72,8 @@ def low_rank_adapter(
     other = [name for name, layer in layers.items() if "default" not in layer.lora_A]
     if other:
         adapted.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         raise ConfigError([f"{name} is no linear layer; leave it out of target_modules" for name in other])
     base = derive_seed(seed, 0, 0)
     for name, layer in layers.items():

@@ -243,6 +243,7 @@ def test_what_cannot_work_is_said_and_leaves_the_model_alone(settings: dict[str,
     with pytest.raises(ConfigError, match=words):
         low_rank_adapter(model, **settings)
     assert differing(weights(model), before) == []
+    assert all(p.requires_grad for p in model.parameters())
     adapted = low_rank_adapter(model)
     with pytest.raises(ModelError, match=r"has adapters already.*model.unload\(\)"):
         low_rank_adapter(adapted)

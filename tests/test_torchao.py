@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, Int8WeightOnlyConfig
+from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationIntxWeightConfig, Int8WeightOnlyConfig
 from torchao_models import GROUPS, ROWS, Quantised, closure, equal, parts, plain, quantised
 from traces import HOOKS, same_bits
 
@@ -243,8 +243,16 @@ def test_layers_that_quantise_their_inputs_are_refused() -> None:
         ZeroOrder(model)
 
 
+def test_weights_whose_kernels_were_not_tried_are_refused() -> None:
+    model = Quantised(Float8WeightOnlyConfig())
+    with pytest.raises(ModelError, match=r"blocks.0.up.weight is a Float8Tensor.*IntxWeightOnlyConfig.*target='train"):
+        ZeroOrder(model)
+
+
 def test_a_model_without_such_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match=r"Linear has no weights of torchao.*quantize_.*target='trainable'"):
+    with pytest.raises(
+        ModelError, match=r"Linear has no weights of torchao.*quantize_.*target='trainable'"
+    ):
         ZeroOrder(nn.Linear(2, 2), target="torchao_scales")
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ModelError, match=r"needs the package torchao; pip install 'zo-trainer\[torchao\]'"):

@@ -19,6 +19,9 @@ from ..errors import ModelError
 from .base import TARGETS, Slot
 from .scales import Scales
 
+#: Weights whose layers compute with the scales in torch's own operations, in whatever dtype they are.
+FIT = ("IntxUnpackedToInt8Tensor", "Int8Tensor")
+
 #: Of each module the weights whose scales move, by name, each with its scales.
 _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDictionary()
 
@@ -28,9 +31,8 @@ _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDic
 class TorchaoScales(Scales):
     """The scales of torchao's weight-only quantised weights; codes and zero points never change. Fields as in `Scales`.
 
-    Made for `IntxWeightOnlyConfig` with int4; any weight of torchao that keeps its scales in ``scale``, and
-    leaves the inputs of its layer as they are, is taken. On entry 16-bit scales become float32, with which
-    the layers compute the same values, and hooks see to it that the weights keep them.
+    What `IntxWeightOnlyConfig` and `Int8WeightOnlyConfig` make. On entry 16-bit scales become float32, with
+    which these layers compute the same values, and hooks see to it that the weights keep them.
     """
 
     name: ClassVar[str] = "torchao_scales"
@@ -44,15 +46,16 @@ class TorchaoScales(Scales):
                 "target='trainable'"
             ) from error
         found = list(quantised_weights(model))
-        rounding = [f"{name}.{leaf}".lstrip(".") for name, module, leaf in found if _rounds_inputs(module, leaf)]
-        if rounding:
-            raise ModelError(
-                f"{rounding[0]} quantises the inputs of its layer too, so the loss is a step function of the scales "
-                "before it; use a weight-only configuration of torchao, or write target='trainable'"
-            )
+        for name, module, leaf in found:
+            reason = _unfit(getattr(module, leaf))
+            if reason is not None:
+                raise ModelError(
+                    f"{name}.{leaf}".lstrip(".") + f" {reason}; quantise with IntxWeightOnlyConfig or "
+                    "Int8WeightOnlyConfig of torchao, or write target='trainable'"
+                )
         if not found:
             raise ModelError(
-                f"{type(model).__name__} has no weights of torchao with scales, which target='torchao_scales' moves; "
+                f"{type(model).__name__} has no weights of torchao, whose scales target='torchao_scales' moves; "
                 "call quantize_(model, IntxWeightOnlyConfig(torch.int4)), or write target='trainable'"
             )
         return self.as_slots(
@@ -67,23 +70,23 @@ def has_torchao_weights(model: nn.Module) -> bool:
 
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Modules by name, with the name of a parameter of theirs that torchao has quantised and that has scales."""
+    """Modules by name, each with the name of a parameter of its own that torchao has quantised."""
     library: Any = sys.modules.get("torchao.utils")
     if library is None:
         return
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, library.TorchAOBaseTensor) and isinstance(_scale(parameter), Tensor):
+            if isinstance(parameter, library.TorchAOBaseTensor):
                 yield name, module, leaf
 
 
-def _scale(weight: Any) -> Any:
-    return getattr(weight, "scale", None)
-
-
-def _rounds_inputs(module: nn.Module, leaf: str) -> bool:
-    weight = getattr(module, leaf)
-    return any(getattr(weight, name, None) is not None for name in ("activation_quantization", "act_quant_kwargs"))
+def _unfit(weight: Tensor) -> str | None:
+    """Why the scales of a quantised weight cannot move; None if they can."""
+    if any(getattr(weight, name, None) is not None for name in ("activation_quantization", "act_quant_kwargs")):
+        return "quantises the inputs of its layer too, so the loss is a step function of the scales before it"
+    if type(weight).__name__ not in FIT:
+        return f"is a {type(weight).__name__}, whose kernels have not been tried with scales that move"
+    return None
 
 
 def own_scales(module: nn.Module, leaf: str) -> Tensor:
@@ -108,10 +111,13 @@ def relink(module: nn.Module, *_: Any) -> None:
     ``module.to()``, which trainers call even where nothing is to be moved, leaves a weight with new tensors inside,
     and rounds scales to the dtype of the weight.
     """
-    for leaf, (weight, scale) in _known.get(module, {}).items():
+    known = _known.get(module, {})
+    for leaf, (weight, scale) in list(known.items()):
         held: Any = getattr(module, leaf, None)
         if held is weight:
             held.scale = scale
+        else:
+            del known[leaf]
 
 
 def load_weights(
