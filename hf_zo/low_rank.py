@@ -80,7 +80,7 @@ def low_rank_adapter(
         down: Any = layer.lora_A["default"].weight
         with torch.no_grad():
             down.copy_(LowRank(rank).z(base, name, 0, down.numel(), down.device, purpose=BASIS).view(down.shape))
-        # PEFT makes all parts of an active adapter trainable again, when it loads one for instance.
+        # Or PEFT makes A trainable whenever it activates the adapter: set_adapter, the end of disable_adapter.
         layer.frozen_peft_weight_names = {"default": ("lora_A",)}
         down.requires_grad_(False)
     return adapted

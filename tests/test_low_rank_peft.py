@@ -168,7 +168,6 @@ def test_streamed_equals_resident(load: Callable[[Path], Any], kind: str, folder
 
 
 def test_a_resumed_run_ends_where_the_whole_run_ends(folder: Path, tmp_path: Path) -> None:
-    """When it loads an adapter for training, PEFT makes all of its parts trainable that it is not told about."""
     runs = []
     for resume in (None, str(tmp_path / "out" / "checkpoint-2")):
         model = low_rank_adapter(nf4(folder))
