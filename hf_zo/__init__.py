@@ -12,6 +12,7 @@ from zo_core import ZOConfig
 
 from .adapter import load_zo_adapter, save_zo_adapter
 from .arguments import ZOArguments, ZOTrainingArguments
+from .low_rank import low_rank_adapter
 from .mixin import ZOTrainerMixin
 from .offload import from_pretrained_offloaded
 from .trainer import ZOTrainer
@@ -24,5 +25,6 @@ __all__ = [
     "ZOTrainingArguments",
     "from_pretrained_offloaded",
     "load_zo_adapter",
+    "low_rank_adapter",
     "save_zo_adapter",
 ]

@@ -43,10 +43,10 @@ class ZOArguments:
     )
     zo_target: str = field(
         default="auto",
-        metadata={"help": "What may move: trainable, int4_scales, or auto (scales if there are 4-bit layers only)."},
+        metadata={"help": "What may move: trainable, int4_scales, torchao_scales, or auto (scales if quantised)."},
     )
     zo_clip: float | None = field(
-        default=None, metadata={"help": "Bound on the projected gradient; default none, and 100 for int4_scales."}
+        default=None, metadata={"help": "Bound on the projected gradient; default none, and 100 for scales."}
     )
     zo_seed: int | None = field(default=None, metadata={"help": "Seed of the directions; default: --seed."})
     zo_dropout: bool = field(default=False, metadata={"help": "Run the probes with dropout on."})

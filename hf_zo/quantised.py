@@ -1,4 +1,4 @@
-"""Purely quantised models: transformers refuses to train them, which is right for backpropagation."""
+"""Quantised models: transformers refuses to train some of them, which is right for backpropagation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 from torch import nn
 
 from zo_core import TARGETS, ZOConfig
+from zo_core.targets.auto import has_adapters
 
 FLAG = "_hf_peft_config_loaded"
 
 
 @contextmanager
 def quantised_training(args: tuple[Any, ...], kwargs: dict[str, Any], config: object) -> Iterator[None]:
-    """While a trainer is made: no refusal of a model whose quantisation scales are what moves.
+    """While a trainer is made: no refusal of a model whose quantisation scales are what moves, or adapters.
 
-    The scales are made ready at once, because a checkpoint may be loaded before the first step.
+    Scales are made ready at once, because a checkpoint may be loaded before the first step. With adapters, what
+    is refused is a method of quantisation that knows no backpropagation.
 
     Args:
         args, kwargs: what the trainer's constructor was given.
@@ -31,10 +33,12 @@ def quantised_training(args: tuple[Any, ...], kwargs: dict[str, Any], config: ob
     except ValueError:  # reported with all other settings
         yield
         return
-    if not isinstance(model, nn.Module) or not target.chosen(model).of_quantised:
+    of_quantised = isinstance(model, nn.Module) and target.chosen(model).of_quantised
+    if not isinstance(model, nn.Module) or not (of_quantised or has_adapters(model)):
         yield
         return
-    target.slots(model)
+    if of_quantised:
+        target.slots(model)
     own = vars(model).get(FLAG)
     setattr(model, FLAG, True)
     try:

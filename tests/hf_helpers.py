@@ -14,7 +14,7 @@ import torch
 from models import VOCAB, tiny
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import StepRecord, ZeroOrder, ZOOptimizer
@@ -56,6 +56,22 @@ def texts(count: int = 16, length: int = 8, seed: int = 0) -> list[Batch]:
         labels[: 1 + index % 4] = -100
         rows.append({"input_ids": tokens, "labels": labels})
     return rows
+
+
+def saved_llama(folder: Path) -> Path:
+    """A float model on disk, as a user has one, wide enough to be quantised in blocks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def adapted(model: nn.Module, config: PeftConfig) -> PeftModel:

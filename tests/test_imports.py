@@ -45,6 +45,7 @@ THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the l
 #: Optional packages, each with the one file that knows it.
 OPTIONAL = {
     "bitsandbytes": ROOT / "zo_core/targets/int4.py",
+    "torchao": ROOT / "zo_core/targets/torchao.py",
     "transformers": ROOT / "zo_core/estimate/skeleton.py",
 }
 ADAPTERS = ("hf_zo", "lightning_zo")
@@ -108,7 +109,8 @@ def test_adapters_do_not_import_each_other(package: str) -> None:
 
 
 def test_importing_zo_core_loads_no_trainer() -> None:
-    names = ("transformers", "lightning", "pytorch_lightning", "peft", "accelerate", "bitsandbytes", *ADAPTERS)
+    optional = ("transformers", "lightning", "pytorch_lightning", "peft", "accelerate", "bitsandbytes", "torchao")
+    names = (*optional, *ADAPTERS)
     code = f"import sys, zo_core; print([name for name in {names!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

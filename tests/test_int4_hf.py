@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import adapted, arguments, differing, texts, weights
+from hf_helpers import adapted, arguments, differing, saved_llama, texts, weights
 from int4_models import layers, scales
-from models import VOCAB
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
-from zo_core import ConfigError, Int4Scales, ZeroOrder, ZOConfig
+from zo_core import ConfigError, Int4Scales, ModelError, ZeroOrder, ZOConfig
 
 FLAG = "_hf_peft_config_loaded"
 
@@ -24,19 +23,7 @@ FLAG = "_hf_peft_config_loaded"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float model on disk, as a user has one."""
-    path = tmp_path_factory.mktemp("float")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-        )
-        LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return saved_llama(tmp_path_factory.mktemp("float"))
 
 
 def load(folder: Path, nested: bool = True, **more: Any) -> Any:
@@ -173,6 +160,13 @@ def test_scales_move_beside_adapters_when_asked(tmp_path: Path, folder: Path, ca
 
 
 # The refusal
+
+
+def test_8bit_models_are_refused_with_the_reason(tmp_path: Path, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    with pytest.raises(ModelError, match="8-bit layers round their inputs"):
+        made(tmp_path, model)
+    assert FLAG not in vars(model)
 
 
 def test_a_quantised_model_is_still_refused_where_scales_do_not_move(tmp_path: Path, folder: Path) -> None:

@@ -93,6 +93,6 @@ def test_a_missing_extra_is_named(missing: str, statements: tuple[str, ...], ext
 
 def test_what_is_optional_is_optional() -> None:
     """Each is needed by some users only, and none by an import."""
-    names = ("peft", "bitsandbytes", "lightning", "triton", "trl", "datasets")
+    names = ("peft", "bitsandbytes", "torchao", "lightning", "triton", "trl", "datasets")
     code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); import zo_core, hf_zo; print('fine')"
     assert run(code) == "fine\n"

@@ -16,7 +16,7 @@ from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
 from .seedlog import SeedLog, SeedLogWriter, replay
 from .suggest import suggest_lr
-from .targets import TARGETS, Int4Scales, Slot, Target, Trainable
+from .targets import TARGETS, Int4Scales, Slot, Target, TorchaoScales, Trainable
 from .version import __version__
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "StepRecord",
     "Target",
     "Torch",
+    "TorchaoScales",
     "Trainable",
     "Trial",
     "UpdateRule",

@@ -44,11 +44,11 @@ class ZOConfig:
         rule: how probes move the weights: "sgd", "momentum", "sign" or "torch"; "auto" is "torch" if
             an optimizer is passed, else "sgd".
         target: what may move: "trainable" parameters, the "int4_scales" of a model that bitsandbytes has
-            quantised, or "auto": the scales if the model has 4-bit layers and no trainable adapters,
-            else trainable parameters.
+            quantised, the "torchao_scales" of one that torchao has, or "auto": the scales if the model
+            has such layers and no trainable adapters, else trainable parameters.
         weight_decay: decoupled weight decay, as in AdamW.
         clip: largest absolute coefficient of a direction (for spsa the projected gradient); None takes the
-            target's default, 100 for int4_scales and no bound for others; ``math.inf`` is no bound.
+            target's default, 100 for scales and no bound for others; ``math.inf`` is no bound.
         seed: seed of the directions; None takes the trainer's seed, and 0 in a bare loop.
         dropout: run the probes with the modes the model has, so that dropout is on if it is in
             training mode; all probes of a step then share their random numbers. BatchNorm statistics

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..oracle.materialise import is_compiled
-from ..targets import memory_of
+from ..targets import memory_of, plain_parameters
 from .blocks import find_blocks
 from .store import DiskStore, RamStore
 from .streaming import ARENA_SLOTS, Block, Streaming
@@ -53,6 +53,13 @@ def offload(
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
+    wrapped = set(map(id, model.parameters())) - {id(tensor) for _, tensor in plain_parameters(model)}
+    if wrapped:
+        name, weight = next((name, p) for name, p in model.named_parameters() if id(p) in wrapped)
+        raise ModelError(
+            f"{name} is a {type(weight).__name__}, and a weight that is made of several tensors cannot be streamed; "
+            "leave out offload, or quantise with bitsandbytes (BitsAndBytesConfig(load_in_4bit=True))"
+        )
     blocks = plan(model, names, moving, staying)
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
-from ..targets import memory_of
+from ..targets import memory_of, plain_parameters
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
@@ -52,7 +52,7 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
         for slot in engine.slots
     }
     moving = {id(tensor) for slot in engine.slots for tensor in slot.tensors}
-    others = {id(p): " ".join(digests[id(p)]) for p in engine.model.parameters() if id(p) not in moving}
+    others = {id(p): " ".join(digests[id(p)]) for _, p in plain_parameters(engine.model) if id(p) not in moving}
     frozen = [len(others), hashlib.sha256("\n".join(sorted(others.values())).encode()).hexdigest()[:16]]
     everything = repr((sorted(slots.items()), frozen))
     return {"slots": slots, "frozen": frozen, "digest": hashlib.sha256(everything.encode()).hexdigest()[:32]}
@@ -61,7 +61,7 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
 def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
     """Dtype and shape, and the digest, of every parameter, by ``id``; what stands for a streamed one has others."""
     found: dict[int, tuple[str, str]] = {}
-    tensors: dict[int, Tensor] = {id(p): p for p in engine.model.parameters()}
+    tensors: dict[int, Tensor] = {id(p): p for _, p in plain_parameters(engine.model)}
     tensors |= {id(slot.tensor): slot.tensor for slot in engine.slots}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for ids, blocks in _streamed(engine):

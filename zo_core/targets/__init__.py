@@ -1,8 +1,10 @@
 """What may move. A target names the tensors of a model that training changes, as slots."""
 
 from .auto import Auto
-from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, slot_keys
+from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, slot_keys
 from .int4 import Int4Scales, keep_codes_plain
+from .scales import Scales
+from .torchao import TorchaoScales
 from .trainable import Trainable
 
 __all__ = [
@@ -10,11 +12,14 @@ __all__ = [
     "WRAPPERS",
     "Auto",
     "Int4Scales",
+    "Scales",
     "Slot",
     "Target",
+    "TorchaoScales",
     "Trainable",
     "check_tensor",
     "keep_codes_plain",
     "memory_of",
+    "plain_parameters",
     "slot_keys",
 ]

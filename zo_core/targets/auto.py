@@ -8,21 +8,24 @@ from typing import ClassVar
 from torch import nn
 
 from .base import TARGETS, Slot, Target
-from .int4 import Int4Scales, has_int4_layers
+from .int4 import Int4Scales, has_quantised_layers
+from .torchao import TorchaoScales, has_torchao_weights
 from .trainable import Trainable
 
 
 @TARGETS.register
 @dataclass(frozen=True)
 class Auto(Target):
-    """``int4_scales`` for a model with 4-bit layers and no trainable adapters, else ``trainable``."""
+    """``int4_scales`` or ``torchao_scales`` for a quantised model without trainable adapters, else ``trainable``."""
 
     name: ClassVar[str] = "auto"
 
     def chosen(self, model: nn.Module) -> Target:
-        if has_int4_layers(model) and not has_adapters(model):
-            return Int4Scales()
-        return Trainable()
+        if has_adapters(model):
+            return Trainable()
+        if has_quantised_layers(model):
+            return Int4Scales()  # which refuses 8-bit layers
+        return TorchaoScales() if has_torchao_weights(model) else Trainable()
 
     def slots(self, model: nn.Module) -> list[Slot]:
         return self.chosen(model).slots(model)

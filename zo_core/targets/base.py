@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ModelError
 from ..noise.direction import FLOAT_DTYPES, Scaling
@@ -126,3 +127,12 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
     if tensor.numel() == 0 or tensor.is_meta:  # which have no memory: on meta, only a tensor itself is tied
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def plain_parameters(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that have the parameters' values: themselves, or what is inside of tensor subclasses, by name."""
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if is_traceable_wrapper_subclass(parameter):
+            yield from ((f"{name}.{part}", getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])
+        else:
+            yield name, parameter

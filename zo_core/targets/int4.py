@@ -6,7 +6,6 @@ The one file that knows bitsandbytes, which is imported at use. QZO, arXiv 2505.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,57 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..noise.direction import Scaling
-from .base import TARGETS, Slot, Target, check_tensor, slot_keys
-from .trainable import trainable_slots
+from .base import TARGETS, Slot
+from .scales import Scales
 
 logger = logging.getLogger(__name__)
 
 
 @TARGETS.register
 @dataclass(frozen=True)
-class Int4Scales(Target):
-    """The scales of bitsandbytes' 4-bit layers (nf4 and fp4); the codes never change.
+class Int4Scales(Scales):
+    """The scales of bitsandbytes' 4-bit layers (nf4 and fp4); the codes never change. Fields as in `Scales`.
 
     On entry double-quantised scales are replaced, once, by their float32 values, which is what
     bitsandbytes computes with anyway, and its repacking of codes for CPUs with AVX512-BF16, which
     rounds the scales to bf16, is switched off.
-
-    Attributes:
-        relative: probe ``scale * (1 + eps * z)`` and update by ``scale * (1 - lr * g * z)``, so that one
-            eps fits all layers; False moves by ``eps * z`` itself, as the paper does.
-        floor: no scale, of a probe or of an update, sinks below it.
-        others: trainable unquantised parameters (norms, embeddings, biases, adapters) move too.
-        others_lr: their learning rate; None takes that of the scales.
-        others_eps: their eps; None takes that of the scales.
     """
 
     name: ClassVar[str] = "int4_scales"
-    default_clip: ClassVar[float] = 100.0
-    of_quantised: ClassVar[bool] = True
-    relative: bool = True
-    floor: float = 1e-7
-    others: bool = False
-    others_lr: float | None = None
-    others_eps: float | None = None
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name in ("relative", "others"):
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"{name}={getattr(self, name)!r} must be True or False")
-        if not _number(self.floor) or self.floor < 0:
-            problems.append(f"floor={self.floor!r} must be a number of at least 0, for example 1e-7")
-        for name, least in (("others_lr", "of at least 0"), ("others_eps", "above 0")):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not _number(value) or value < 0 or (value == 0 and name == "others_eps"):
-                problems.append(f"{name}={value!r} must be a number {least}, or None for that of the scales")
-            elif not self.others:
-                problems.append(f"{name}={value!r} has no use with others=False; write others=True")
-        if problems:
-            raise ValueError("target 'int4_scales': " + "; ".join(problems))
 
     def slots(self, model: nn.Module) -> list[Slot]:
         layers = list(quantised_layers(model, _bitsandbytes()))
@@ -77,32 +42,16 @@ class Int4Scales(Target):
                 f"{_eight_bit(model)}; load it with BitsAndBytesConfig(load_in_4bit=True), or write target='trainable'"
             )
         keep_codes_plain(model)
-        scales: dict[int, tuple[str, Tensor, list[nn.Module]]] = {}
-        for name, layer in layers:
-            tensor = layer.float_scales()
-            check_tensor(name, tensor)
-            scales.setdefault(id(tensor), (name, tensor, []))[2].append(layer.module)
-            if not self.others:
+        if not self.others:
+            for _, layer in layers:
                 layer.settle_bias()
-        others = trainable_slots(model) if self.others else []
-        # One call for all keys: the prefix that they lose depends on who is there.
-        keys = slot_keys([*(name for name, _, _ in scales.values()), *(name for name, _ in others)])
-        scaling = Scaling(self.relative, self.floor)
-        result = [
-            Slot(key, (tensor,), tuple(modules), scaling)
-            for key, (_, tensor, modules) in zip(keys, scales.values(), strict=False)
-        ]
-        own = {"lr": self.others_lr, "eps": self.others_eps}
-        given = {name: value for name, value in own.items() if value is not None}
-        for key, (_, slot) in zip(keys[len(scales) :], others, strict=True):
-            result.append(Slot(key, slot.tensors, slot.modules, own=given))
-        return result
+        return self.as_slots(model, ((name, layer.float_scales(), layer.module) for name, layer in layers))
 
 
-def has_int4_layers(model: nn.Module) -> bool:
-    """Whether the model has 4-bit layers of bitsandbytes."""
+def has_quantised_layers(model: nn.Module) -> bool:
+    """Whether bitsandbytes has quantised layers of the model, to 4 bits or to 8."""
     library = sys.modules.get("bitsandbytes")
-    return library is not None and any(True for _ in quantised_layers(model, library))
+    return library is not None and (any(True for _ in quantised_layers(model, library)) or bool(_eight_bit(model)))
 
 
 def keep_codes_plain(model: nn.Module) -> None:
@@ -264,10 +213,8 @@ def _bitsandbytes() -> ModuleType:
 def _eight_bit(model: nn.Module) -> str:
     """A remark for models that are quantised, but not like that."""
     library = sys.modules.get("bitsandbytes")
-    if library is not None and any(isinstance(module, library.nn.Linear8bitLt) for module in model.modules()):
+    if library is not None and any(
+        isinstance(module, library.nn.Linear8bitLt) and not module.state.has_fp16_weights for module in model.modules()
+    ):
         return " (its 8-bit layers round their inputs to int8 too, and are not supported)"
     return ""
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,86 @@
+"""Low-rank directions for weights that nobody may write: quantised ones, or any that are to stay as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from zo_core import ConfigError, LowRank, ModelError
+from zo_core.noise.hashing import BASIS, derive_seed
+from zo_core.targets import keep_codes_plain
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+#: What `low_rank_adapter` decides.
+OWN = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
+
+
+def low_rank_adapter(
+    model: nn.Module,
+    rank: int = 2,
+    *,
+    target_modules: str | list[str] = "all-linear",
+    seed: int = 0,
+    **config: Any,
+) -> PeftModel:
+    """Adapters with which ordinary training is training with low-rank directions, on a base that is only read.
+
+    Each linear layer gets a LoRA adapter ``B A / sqrt(rank)``. A holds signs and is frozen, B is zero and
+    trained. With the default noise a probe then perturbs a weight by ``eps U A / sqrt(rank)``, U of signs,
+    which is what ``LowRank(rank, refresh=None)`` does with ``V = A^T``; the same learning rates fit. The base
+    may be anything that PEFT puts LoRA adapters on: float weights, 4-bit ones of bitsandbytes, torchao, GPTQ.
+
+    Args:
+        model: the base model, changed in place: PEFT wraps its layers.
+        rank: r, at least 1.
+        target_modules: which layers, as in PEFT's ``LoraConfig``; all linear ones but the head of a
+            language model, if nothing else is said.
+        seed: determines A, together with the names of the layers. No generator is touched.
+        **config: other fields of ``LoraConfig``, for example ``task_type="CAUSAL_LM"``.
+
+    Returns:
+        The model with adapters, for `ZOTrainer` or `ZeroOrder`. ``save_pretrained`` writes an ordinary adapter.
+
+    Raises:
+        ConfigError: a rank or a field that cannot work, or layers that are not linear.
+        ModelError: the model has adapters already.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    problems = [f"{key}= is set by low_rank_adapter; leave it out" for key in OWN if key in config]
+    try:
+        LowRank(rank)
+    except ValueError as error:
+        problems.append(str(error))
+    if not hasattr(LoraLayer, "frozen_peft_weight_names"):
+        problems.append("this version of peft cannot keep a part of an adapter frozen; pip install -U peft")
+    if problems:
+        raise ConfigError(problems)
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError("model has adapters already; pass the base model, which model.unload() returns")
+    keep_codes_plain(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    lora = LoraConfig(r=rank, lora_alpha=1, use_rslora=True, target_modules=target_modules, **config)
+    with torch.random.fork_rng(devices=[]):
+        adapted = get_peft_model(model, lora)
+    inside: Any = adapted.get_base_model()
+    layers = {name: layer for name, layer in inside.named_modules() if isinstance(layer, LoraLayer)}
+    other = [name for name, layer in layers.items() if "default" not in layer.lora_A]
+    if other:
+        adapted.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise ConfigError([f"{name} is no linear layer; leave it out of target_modules" for name in other])
+    base = derive_seed(seed, 0, 0)
+    for name, layer in layers.items():
+        down: Any = layer.lora_A["default"].weight
+        with torch.no_grad():
+            down.copy_(LowRank(rank).z(base, name, 0, down.numel(), down.device, purpose=BASIS).view(down.shape))
+        # Or PEFT makes A trainable whenever it activates the adapter: set_adapter, the end of disable_adapter.
+        layer.frozen_peft_weight_names = {"default": ("lora_A",)}
+        down.requires_grad_(False)
+    return adapted
