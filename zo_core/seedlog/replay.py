@@ -22,7 +22,7 @@ from ..config import ZOConfig
 from ..engine import ZeroOrder
 from ..errors import ModelError, StateError
 from ..homes import State
-from ..noise import Direction
+from ..noise import Direction, share_of
 from ..noise.direction import piece_size
 from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
@@ -72,6 +72,8 @@ def replay(
     check_run(engine, log, start, frozen=frozen)
     if start == log.first_step and engine.homes.used():
         raise StateError("the engine has rule state from other steps, which a replay would go on with; make a new one")
+    if start == log.first_step:
+        engine.optimizer.thresholds.clear()  # those of this run come from the weights that it began with
     steps = [entry for entry in log.steps if start <= entry.step < end]
     apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
     engine.discard()
@@ -216,7 +218,9 @@ def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep
     for entry in steps:
         group = entry.settings.group_of[index]
         direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
-        moves.append((_rule(entry, engine, own), direction, entry.lrs[group], entry.settings.weight_decay[group]))
+        if not direction.still:
+            decay = entry.settings.weight_decay[group] / share_of(engine.noise)
+            moves.append((_rule(entry, engine, own), direction, entry.lrs[group], decay))
     return moves
 
 
