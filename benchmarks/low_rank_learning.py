@@ -38,13 +38,14 @@ def compare(name: str, noises: dict[str, object], rates: tuple[float, ...]) -> N
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=list(rates))
+    parser.add_argument("--noises", nargs="+", choices=noises, default=list(noises))
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
     args = parser.parse_args()
     starts = [pretrained(seed) for seed in range(args.seeds)]
     rows = [["before", "", *(f"{heldout_loss(m):.4f}" for m in starts), "", f"{mean(map(accuracy, starts)):.3f}"]]
-    for noise, settings in noises.items():
+    for noise in args.noises:
         for rate in args.rates:
-            method = Method(noise, {"estimator": "spsa", "lr": rate, "eps": 1e-3, "noise": settings}, 2)
+            method = Method(noise, {"estimator": "spsa", "lr": rate, "eps": 1e-3, "noise": noises[noise]}, 2)
             losses, reached = [], []
             for seed, start in enumerate(starts):
                 model = copy.deepcopy(start)

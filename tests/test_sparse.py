@@ -108,6 +108,19 @@ def test_thresholds_are_those_of_the_start_whatever_happens_later() -> None:
     assert zo.optimizer.thresholds == first
 
 
+def test_thresholds_stay_with_their_tensors_when_more_of_them_move_and_keys_change() -> None:
+    model = tiny("mlp")
+    model.inner.requires_grad_(False)
+    head = engine(model)
+    run(head, 2, "mlp")
+    assert head.optimizer.thresholds.keys() == {"weight", "bias"}
+    model.inner.requires_grad_(True)
+    whole = engine(model)
+    whole.optimizer.take_thresholds(head.optimizer.thresholds, head.slots, whole.slots)
+    found = {key.removeprefix("head."): limit for key, limit in whole.optimizer.thresholds.items()}
+    assert found == head.optimizer.thresholds
+
+
 def test_a_range_test_of_the_learning_rate_leaves_the_thresholds_of_the_start() -> None:
     models = tiny("mlp"), tiny("mlp")
     plain, tested = (engine(model, **ALL) for model in models)

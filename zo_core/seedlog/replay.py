@@ -179,7 +179,7 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     with torch.no_grad():
         for slot in engine.slots:
             if engine.lazy is not None and engine.lazy.takes(slot):
-                for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps):
+                for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps, advance):
                     engine.lazy.update(slot, direction.terms, lr, weight_decay, direction.rounding_seed)
                     advance(slot.tensor.numel())
             else:
@@ -200,7 +200,7 @@ def _advance_slot(
     state: State,
 ) -> None:
     """All steps of one slot."""
-    moves = _moves(engine, slot, index, steps)
+    moves = _moves(engine, slot, index, steps, advance)
     batch = BATCH_WORDS * engine.noise.values_per_word
     pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
     plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
@@ -212,15 +212,18 @@ def _advance_slot(
         advance(theta.numel())
 
 
-def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep]) -> list[Move]:
+def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep], advance: Advance) -> list[Move]:
+    """What is done to a slot; steps that leave it alone are done with at once."""
     moves: list[Move] = []
     own = RULES.describe(engine.rule)
     for entry in steps:
         group = entry.settings.group_of[index]
         direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
-        if not direction.still:
-            decay = entry.settings.weight_decay[group] / share_of(engine.noise)
-            moves.append((_rule(entry, engine, own), direction, entry.lrs[group], decay))
+        if direction.still:
+            advance(slot.tensor.numel())
+            continue
+        decay = entry.settings.weight_decay[group] / share_of(engine.noise)
+        moves.append((_rule(entry, engine, own), direction, entry.lrs[group], decay))
     return moves
 
 
