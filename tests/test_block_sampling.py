@@ -125,7 +125,7 @@ def test_share_one_is_the_other_noise(of: Any) -> None:
 def test_the_estimate_is_unbiased_and_has_the_stated_second_moment(of: str, num_probes: int) -> None:
     sizes = {"embed.weight": 3, "layers.0.a": 2, "layers.0.b": 4, "layers.1.a": 2}
     blocks = [("embed.weight",), ("layers.0.a", "layers.0.b"), ("layers.1.a",)]
-    n, d, samples, share = num_probes, sum(sizes.values()), 3000, 0.4
+    n, d, samples, share = num_probes, sum(sizes.values()), 1200, 0.4
     noise = Sampled(share, of)
     gradient = torch.linspace(-1.0, 2.0, d, dtype=torch.float64)
 
@@ -288,9 +288,9 @@ def test_resident_and_streamed_are_one(
     for tier in tiers:
         model = tiny("llama", dtype=dtype)
         zo = engine(model, noise, **settings, **tier)
-        scheduler = LinearLR(zo.optimizer, 0.2, total_iters=6)
+        scheduler = LinearLR(zo.optimizer, 0.2, total_iters=5)
         losses = []
-        for step in range(8):
+        for step in range(5):
             losses.append(float(zo.step(closure("llama", model, step))))
             scheduler.step()
         zo.close()
