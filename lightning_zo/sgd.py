@@ -67,8 +67,8 @@ class SGDFace(ZOOptimizer):
 
     def load_sgd_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in."""
-        self._load_thresholds(state_dict)
         self.inner.load_state_dict({**state_dict, "state": {}})
+        self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):

@@ -340,10 +340,10 @@ class ZeroOrder:
                 self.rule.step(self.optimizer.inner, pairs)
             else:
                 for slot, direction in zip(self.slots, directions, strict=True):
-                    group = self._group_of[slot]
-                    how = direction, float(group["lr"]), float(group["weight_decay"]) / share_of(self.noise)
                     if direction.still:
                         continue
+                    group = self._group_of[slot]
+                    how = direction, float(group["lr"]), float(group["weight_decay"]) / share_of(self.noise)
                     if self.lazy is not None and self.lazy.takes(slot):
                         self.lazy.update(slot, direction.terms, *how[1:], direction.rounding_seed)
                     else:

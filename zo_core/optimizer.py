@@ -91,8 +91,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             ValueError: the state does not fit; nothing was loaded.
         """
         self._check_state(state_dict)
-        self._load_thresholds(state_dict)
         super().load_state_dict(state_dict)
+        self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
@@ -213,8 +213,8 @@ class TorchOptimizerFace(ZOOptimizer):
         return self._with_thresholds(self.inner.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._load_thresholds(state_dict)
         self.inner.load_state_dict(state_dict)
+        self._load_thresholds(state_dict)
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
