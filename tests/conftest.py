@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,3 +39,17 @@ def cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashing, "_cache", hashing._WordCache())
     for cached in (hashing._counter, gaussian.table, rademacher._shifts):
         cached.cache_clear()
+
+
+def probes_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("zo-probe")}
+
+
+@pytest.fixture
+def no_probe_thread_is_left() -> Iterator[None]:
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while probes_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not probes_threads()

@@ -169,19 +169,20 @@ PLAIN: dict[str, type[nn.Module]] = {
 EVERY = (*FAMILIES, *PLAIN)
 
 
-def tiny(name: str, tied: bool = True, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny(name: str, tied: bool = True, dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
     """A model of a few thousand weights, in training mode. ``tied`` says whether head and embedding are one."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = PLAIN[name]() if name in PLAIN else _family(name, tied)
+        model = PLAIN[name]() if name in PLAIN else _family(name, tied, layers)
     return model.to(dtype).train()
 
 
-def _family(name: str, tied: bool) -> nn.Module:
+def _family(name: str, tied: bool, layers: int) -> nn.Module:
     import transformers as hf
 
     common: dict[str, Any] = {"vocab_size": VOCAB, "tie_word_embeddings": tied}
-    stack = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+    stack = {"hidden_size": 32, "num_hidden_layers": layers}
+    stack |= {"num_attention_heads": 2, "max_position_embeddings": 32}
     if name == "llama":
         config = hf.LlamaConfig(**common, **stack, num_key_value_heads=1, intermediate_size=48)
         return hf.LlamaForCausalLM(config)
@@ -189,7 +190,7 @@ def _family(name: str, tied: bool) -> nn.Module:
         return hf.OPTForCausalLM(hf.OPTConfig(**common, **stack, ffn_dim=48, word_embed_proj_dim=32))
     if name == "bert":
         return hf.BertForMaskedLM(hf.BertConfig(**common, **stack, intermediate_size=48))
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": layers, "num_heads": 2}
     config = hf.T5Config(**common, **sizes, decoder_start_token_id=0)
     config.tie_word_embeddings = tied  # which T5Config sets to True, whatever it is given
     return hf.T5ForConditionalGeneration(config)

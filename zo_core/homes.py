@@ -52,6 +52,10 @@ class Homes:
         """The optimizer's, which is another one after it has loaded something."""
         return self.optimizer.state
 
+    def streams(self, tensor: Tensor) -> bool:
+        """Whether the state of this tensor travels with a block."""
+        return any(tensor is slot.tensor for slot, held in self.stored.items() if held)
+
     def move(self, slot: Slot, work: Work) -> None:
         """Runs ``work`` on a slot: now, or when its block comes by."""
         if slot not in self.home:

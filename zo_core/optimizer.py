@@ -91,14 +91,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             ValueError: the state does not fit; nothing was loaded.
         """
         self._check_state(state_dict)
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": {}})
         self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
+            streamed = self.engine is not None and self.engine.homes.streams(tensor)
             for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[tensor][name] = value.detach().to(tensor.device, copy=True)
+                if isinstance(value, Tensor) and not streamed:  # a store makes a copy of its own
+                    value = value.detach().to(tensor.device, copy=True)
+                self.state[tensor][name] = value
         if self.engine is not None:
             self.engine.store_state()
 
