@@ -33,28 +33,34 @@ def heldout_loss(model: nn.Module) -> float:
         return float(F.cross_entropy(model(tokens), classes))
 
 
-def main() -> None:
+def compare(name: str, noises: dict[str, object], rates: tuple[float, ...]) -> None:
+    """Trains with each noise at each rate, by the options of the command line, and reports as ``name``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(rates))
+    parser.add_argument("--noises", nargs="+", choices=noises, default=list(noises))
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
     args = parser.parse_args()
     starts = [pretrained(seed) for seed in range(args.seeds)]
     rows = [["before", "", *(f"{heldout_loss(m):.4f}" for m in starts), "", f"{mean(map(accuracy, starts)):.3f}"]]
-    for name, noise in NOISES.items():
+    for noise in args.noises:
         for rate in args.rates:
-            method = Method(name, {"estimator": "spsa", "lr": rate, "eps": 1e-3, "noise": noise}, 2)
+            method = Method(noise, {"estimator": "spsa", "lr": rate, "eps": 1e-3, "noise": noises[noise]}, 2)
             losses, reached = [], []
             for seed, start in enumerate(starts):
                 model = copy.deepcopy(start)
                 reached.append(adapt(model, method, seed)[0])
                 losses.append(heldout_loss(model))
             shown = [f"{loss:.4f}" for loss in losses]
-            rows.append([name, f"{rate:g}", *shown, f"{mean(losses):.4f}", f"{mean(reached):.3f}"])
+            rows.append([noise, f"{rate:g}", *shown, f"{mean(losses):.4f}", f"{mean(reached):.3f}"])
             print(rows[-1], flush=True)
     columns = ["noise", "lr", *(f"loss, seed {seed}" for seed in range(args.seeds)), "mean loss", "mean accuracy"]
     title = f"Held-out loss on the shifted task after {FORWARDS} forwards, by learning rate"
-    save("low-rank-learning", title, columns, rows, torch.device("cpu"), write=args.save)
+    save(name, title, columns, rows, torch.device("cpu"), write=args.save)
+
+
+def main() -> None:
+    compare("low-rank-learning", NOISES, RATES)
 
 
 def mean(values: Iterable[float]) -> float:

@@ -63,11 +63,12 @@ class SGDFace(ZOOptimizer):
         """The state as `torch.optim.SGD` would save it."""
         mine = self.state_dict()["state"]
         buffers = {index: {BUFFER: state["momentum"]} for index, state in mine.items() if "momentum" in state}
-        return {**self.inner.state_dict(), "state": buffers}
+        return self._with_thresholds({**self.inner.state_dict(), "state": buffers})
 
     def load_sgd_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in."""
         self.inner.load_state_dict({**state_dict, "state": {}})
+        self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):

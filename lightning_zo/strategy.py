@@ -167,6 +167,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if running and before is not None:
             zo.listeners = before.listeners
             zo.optimizer.state.update(before.optimizer.state)
+            zo.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, zo.slots)
             zo.store_state()
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()

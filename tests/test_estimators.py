@@ -77,7 +77,7 @@ def test_projected_gradients_of_a_linear_loss_are_its_slopes(estimator: Estimato
 
 
 @EVERY_ESTIMATOR
-@EVERY_NOISE
+@pytest.mark.parametrize("noise", [NOISES.resolve(name) for name in NOISES if name != "sparse"])  # see test_sparse.py
 def test_steps_go_downhill(estimator: Estimator, noise: Noise) -> None:
     model = Weights(torch.linspace(-1, 1, 16))
     zo = ZeroOrder(model, estimator=estimator, noise=noise, num_probes=4, eps=1e-3, lr=0.1)

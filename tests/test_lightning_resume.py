@@ -32,6 +32,8 @@ RUNS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "sgd": (PLAIN, {}, "32-true"),
     "sgd, bfloat16": (PLAIN, {}, "bf16-true"),
     "ZOOptimizer": (OWN, {"rule": "momentum"}, "32-true"),
+    "sparse": (PLAIN, {"noise": "sparse"}, "32-true"),
+    "sparse blocks": (OWN, {"rule": "momentum", "noise": {"name": "sampled", "of": "sparse"}}, "bf16-true"),
     "low rank": (OWN, {"rule": "momentum", "noise": {"name": "low_rank", "refresh": 3}}, "bf16-true"),
 }
 

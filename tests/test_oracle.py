@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import EVERY, FAMILIES, closure, tiny
-from probing import EPS, POINTS, counted, measure, moved
+from probing import EPS, PLAIN, POINTS, counted, measure, moved
 from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
-from zo_core import NOISES, ZeroOrder
+from zo_core import ZeroOrder
 from zo_core.oracle import as_scalar
 
 
@@ -32,7 +32,7 @@ def test_the_loss_is_that_of_a_copy_whose_weights_were_set(name: str, tied: bool
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("noise", [name for name in NOISES if name != "low_rank"])  # see test_low_rank.py
+@pytest.mark.parametrize("noise", PLAIN)
 def test_every_noise_perturbs_along_itself(noise: str) -> None:
     model = tiny("mlp")
     found = ZeroOrder(model, noise=noise).oracle.losses(POINTS, closure("mlp", model))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 from models import FAMILIES, closure, tiny
+from probing import PLAIN
 from reference import Step, mezo
 from torch.optim.lr_scheduler import LambdaLR
 from traces import same_bits, weights
@@ -45,7 +46,7 @@ def test_a_run_with_a_schedule_and_weight_decay_equals_the_reference(name: str, 
     assert expected[-1].loss < expected[0].loss  # and it is training, not standing still
 
 
-@pytest.mark.parametrize("noise", [name for name in NOISES if name != "low_rank"])  # see test_low_rank_lazy.py
+@pytest.mark.parametrize("noise", PLAIN)
 @pytest.mark.parametrize("num_probes", [1, 3])
 def test_every_noise_and_number_of_probes_equals_the_reference(noise: str, num_probes: int) -> None:
     fast = tiny("llama")

@@ -9,7 +9,7 @@ from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
 from .lr_range import LrSuggestion, Trial
-from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, derive_seed
+from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
@@ -38,12 +38,14 @@ __all__ = [
     "Point",
     "Probe",
     "Rademacher",
+    "Sampled",
     "Scaling",
     "SeedLog",
     "SeedLogWriter",
     "Sgd",
     "Sign",
     "Slot",
+    "Sparse",
     "Spsa",
     "StateError",
     "StepRecord",

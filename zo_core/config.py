@@ -40,7 +40,8 @@ class ZOConfig:
         num_probes: directions per step; None takes the estimator's default (1 for spsa, 8 for
             fzoo). spsa runs two forwards per direction, fzoo one, and one more.
         estimator: how losses become probes: "spsa" or "fzoo".
-        noise: distribution of the directions: "rademacher", "gaussian" or "low_rank".
+        noise: distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights
+            alone) or "sampled" (a random subset of the blocks in each step); the last two are ``of`` another.
         rule: how probes move the weights: "sgd", "momentum", "sign" or "torch"; "auto" is "torch" if
             an optimizer is passed, else "sgd".
         target: what may move: "trainable" parameters, the "int4_scales" of a model that bitsandbytes has

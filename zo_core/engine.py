@@ -19,9 +19,9 @@ from .homes import Homes, by_rule
 from .lazy import LazyUpdates
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .measured import Measured, mean, probes_from
-from .noise import Direction, direction_of
+from .noise import Direction, direction_of, share_of
 from .offload import LockstepOracle, Streaming
-from .optimizer import TorchOptimizerFace, ZOOptimizer, param_groups
+from .optimizer import TorchOptimizerFace, ZOOptimizer, check_checkpoint, param_groups
 from .oracle import ResidentOracle, realisation
 from .placement import offload_model, resolve, slots_of
 from .records import Point, Probe, StepRecord
@@ -336,12 +336,14 @@ class ZeroOrder:
         with torch.no_grad():
             if isinstance(self.rule, Torch):
                 assert isinstance(self.optimizer, TorchOptimizerFace)
-                pairs = ((slot.tensor, d) for slot, d in zip(self.slots, directions, strict=True))
+                pairs = ((slot.tensor, d) for slot, d in zip(self.slots, directions, strict=True) if not d.still)
                 self.rule.step(self.optimizer.inner, pairs)
             else:
                 for slot, direction in zip(self.slots, directions, strict=True):
+                    if direction.still:
+                        continue
                     group = self._group_of[slot]
-                    how = direction, float(group["lr"]), float(group["weight_decay"])
+                    how = direction, float(group["lr"]), float(group["weight_decay"]) / share_of(self.noise)
                     if self.lazy is not None and self.lazy.takes(slot):
                         self.lazy.update(slot, direction.terms, *how[1:], direction.rounding_seed)
                     else:
@@ -349,9 +351,7 @@ class ZeroOrder:
         torch.clear_autocast_cache()
 
     def _groups(self) -> dict[Slot, dict[str, Any]]:
-        """The optimizer's group of each slot; looked up anew, because loading a state replaces groups."""
-        by_tensor = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
-        return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in self.slots}
+        return self.optimizer.groups_of(self.slots)
 
     def _relative_eps(self, slot: Slot) -> float:
         """The eps of the slot's group in units of the step's eps."""
@@ -361,8 +361,7 @@ class ZeroOrder:
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:
         scale = point.scale * self._relative_eps(slot)
-        terms = ((point.seed, scale),)
-        result = direction_of(self.noise, slot.key, slot.tensor.shape, terms, None, self.backend, slot.scaling)
+        result = self._along(slot, ((point.seed, scale),), None)
         return result if self.lazy is None else self.lazy.added(slot, result)
 
     def _direction(self, slot: Slot, probes: tuple[Probe, ...], relative: float) -> Direction:
@@ -370,7 +369,11 @@ class ZeroOrder:
         # estimate of this group's gradient is divided by m.
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
-        return direction_of(self.noise, slot.key, slot.tensor.shape, terms, rounding, self.backend, slot.scaling)
+        return self._along(slot, terms, rounding)
+
+    def _along(self, slot: Slot, terms: tuple[tuple[int, float], ...], rounding: int | None) -> Direction:
+        how = terms, rounding, self.backend, slot.scaling, self.optimizer.thresholds
+        return direction_of(self.noise, slot.key, slot.tensor.shape, *how)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""
@@ -383,13 +386,7 @@ class ZeroOrder:
         Raises:
             StateError: ``state`` is not what `state_dict` returned for such a model.
         """
-        missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
-        if missing:
-            raise StateError(f"this is not a checkpoint of ZeroOrder: {', '.join(missing)} missing")
-        if not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["seed"], int):
-            raise StateError(
-                f"this checkpoint is damaged: step={state['step']!r}, seed={state['seed']!r} are not whole numbers"
-            )
+        check_checkpoint(state)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from .noise import Direction, LowRank, LowRankDirection, Noise, is_matrix
+from .noise import Direction, LowRank, LowRankDirection, Noise, is_matrix, unsampled
 from .noise.direction import float32
 from .noise.low_rank import SEED_BITS, basis
 from .offload import Streaming
@@ -109,7 +109,7 @@ class LazyUpdates:
         """
         for before in cls.of(model):
             before.merge()
-        compiled = any(map(is_compiled, model.modules()))
+        noise, compiled = unsampled(noise), any(map(is_compiled, model.modules()))
         if not isinstance(noise, LowRank) or not isinstance(rule, (Sgd, Momentum)) or compiled:
             return None
         waiting = [slot for slot in slots if is_matrix(noise, slot.tensor.shape, slot.scaling)]
@@ -342,6 +342,7 @@ def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
 
 def changes_often(noise: Noise, slot: Slot) -> bool:
     """Whether a slot is written at every step while others are once in a window."""
+    noise = unsampled(noise)
     return isinstance(noise, LowRank) and not is_matrix(noise, slot.tensor.shape, slot.scaling)
 
 

@@ -47,6 +47,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ):
         self.engine: ZeroOrder | None = None
+        #: Of a noise that masks by magnitude, by slot: fixed when training begins, hence part of the state.
+        self.thresholds: dict[str, float] = {}
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -54,6 +56,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         if problems:
             raise ConfigError(problems)
         super().add_param_group(param_group)
+
+    def groups_of(self, slots: Iterable[Slot]) -> dict[Slot, dict[str, Any]]:
+        """The group of each slot; to be looked up anew when a state was loaded, which replaces groups."""
+        by_tensor = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
+        return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what was measured since the last step; with a closure, measures it first.
@@ -85,6 +92,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """
         self._check_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
+        self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
@@ -110,20 +118,35 @@ class ZOOptimizer(torch.optim.Optimizer):
             lazy = None if self.engine is None else self.engine.lazy
             if "factor" in kept and (lazy is None or not lazy.fits(tensor, kept)):
                 problems.append(f"parameter {index} has low-rank updates of another noise; give it the run's")
+        known = state_dict.get("thresholds", {})
+        if not isinstance(known, dict) or not all(isinstance(value, float) for value in known.values()):
+            problems.append("the thresholds of its masks are not numbers")
         if problems:
             raise ValueError("; ".join(problems))
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, after the updates that wait for their block."""
         if self.engine is None:
-            return super().state_dict()
+            return self._with_thresholds(super().state_dict())
         self.engine.flush()
         result = super().state_dict()
         result["state"] = {index: self.engine.saved_state(kept) for index, kept in result["state"].items()}
-        return result
+        return self._with_thresholds(result)
+
+    def _with_thresholds(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {**state_dict, "thresholds": dict(self.thresholds)} if self.thresholds else state_dict
+
+    def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
+        """Goes on with the thresholds of another engine over the same tensors, whose keys may have been others."""
+        keys = {id(slot.tensor): slot.key for slot in before if slot.key in known}
+        self.thresholds.update({s.key: known[keys[id(s.tensor)]] for s in now if id(s.tensor) in keys})
+
+    def _load_thresholds(self, state_dict: dict[str, Any]) -> None:
+        self.thresholds.clear()
+        self.thresholds.update(state_dict.get("thresholds", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "engine": None}
+        return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds}
 
 
 def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
@@ -189,11 +212,23 @@ class TorchOptimizerFace(ZOOptimizer):
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
+        return self._with_thresholds(self.inner.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
+        self._load_thresholds(state_dict)
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}
+
+
+def check_checkpoint(state: Any) -> None:
+    """Raises `StateError` for what is not a checkpoint of an engine."""
+    missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise StateError(f"this is not a checkpoint of ZeroOrder: {', '.join(missing)} missing")
+    if not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["seed"], int):
+        raise StateError(
+            f"this checkpoint is damaged: step={state['step']!r}, seed={state['seed']!r} are not whole numbers"
+        )

@@ -4,8 +4,11 @@ from .base import NOISES, Noise
 from .direction import Direction
 from .gaussian import Gaussian
 from .hashing import derive_seed
-from .low_rank import LowRank, LowRankDirection, direction_of, is_matrix
+from .low_rank import LowRank, LowRankDirection, is_matrix
+from .of_slot import direction_of
 from .rademacher import Rademacher
+from .sampled import Sampled, share_of, unsampled
+from .sparse import Sparse
 
 __all__ = [
     "NOISES",
@@ -15,7 +18,11 @@ __all__ = [
     "LowRankDirection",
     "Noise",
     "Rademacher",
+    "Sampled",
+    "Sparse",
     "derive_seed",
     "direction_of",
     "is_matrix",
+    "share_of",
+    "unsampled",
 ]

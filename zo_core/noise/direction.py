@@ -90,7 +90,7 @@ class Direction:
     Attributes:
         noise: the distribution of z.
         slot: key of the slot, part of the hash.
-        terms: pairs ``(seed, c)``, at least one.
+        terms: pairs ``(seed, c)``; none if the slot stays as it is.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
         scaling: how quantisation scales move; None for ordinary weights.
@@ -107,6 +107,19 @@ class Direction:
     backend: str = "eager"
     scaling: Scaling | None = None
     offset: int | None = None
+
+    @property
+    def still(self) -> bool:
+        """Whether nothing moves, so that weights need neither a copy nor an update."""
+        return not self.terms
+
+    def mask(self, theta: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Says for any part of ``theta`` which elements move, as bools of its shape; None if all do."""
+        return None
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """``s`` as it moves these weights, float32 of their shape."""
+        return self.values(theta.shape, theta.device)
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
@@ -280,18 +293,25 @@ def rewrite(
         theta: the weights.
         direction: gives ``s`` and the rounding.
         change: called with ``(weights, s, start, stop)``, both flat and in the wide type; changes
-            ``weights`` in place.
+            ``weights`` in place. Elements that the direction does not move have an ``s`` of 0, and stay
+            what they were whatever it does to them.
         out: where the result goes instead.
     """
     out = theta if out is None else out
     source, target = flat(theta), flat_target(theta, out)
     wide = compute_dtype(theta.dtype)
+    mask = direction.mask(source)
     for start, stop, s in direction.chunks(source.numel(), theta.device):
         work = source[start:stop].to(wide, copy=True)
+        still = None if mask is None else ~mask(source[start:stop])
+        if still is not None:
+            s.masked_fill_(still, 0.0)
         if direction.scaling is None:
             change(work, s, start, stop)
         else:
             work = direction.scaling.moved(work, lambda weights: change(weights, s, start, stop))  # noqa: B023
+        if still is not None:
+            work = torch.where(still, source[start:stop].to(wide), work)
         if theta.dtype == wide:
             target[start:stop] = work
         else:

@@ -20,7 +20,7 @@ MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
 #: What a stream of words is for; streams of different purposes never coincide.
-DIRECTION, ROUNDING, BASIS = 1, 2, 3
+DIRECTION, ROUNDING, BASIS, BLOCKS = 1, 2, 3, 4
 
 #: Words hashed at once, so that small operations do not dominate (512 KiB, half of a core's L2 here).
 BATCH_WORDS = 1 << 17

@@ -67,9 +67,10 @@ class LowRank(Rademacher):
     def values(
         self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
     ) -> Tensor:
-        return direction_of(self, slot, torch.Size(shape), ((seed, scale),)).values(
-            torch.Size(shape), torch.device(device)
-        )
+        shape, terms = torch.Size(shape), ((seed, scale),)
+        matrix = is_matrix(self, shape)
+        direction = LowRankDirection(self, slot, terms, shape=shape) if matrix else Direction(self, slot, terms)
+        return direction.values(shape, torch.device(device))
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
@@ -115,21 +116,6 @@ def is_matrix(noise: Noise, shape: torch.Size, scaling: Scaling | None = None) -
     return isinstance(noise, LowRank) and len(shape) > 1 and shape.numel() > 0 and scaling is None
 
 
-def direction_of(
-    noise: Noise,
-    slot: str,
-    shape: torch.Size,
-    terms: tuple[tuple[int, float], ...],
-    rounding_seed: int | None = None,
-    backend: str = "eager",
-    scaling: Scaling | None = None,
-) -> Direction:
-    """The `Direction` of a slot of this shape."""
-    if is_matrix(noise, shape, scaling):
-        return LowRankDirection(noise, slot, terms, rounding_seed, shape=shape)
-    return Direction(noise, slot, terms, rounding_seed, backend, scaling)
-
-
 @dataclass(frozen=True)
 class LowRankDirection(Direction):
     """``s = sum over k of left[:, k] right[k, :]`` for a matrix slot, from left to right in float32.
@@ -146,6 +132,10 @@ class LowRankDirection(Direction):
     shape: torch.Size = field(default_factory=torch.Size)
     base: tuple[Tensor, Tensor] | None = None
     decay: float = 1.0
+
+    @property
+    def still(self) -> bool:
+        return not self.terms and self.base is None
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``left`` ``[m, K]`` and ``right`` ``[K, columns]``, float32."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..noise import Direction, LowRank, LowRankDirection, Noise
+from ..noise import Direction, LowRank, LowRankDirection, Noise, unsampled
 from ..noise.direction import float32
 from ..records import Point
 from ..targets import Slot
@@ -57,22 +57,24 @@ class Sight:
         self.room = max((slot.tensor.numel() * slot.tensor.element_size() for slot in slots), default=0)
 
     def factors(self, slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank."""
+        """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0."""
         if (slot, dtype) not in self.known:
             direction = self.direction(slot)
             found = None
-            if isinstance(direction, LowRankDirection) and len(direction.shape) == 2:
+            if isinstance(direction, LowRankDirection) and len(direction.shape) == 2 and not direction.still:
                 left, right = direction.factors(self.values(slot).device)
                 found = left.to(dtype), right.to(dtype), float32(direction.decay)
             self.known[slot, dtype] = found
         return self.known[slot, dtype]
 
     def copy(self, slot: Slot) -> Tensor:
-        """The sum itself."""
+        """The sum itself; the values, if nothing is added to them."""
         copy = self.copies.get(slot)
         if copy is None:
-            values = self.values(slot).detach()
-            copy = self.direction(slot).add_to(values, out=self.pool.take(values))
+            values, direction = self.values(slot).detach(), self.direction(slot)
+            if direction.still:
+                return values
+            copy = direction.add_to(values, out=self.pool.take(values))
             self.copies[slot] = copy
             while len(self.copies) > 1 and sum(c.numel() * c.element_size() for c in self.copies.values()) > self.room:
                 self.copies.popitem(last=False)
@@ -177,7 +179,7 @@ FORMS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
 
 def realisation(noise: Noise) -> type[Materialised]:
     """How probes along a noise are realised."""
-    return Functional if isinstance(noise, LowRank) else Materialised
+    return Functional if isinstance(unsampled(noise), LowRank) else Materialised
 
 
 class Functional(Materialised):

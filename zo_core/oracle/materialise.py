@@ -127,13 +127,13 @@ class ProbeView:
         self.frames[-1].append(slot)
 
     def materialise(self, slot: Slot) -> None:
-        """Points the slot at a perturbed copy."""
+        """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
         with torch._C.DisableTorchFunction():
             original = self.original(slot)
             scratch = original
-            if self.owner.moves(self.point):
+            if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
                 scratch = self.owner.pool.take(original)
-                self.owner.direction(slot, self.point).add_to(original, out=scratch)
+                direction.add_to(original, out=scratch)
             self.present[slot] = scratch
             for tensor in slot.tensors:
                 self.absent.pop(id(tensor))

@@ -64,7 +64,7 @@ class Torch(UpdateRule):
 
 
 def _gradient(tensor: Tensor, direction: Direction) -> Tensor:
-    return direction.values(tensor.shape, tensor.device).to(tensor.dtype)
+    return direction.gradient(tensor.detach()).to(tensor.dtype)
 
 
 def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:

@@ -68,6 +68,11 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
             f"the rule {engine.rule.name!r} has state from before this log: the log continues a checkpoint, "
             "but cannot be replayed on weights alone"
         )
+    elif engine.step_count and engine.optimizer.thresholds:
+        limits.append(
+            "the thresholds of the noise's masks are of weights from before this log: the log continues a checkpoint, "
+            "but cannot be replayed on weights alone"
+        )
     notes = []
     if engine.config.dropout:
         notes.append(

@@ -22,7 +22,7 @@ from ..config import ZOConfig
 from ..engine import ZeroOrder
 from ..errors import ModelError, StateError
 from ..homes import State
-from ..noise import Direction
+from ..noise import Direction, share_of
 from ..noise.direction import piece_size
 from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
@@ -72,6 +72,8 @@ def replay(
     check_run(engine, log, start, frozen=frozen)
     if start == log.first_step and engine.homes.used():
         raise StateError("the engine has rule state from other steps, which a replay would go on with; make a new one")
+    if start == log.first_step:
+        engine.optimizer.thresholds.clear()  # those of this run come from the weights that it began with
     steps = [entry for entry in log.steps if start <= entry.step < end]
     apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
     engine.discard()
@@ -177,7 +179,7 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     with torch.no_grad():
         for slot in engine.slots:
             if engine.lazy is not None and engine.lazy.takes(slot):
-                for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps):
+                for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps, advance):
                     engine.lazy.update(slot, direction.terms, lr, weight_decay, direction.rounding_seed)
                     advance(slot.tensor.numel())
             else:
@@ -198,7 +200,7 @@ def _advance_slot(
     state: State,
 ) -> None:
     """All steps of one slot."""
-    moves = _moves(engine, slot, index, steps)
+    moves = _moves(engine, slot, index, steps, advance)
     batch = BATCH_WORDS * engine.noise.values_per_word
     pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
     plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
@@ -210,13 +212,18 @@ def _advance_slot(
         advance(theta.numel())
 
 
-def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep]) -> list[Move]:
+def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep], advance: Advance) -> list[Move]:
+    """What is done to a slot; steps that leave it alone are done with at once."""
     moves: list[Move] = []
     own = RULES.describe(engine.rule)
     for entry in steps:
         group = entry.settings.group_of[index]
         direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
-        moves.append((_rule(entry, engine, own), direction, entry.lrs[group], entry.settings.weight_decay[group]))
+        if direction.still:
+            advance(slot.tensor.numel())
+            continue
+        decay = entry.settings.weight_decay[group] / share_of(engine.noise)
+        moves.append((_rule(entry, engine, own), direction, entry.lrs[group], decay))
     return moves
 
 

@@ -1,0 +1,111 @@
+"""Directions that move a random subset of a model's blocks in each step.
+
+What is drawn depends on nothing but the seed of a direction and the name of a block, so probes, update, log
+and replay agree without a list of blocks. The draw belongs to the *step*: its directions share it, and
+whatever else they do, blocks outside of it are neither copied nor written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import NOISES, Noise
+from .hashing import BLOCKS, MASK32, derive_seed, stream_key
+from .wrapping import Wrapping, check_part
+
+#: The seed of the other noise is in the low bits of a direction's seed, that of the draw above them.
+DRAW_BITS = 128
+
+Terms = tuple[tuple[int, float], ...]
+
+
+@NOISES.register
+@dataclass(frozen=True)
+class Sampled(Wrapping):
+    """``of``, in each step on a random subset of the blocks; a block is drawn with probability ``share``.
+
+    A block is a repeated layer (the slots whose keys agree up to the first number in them) or, outside of those,
+    a module that holds weights: embeddings, final norm and head are blocks of their own. Blocks are drawn
+    independently. On those drawn the direction is ``z / sqrt(share)``, so that ``E[z z^T]`` is the identity and
+    the estimate unbiased: perturbation and estimate each take a root of the inverse probability. The probes
+    keep, on average, the distance from the weights that they have without sampling, and what an update moves
+    is weighted by ``1 / share``. So is weight decay, which together with the update leaves out the blocks that
+    are not drawn; momentum counts the steps in which its block moves.
+
+    With d_b of the d elements in block b, the two-sided estimator over n directions has the second moment
+    ``1/n * sum over b of |grad_b|^2 * (d - d_b + (d_b + n + kurtosis - 2) / share)``. With probability
+    ``(1 - share)^blocks`` no block is drawn: both sides of a probe then agree, and the step moves nothing.
+    `z` shows the direction without the draw, `values` with it.
+
+    Attributes:
+        share: probability of a block, above 0 and at most 1 (1 is ``of`` itself).
+        of: any noise that does not sample itself; with "low_rank" the drawn blocks are not copied either.
+    """
+
+    name: ClassVar[str] = "sampled"
+    share: float = 0.5
+    of: str | dict[str, Any] | Noise = field(default="rademacher", hash=False)
+
+    def __post_init__(self) -> None:
+        check_part("share", self.share, "the probability with which a block moves in a step")
+        self._wrap(self.of)
+        if isinstance(self.wrapped, Sampled):
+            raise ValueError(f"of={self.of!r} is sampled already; write one 'sampled' with the product of the shares")
+
+    def seed(self, base: int, step: int, direction: int) -> int:
+        """The seed of ``of`` in the low 128 bits, and above them that of the step's draw."""
+        return derive_seed(base, step, 0) << DRAW_BITS | super().seed(base, step, direction)
+
+    def draws(self, seed: int, slot: str) -> bool:
+        """Whether the block of a slot moves in the step that a direction's seed belongs to."""
+        low, high = stream_key(seed >> DRAW_BITS, block_of(slot), BLOCKS)
+        return ((high & MASK32) << 32 | low & MASK32) < self.share * 2.0**64
+
+    def drawn(self, slot: str, terms: Terms) -> Terms:
+        """Those of some terms that move a slot, as terms of ``of``."""
+        weight = self.share**-0.5
+        return tuple((_inner(seed), c * weight) for seed, c in terms if self.draws(seed, slot))
+
+    def values(
+        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
+    ) -> Tensor:
+        terms = self.drawn(slot, ((seed, scale),))
+        if not terms:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+        return self.wrapped.values(terms[0][0], slot, shape, device, terms[0][1])
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        if seeds:  # of one step
+            drawn = [(key, shape) for key, shape in slots if self.draws(seeds[0], key)]
+            super().prepare([_inner(seed) for seed in seeds], drawn, device)
+
+
+def _inner(seed: int) -> int:
+    return seed & ((1 << DRAW_BITS) - 1)
+
+
+@lru_cache(maxsize=1 << 16)
+def block_of(slot: str) -> str:
+    """The name of the block that a slot is in.
+
+    The key up to the first number in it (``model.layers.3``), or else the module that holds the tensor.
+    """
+    parts = slot.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if number is None else parts[: number + 1])
+
+
+def unsampled(noise: Noise) -> Noise:
+    """The noise on the blocks that are drawn: the noise itself, unless it samples."""
+    return noise.wrapped if isinstance(noise, Sampled) else noise
+
+
+def share_of(noise: Noise) -> float:
+    """The probability with which a slot moves in a step."""
+    return noise.share if isinstance(noise, Sampled) else 1.0

@@ -1,0 +1,56 @@
+"""Noises that change where another noise is applied, not how its values are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import NOISES, Noise
+
+
+@dataclass(frozen=True)
+class Wrapping(Noise):
+    """A noise over another; subclasses have a field ``of`` that names it.
+
+    `z`, `expand` and the moments are those of the other noise.
+
+    Attributes:
+        inner: the other noise.
+    """
+
+    def _wrap(self, of: str | dict[str, Any] | Noise) -> None:
+        """Resolves ``of``, and keeps it in the plain form that configurations and logs are written in.
+
+        Raises:
+            ValueError: there is no such noise.
+        """
+        inner = NOISES.resolve(of)
+        kept = {"inner": inner, "of": NOISES.describe(inner)}
+        moments = ("values_per_word", "variance", "kurtosis", "signs")
+        for name, value in (kept | {name: getattr(inner, name) for name in moments}).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def wrapped(self) -> Noise:
+        """The other noise."""
+        return self.__dict__["inner"]
+
+    def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
+        self.wrapped.expand(bits, scale, out)
+
+    def seed(self, base: int, step: int, direction: int) -> int:
+        return self.wrapped.seed(base, step, direction)
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        self.wrapped.prepare(seeds, slots, device)
+
+
+def check_part(name: str, value: object, meaning: str) -> None:
+    """Raises `ValueError` for what is no part of a whole, above 0 and at most 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 < value <= 1.0:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must be above 0 and at most 1: {meaning}, for example 0.25")
