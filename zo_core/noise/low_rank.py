@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .base import NOISES, Noise
 from .direction import CPU_CHUNK, Direction, Scaling, float32, workspace
-from .hashing import BASIS, DIRECTION, derive_seed, first_words, stream_key
+from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
 from .rademacher import Rademacher
 
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
@@ -72,6 +73,12 @@ class LowRank(Rademacher):
         )
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        vectors = [(key, shape.numel()) for key, shape in slots if not is_matrix(self, shape) and shape.numel()]
+        prepare_words(
+            [stream_key(seed, key, DIRECTION) for seed in seeds for key, _ in vectors],
+            [-(-numel // self.values_per_word) for _ in seeds for _, numel in vectors],
+            device,
+        )
         shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
         names = [(seed, key, shape, DIRECTION, device) for seed in seeds for key, shape in shapes]
         names = [name for name in names if _factors.get(name) is None]
@@ -94,6 +101,19 @@ class LowRank(Rademacher):
     def right(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """V, transposed, float32 ``[r, columns]``; do not write to it."""
         return self._signs(basis(seed), slot, (self.rank, shape[1:].numel()), BASIS, device)
+
+    def rights(self, bases: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """Several V, transposed, one below the other; do not write to it."""
+        parts = [self.right(b << SEED_BITS, slot, shape, device) for b in bases]
+        if len(parts) == 1:
+            return parts[0]
+        name = (bases, slot, shape, BASIS, device)
+        kept = _factors.get(name)
+        if kept is None:
+            with torch.inference_mode(False):
+                kept = torch.cat(parts)
+            _factors.put(name, kept)
+        return kept
 
     def _signs(self, seed: int, slot: str, shape: tuple[int, int], purpose: int, device: torch.device) -> Tensor:
         name = (seed, slot, shape, purpose, device)
@@ -140,11 +160,13 @@ class LowRankDirection(Direction):
     Attributes:
         shape: of the slot.
         base: factors ``[m, K]`` and ``[K, columns]`` of a sum that is already there: updates that wait.
+        bases: the bases (see `basis`) whose V are the rows of the latter.
         decay: what the weights are multiplied with, besides the ``decay`` of `add_to`.
     """
 
     shape: torch.Size = field(default_factory=torch.Size)
     base: tuple[Tensor, Tensor] | None = None
+    bases: tuple[int, ...] = ()
     decay: float = 1.0
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -180,6 +202,54 @@ class LowRankDirection(Direction):
     @property
     def _signs_alone(self) -> bool:
         return False
+
+
+def stacked_factors(
+    directions: Sequence[LowRankDirection], device: torch.device, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Factors of several sums for one slot, which have their right factor in common.
+
+    Args:
+        directions: of one slot and with the same ``base``, each with one term.
+        device: where.
+        rows: indices of the rows that are wanted, ``[m']``; None for all m.
+
+    Returns:
+        ``lefts`` ``[len(directions), K, m]`` and ``right`` ``[K, columns]``, float32: sum i is
+        ``lefts[i]^T right``. A direction whose basis is among the ``bases`` takes no columns of its own.
+    """
+    first, noise = directions[0], directions[0].noise
+    assert isinstance(noise, LowRank)
+    rank = noise.rank
+    terms = [direction.terms[0] for direction in directions]
+    groups, places = _layout(first.bases, tuple(dict.fromkeys(seed for seed, _ in terms)))
+    at = {group: seed for seed, group in places.items()}
+    lefts = [noise.left(at.get(k, terms[0][0]), first.slot, first.shape, device).t() for k in range(len(groups))]
+    signs = torch.stack(lefts if rows is None else [left[:, rows] for left in lefts])
+    scales = [[0.0] * len(groups) for _ in terms]
+    for row, (seed, c) in zip(scales, terms, strict=True):
+        row[places[seed]] = float32(c / math.sqrt(rank))
+    factor = torch.tensor(scales, device=device)[:, :, None, None]
+    if first.base is None:
+        result = factor * signs
+    else:
+        base = first.base[0].t() if rows is None else first.base[0].t()[:, rows]
+        missing = len(groups) * rank - len(base)
+        base = torch.cat([base, base.new_zeros(missing, base.shape[1])]) if missing else base
+        result = torch.addcmul(base.reshape(len(groups), rank, -1), factor, signs)
+    return result.flatten(1, 2), noise.rights(groups, first.slot, first.shape, device)
+
+
+@lru_cache(maxsize=64)
+def _layout(bases: tuple[int, ...], seeds: tuple[int, ...]) -> tuple[tuple[int, ...], dict[int, int]]:
+    """The bases in which to write sums along ``seeds`` besides what is there, and the place of each seed among them."""
+    groups, places = list(bases), dict[int, int]()
+    for seed in seeds:
+        free = (k for k, one in enumerate(groups) if one == basis(seed) and k not in places.values())
+        places[seed] = next(free, len(groups))
+        if places[seed] == len(groups):
+            groups.append(basis(seed))
+    return tuple(groups), places
 
 
 class _FactorCache:
