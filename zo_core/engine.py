@@ -357,9 +357,9 @@ class ZeroOrder:
             return 1.0  # what a torch optimizer calls eps is something else
         return float(self._group_of[slot]["eps"]) / self.eps
 
-    def _perturbation(self, slot: Slot, point: Point) -> Direction:
-        scale = point.scale * self._relative_eps(slot)
-        terms = ((point.seed, scale),)
+    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
+        relative = self._relative_eps(slot)
+        terms = tuple((point.seed, point.scale * relative) for point in points)
         result = direction_of(self.noise, slot.key, slot.tensor.shape, terms, None, self.backend, slot.scaling)
         return result if self.lazy is None else self.lazy.added(slot, result)
 

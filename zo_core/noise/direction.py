@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -230,22 +230,21 @@ class Direction:
                 store(work.add_(s), new, self.rounding_key(source.dtype), (self.offset or 0) + start)
 
 
-def stacked_values(theta: Tensor, directions: Sequence[Direction]) -> Tensor:
-    """``round(theta + s)`` along each of some directions of one slot, as `Direction.add_to` rounds it.
+def stacked_values(theta: Tensor, direction: Direction) -> Tensor:
+    """``round(theta + s)`` with each of the terms by itself, as `Direction.add_to` rounds it.
 
     Args:
         theta: the values of the slot, with few elements.
-        directions: with one term each, of a noise with signs.
+        direction: of a noise with signs.
 
     Returns:
-        ``[len(directions), *theta.shape]`` in the type of ``theta``.
+        ``[len(terms), *theta.shape]`` in the type of ``theta``.
     """
-    terms = [direction.terms[0] for direction in directions]
+    noise, slot, terms, device = direction.noise, direction.slot, direction.terms, theta.device
     places = {seed: place for place, seed in enumerate(dict.fromkeys(seed for seed, _ in terms))}
-    noise, slot, device = directions[0].noise, directions[0].slot, theta.device
     z = torch.stack([noise.z(seed, slot, 0, theta.numel(), device) for seed in places])
     scales = torch.tensor([float32(c) for _, c in terms], device=device)
-    s = z[[places[seed] for seed, _ in terms]].mul_(scales[:, None])
+    s = z[torch.tensor([places[seed] for seed, _ in terms], device=device)].mul_(scales[:, None])
     return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)
 
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import NOISES, Noise
@@ -104,14 +105,13 @@ class LowRank(Rademacher):
 
     def rights(self, bases: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """Several V, transposed, one below the other; do not write to it."""
-        parts = [self.right(b << SEED_BITS, slot, shape, device) for b in bases]
-        if len(parts) == 1:
-            return parts[0]
+        if len(bases) == 1:
+            return self.right(bases[0] << SEED_BITS, slot, shape, device)
         name = (bases, slot, shape, BASIS, device)
         kept = _factors.get(name)
         if kept is None:
             with torch.inference_mode(False):
-                kept = torch.cat(parts)
+                kept = torch.cat([self.right(b << SEED_BITS, slot, shape, device) for b in bases])
             _factors.put(name, kept)
         return kept
 
@@ -205,39 +205,41 @@ class LowRankDirection(Direction):
 
 
 def stacked_factors(
-    directions: Sequence[LowRankDirection], device: torch.device, rows: Tensor | None = None
+    direction: LowRankDirection, device: torch.device, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Factors of several sums for one slot, which have their right factor in common.
+    """Factors of ``base`` with each of the terms by itself; they have their right factor in common.
 
     Args:
-        directions: of one slot and with the same ``base``, each with one term.
+        direction: of a slot.
         device: where.
         rows: indices of the rows that are wanted, ``[m']``; None for all m.
 
     Returns:
-        ``lefts`` ``[len(directions), K, m]`` and ``right`` ``[K, columns]``, float32: sum i is
-        ``lefts[i]^T right``. A direction whose basis is among the ``bases`` takes no columns of its own.
+        ``lefts`` ``[len(terms), m, K]`` and ``right`` ``[K, columns]``, float32: the sum with term i is
+        ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own. The next
+        call for this device writes over ``lefts``.
     """
-    first, noise = directions[0], directions[0].noise
+    noise, terms, slot, shape = direction.noise, direction.terms, direction.slot, direction.shape
     assert isinstance(noise, LowRank)
     rank = noise.rank
-    terms = [direction.terms[0] for direction in directions]
-    groups, places = _layout(first.bases, tuple(dict.fromkeys(seed for seed, _ in terms)))
-    at = {group: seed for seed, group in places.items()}
-    lefts = [noise.left(at.get(k, terms[0][0]), first.slot, first.shape, device).t() for k in range(len(groups))]
-    signs = torch.stack(lefts if rows is None else [left[:, rows] for left in lefts])
-    scales = [[0.0] * len(groups) for _ in terms]
+    groups, places = _layout(direction.bases, tuple(dict.fromkeys(seed for seed, _ in terms)))
+    seeds = {place: seed for seed, place in places.items()}
+    lefts = [noise.left(seeds.get(place, terms[0][0]), slot, shape, device) for place in range(len(groups))]
+    signs = torch.cat(lefts if rows is None else [left[rows] for left in lefts], 1)
+    scales = [[0.0] * signs.shape[1] for _ in terms]
     for row, (seed, c) in zip(scales, terms, strict=True):
-        row[places[seed]] = float32(c / math.sqrt(rank))
-    factor = torch.tensor(scales, device=device)[:, :, None, None]
-    if first.base is None:
-        result = factor * signs
+        first = places[seed] * rank
+        row[first : first + rank] = [float32(c / math.sqrt(rank))] * rank
+    factor = torch.tensor(scales, device=device).unsqueeze(1)
+    # Fresh memory of this size would cost page faults at every matrix.
+    result = workspace("lefts", len(terms) * signs.numel(), device).view(len(terms), *signs.shape)
+    if direction.base is None:
+        torch.mul(signs, factor, out=result)
     else:
-        base = first.base[0].t() if rows is None else first.base[0].t()[:, rows]
-        missing = len(groups) * rank - len(base)
-        base = torch.cat([base, base.new_zeros(missing, base.shape[1])]) if missing else base
-        result = torch.addcmul(base.reshape(len(groups), rank, -1), factor, signs)
-    return result.flatten(1, 2), noise.rights(groups, first.slot, first.shape, device)
+        base = direction.base[0] if rows is None else direction.base[0][rows]
+        base = F.pad(base, (0, signs.shape[1] - base.shape[1]))
+        torch.addcmul(base, factor, signs, out=result)
+    return result, noise.rights(groups, slot, shape, device)
 
 
 @lru_cache(maxsize=64)

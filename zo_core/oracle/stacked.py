@@ -49,7 +49,7 @@ class StackedSight(Sight):
     Args:
         slots: what is perturbed.
         values: the values of a slot in memory.
-        direction: ``s`` of a slot at a point.
+        direction: of a slot and the points, a term for each.
         points: one per copy.
     """
 
@@ -57,26 +57,25 @@ class StackedSight(Sight):
         self,
         slots: Sequence[Slot],
         values: Callable[[Slot], Tensor],
-        direction: Callable[[Slot, Point], Direction],
+        direction: Callable[..., Direction],
         points: Sequence[Point],
     ):
-        super().__init__(slots, values, lambda slot: direction(slot, points[0]), ScratchPool())
+        super().__init__(slots, values, lambda slot: direction(slot, *points), ScratchPool())
         self.count = len(points)
-        self.directions = lambda slot: [direction(slot, point) for point in points]
         self.stacks: dict[Slot, Tensor] = {}
 
     def lefts(self, slot: Slot, rows: Tensor | None = None) -> tuple[Tensor, Tensor, float] | None:
-        """``left_c`` as ``[copies, K, m]``, ``right`` ``[K, columns]``, and the decay; None if ``s`` is of full rank.
+        """``left_c`` as ``[copies, m, K]``, ``right`` ``[K, columns]``, and the decay; None if ``s`` is of full rank.
 
         Args:
             slot: a matrix.
             rows: their indices, where only some of the m rows are wanted.
         """
-        directions = [d for d in self.directions(slot) if isinstance(d, LowRankDirection) and len(d.shape) == 2]
-        if not directions:
+        direction = self.direction(slot)
+        if not isinstance(direction, LowRankDirection) or len(direction.shape) != 2:
             return None
-        left, right = stacked_factors(directions, self.values(slot).device, rows)
-        return left, right, float32(directions[0].decay)
+        left, right = stacked_factors(direction, self.values(slot).device, rows)
+        return left, right, float32(direction.decay)
 
     def stack(self, slot: Slot) -> Tensor:
         """The values of all copies, ``[copies, *shape]``, of a slot whose direction is of full rank.
@@ -85,10 +84,10 @@ class StackedSight(Sight):
             NotStackable: it is a matrix, of which there is to be no copy.
         """
         if slot not in self.stacks:
-            directions = self.directions(slot)
-            if slot.scaling is not None or any(isinstance(d, LowRankDirection) for d in directions):
+            direction = self.direction(slot)
+            if slot.scaling is not None or isinstance(direction, LowRankDirection):
                 raise NotStackable(slot.key)
-            self.stacks[slot] = stacked_values(self.values(slot).detach(), directions)
+            self.stacks[slot] = stacked_values(self.values(slot).detach(), direction)
         return self.stacks[slot]
 
 
@@ -157,10 +156,11 @@ class StackedMode(FunctionalMode):
         x = self._shared(self.replaced(input))
         y = F.linear(x if decay == 1.0 else x * decay, self.sight.values(slot), bias if shift is None else None)
         inner = F.linear(x.to(y.dtype), right.to(y.dtype))
+        left = left.to(y.dtype)
         if shift is not None:  # goes along with the factors: one pass over y less
-            left = torch.cat([left, shift.unsqueeze(1).to(left.dtype)], 1)
+            left = torch.cat([left, shift.unsqueeze(2).to(y.dtype)], 2)
             inner = F.pad(inner, (0, 1), value=1.0)
-        return self.wrap(self._added(y, inner, left))
+        return self.wrap(self._added(y, inner, left.transpose(1, 2)))
 
     def _shared(self, value: Tensor) -> Tensor:
         """``[copies or 1, ...]``."""
@@ -171,7 +171,6 @@ class StackedMode(FunctionalMode):
         """``y + inner left`` copy by copy, ``[copies, ..., m]``; what is the same in all copies comes as one."""
         rows = y.shape[1:-1]
         flat, inner = y.reshape(len(y), -1, y.shape[-1]), inner.reshape(len(y), -1, inner.shape[-1])
-        left = left.to(y.dtype)
         if len(y) == len(left):
             flat = flat.baddbmm_(inner, left)
         else:
@@ -190,7 +189,7 @@ class StackedMode(FunctionalMode):
         y = F.embedding(input, self.sight.values(slot), *args, **kwargs)
         if decay != 1.0:
             y = y * decay
-        term = torch.matmul(left.transpose(1, 2), right).view(-1, *y.shape)
+        term = torch.matmul(left, right).view(-1, *y.shape)
         return self.wrap(term.add_(y) if term.dtype == y.dtype else (y + term).to(y.dtype))
 
     def addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor | None:
@@ -200,9 +199,9 @@ class StackedMode(FunctionalMode):
         left, right, decay = known
         x, shift = self._shared(self.replaced(mat1)), self._shared(self.replaced(input))
         y = torch.matmul(x if decay == 1.0 else x * decay, self.sight.values(slot))
-        inner = torch.matmul(x.to(y.dtype), left.to(y.dtype).transpose(1, 2))
+        inner = torch.matmul(x.to(y.dtype), left.to(y.dtype))
         y = y + shift.view(len(shift), *(1,) * (3 - shift.ndim), *shift.shape[1:])
-        return self.wrap(self._added(y, inner, right.expand(self.sight.count, -1, -1)))
+        return self.wrap(self._added(y, inner, right.to(y.dtype).expand(self.sight.count, -1, -1)))
 
     # Functions that vmap would take apart
 
