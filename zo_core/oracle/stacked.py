@@ -219,21 +219,18 @@ class StackedMode(FunctionalMode):
     ) -> Tensor | None:
         """One call for all copies, whose batches become one; random numbers are left to vmap."""
         dropout = args[0] if args else kwargs.get("dropout_p", 0.0)
-        stacks = [self.unwrap(one) for one in (query, key, value)]
-        if dropout or any(one is None or one.ndim != 5 for one in stacks):
+        count, given = self.sight.count, (query, key, value)
+        if dropout or any(one.ndim != 4 for one in given) or all(self.unwrap(one) is None for one in given):
             return None
-        q, k, v = (one.flatten(0, 1) for one in stacks if one is not None)
+        q, k, v = (self._shared(one).expand(count, *one.shape).flatten(0, 1) for one in given)
         if attn_mask is not None:
-            mask = self.unwrap(attn_mask)
-            if mask is None:
-                mask = attn_mask.unsqueeze(0)
+            mask = self._shared(attn_mask)
             if mask.ndim == 5 and (len(mask) > 1 or mask.shape[1] > 1):
-                batch = len(q) // self.sight.count
-                attn_mask = mask.expand(self.sight.count, batch, *mask.shape[2:]).flatten(0, 1)
+                attn_mask = mask.expand(count, len(query), *mask.shape[2:]).flatten(0, 1)
             elif len(mask) > 1:
                 return None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, *args, **kwargs)
-        return self.wrap(y.unflatten(0, (self.sight.count, -1)))
+        return self.wrap(y.unflatten(0, (count, -1)))
 
     def reduced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A loss function of each copy by itself, in float32."""
