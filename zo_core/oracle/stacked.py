@@ -248,6 +248,13 @@ class StackedMode(FunctionalMode):
         return self.wrap(torch.stack(losses))
 
 
+def copies(value: Any) -> list[Any]:
+    """What a value is in each of the copies that a closure runs on; outside of stacked probes it is one."""
+    if isinstance(value, Tensor) and _functorch.is_batchedtensor(value):
+        return list(_functorch.get_unwrapped(value).movedim(_functorch.maybe_get_bdim(value), 0).unbind())
+    return [value]
+
+
 @lru_cache
 def _name(func: Callable[..., Any]) -> str:
     return resolve_name(func) or getattr(func, "__name__", "a function")
