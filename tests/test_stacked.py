@@ -134,6 +134,18 @@ def test_uneven_masks_are_averaged_copy_by_copy() -> None:
     assert len(set(stacked)) == 6
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("name", STACKABLE)
+def test_what_is_frozen_is_the_same_in_all_copies(name: str, which: int) -> None:
+    model = made(name, torch.float64)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 == which)
+    zo = engine(model, eps=1e-2)
+    stacked, separate = both(zo, loss_of(name, model))
+    assert stacked == pytest.approx(separate, rel=8 * U)
+    assert len(set(stacked)) == 6
+
+
 class Losses(nn.Module):
     """Ends in one of torch's losses."""
 
@@ -341,6 +353,21 @@ def test_what_has_no_stacked_form_is_measured_separately(habit: str, caplog: pyt
     assert same_bits(weights(model), weights(other))
     (said,) = [record.getMessage() for record in caplog.records if "stack_probes" in record.getMessage()]
     assert any(word in said for word in words.split("|"))
+
+
+def test_losses_across_the_batch_are_those_of_each_copy() -> None:
+    # The router's loss of a mixture of experts is one such; its experts, in three dimensions, have no stacked form.
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "output_router_logits": True}
+    config = MixtralConfig(vocab_size=VOCAB, num_key_value_heads=1, **sizes, **experts)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    other = copy.deepcopy(model)
+    zo = engine(model)
+    assert run(zo, "llama", 3) == run(engine(other, stack_probes=False), "llama", 3)
+    assert same_bits(weights(model), weights(other))
 
 
 @pytest.mark.parametrize("name", ["convnet", "recurrent", "attention", "scripted", "kept_view"])

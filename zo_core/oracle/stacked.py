@@ -148,8 +148,7 @@ class StackedMode(FunctionalMode):
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         slot = self.slots.get(id(weight))
         if slot is None or (known := self.sight.lefts(slot)) is None:
-            stack = None if slot is not None or id(bias) in self.slots else self.unwrap(input)
-            return None if stack is None else self.wrap(F.linear(stack, weight, bias))
+            return self._frozen(input, weight, bias) if slot is None and id(bias) not in self.slots else None
         left, right, decay = known
         bias = self.replaced(bias)
         shift = self.unwrap(bias)
@@ -162,6 +161,13 @@ class StackedMode(FunctionalMode):
             inner = F.pad(inner, (0, 1), value=1.0)
         return self.wrap(self._added(y, inner, left.transpose(1, 2)))
 
+    def _frozen(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A layer that does not move, in one product for all copies."""
+        stack = self.unwrap(input)
+        if stack is None or self.unwrap(weight) is not None or self.unwrap(bias) is not None:
+            return None
+        return self.wrap(F.linear(stack, weight, bias))
+
     def _shared(self, value: Tensor) -> Tensor:
         """``[copies or 1, ...]``."""
         stack = self.unwrap(value)
@@ -170,7 +176,7 @@ class StackedMode(FunctionalMode):
     def _added(self, y: Tensor, inner: Tensor, left: Tensor) -> Tensor:
         """``y + inner left`` copy by copy, ``[copies, ..., m]``; what is the same in all copies comes as one."""
         rows = y.shape[1:-1]
-        flat, inner = y.reshape(len(y), -1, y.shape[-1]), inner.reshape(len(y), -1, inner.shape[-1])
+        flat, inner = y.reshape(len(y), -1, y.shape[-1]), inner.reshape(len(inner), -1, inner.shape[-1])
         if len(y) == len(left):
             flat = flat.baddbmm_(inner, left)
         else:
