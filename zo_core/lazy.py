@@ -10,7 +10,6 @@ window's bases (LOZO-M, arXiv 2410.07698, section 4.2). Forwards outside of step
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from .noise import Direction, LowRank, LowRankDirection, Noise, is_matrix
 from .noise.direction import float32
-from .noise.low_rank import basis
+from .noise.low_rank import basis, columns
 from .offload import Streaming
 from .oracle.function_mode import ProbeMode
 from .oracle.functional import FunctionalMode, Sight
@@ -132,16 +131,12 @@ class LazyUpdates:
         if decay != 1.0:
             factor.mul_(decay)
             state["decay"] *= decay
-        lefts = [self.noise.left(seed, slot.key, self.shapes[slot], factor.device) for seed, _ in terms]
-        left = lefts[0] if len(lefts) == 1 else torch.cat(lefts, 1)
-
-        def scaled(factors: Iterable[float]) -> Tensor:
-            return left * torch.tensor([float32(x / math.sqrt(rank)) for x in factors for _ in range(rank)]).to(left)
-
+        left = self.noise.lefts(tuple(seed for seed, _ in terms), slot.key, self.shapes[slot], factor.device)
         if self.beta is None:
-            factor.add_(scaled(-lr * c for _, c in terms))
+            factor.add_(left * columns(tuple(-lr * c for _, c in terms), rank, factor.device))
         else:
-            momentum = state["factor_momentum"].mul_(float32(self.beta)).add_(scaled(c for _, c in terms))
+            momentum = state["factor_momentum"].mul_(float32(self.beta))
+            momentum.add_(left * columns(tuple(c for _, c in terms), rank, factor.device))
             factor.add_(momentum * float32(-lr))
         self.exported.pop(slot, None)
         if not self.handles and (decay != 1.0 or any(c for _, c in terms)):

@@ -242,7 +242,7 @@ def stacked_values(theta: Tensor, direction: Direction) -> Tensor:
     """
     noise, slot, terms, device = direction.noise, direction.slot, direction.terms, theta.device
     places = {seed: place for place, seed in enumerate(dict.fromkeys(seed for seed, _ in terms))}
-    z = torch.stack([noise.z(seed, slot, 0, theta.numel(), device) for seed in places])
+    z = noise.stack(tuple(places), slot, theta.numel(), device)
     scales = torch.tensor([float32(c) for _, c in terms], device=device)
     s = z[torch.tensor([places[seed] for seed, _ in terms], device=device)].mul_(scales[:, None])
     return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -99,6 +99,13 @@ class LowRank(Rademacher):
         """U, float32 ``[m, r]``; do not write to it."""
         return self._signs(seed, slot, (shape[0], self.rank), DIRECTION, device)
 
+    def lefts(self, seeds: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """Several U, one beside the other, float32 ``[m, len(seeds) * r]``; do not write to it."""
+        if len(seeds) == 1:
+            return self.left(seeds[0], slot, shape, device)
+        parts = (self.left(seed, slot, shape, device) for seed in seeds)
+        return _factors.joined((seeds, slot, shape, DIRECTION, device), parts, 1)
+
     def right(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """V, transposed, float32 ``[r, columns]``; do not write to it."""
         return self._signs(basis(seed), slot, (self.rank, shape[1:].numel()), BASIS, device)
@@ -107,13 +114,8 @@ class LowRank(Rademacher):
         """Several V, transposed, one below the other; do not write to it."""
         if len(bases) == 1:
             return self.right(bases[0] << SEED_BITS, slot, shape, device)
-        name = (bases, slot, shape, BASIS, device)
-        kept = _factors.get(name)
-        if kept is None:
-            with torch.inference_mode(False):
-                kept = torch.cat([self.right(b << SEED_BITS, slot, shape, device) for b in bases])
-            _factors.put(name, kept)
-        return kept
+        parts = (self.right(b << SEED_BITS, slot, shape, device) for b in bases)
+        return _factors.joined((bases, slot, shape, BASIS, device), parts, 0)
 
     def _signs(self, seed: int, slot: str, shape: tuple[int, int], purpose: int, device: torch.device) -> Tensor:
         name = (seed, slot, shape, purpose, device)
@@ -219,39 +221,55 @@ def stacked_factors(
         ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own. The next
         call for this device writes over ``lefts``.
     """
-    noise, terms, slot, shape = direction.noise, direction.terms, direction.slot, direction.shape
+    noise, slot, shape = direction.noise, direction.slot, direction.shape
     assert isinstance(noise, LowRank)
-    rank = noise.rank
-    groups, places = _layout(direction.bases, tuple(dict.fromkeys(seed for seed, _ in terms)))
-    seeds = {place: seed for seed, place in places.items()}
-    lefts = [noise.left(seeds.get(place, terms[0][0]), slot, shape, device) for place in range(len(groups))]
-    signs = torch.cat(lefts if rows is None else [left[rows] for left in lefts], 1)
-    scales = [[0.0] * signs.shape[1] for _ in terms]
-    for row, (seed, c) in zip(scales, terms, strict=True):
-        first = places[seed] * rank
-        row[first : first + rank] = [float32(c / math.sqrt(rank))] * rank
-    factor = torch.tensor(scales, device=device).unsqueeze(1)
+    seeds, bases, factor = _layout(direction.bases, direction.terms, noise.rank, device)
+    left = noise.lefts(seeds, slot, shape, device)
+    signs = left if rows is None else left[rows]
     # Fresh memory of this size would cost page faults at every matrix.
-    result = workspace("lefts", len(terms) * signs.numel(), device).view(len(terms), *signs.shape)
+    result = workspace("lefts", len(factor) * signs.numel(), device).view(len(factor), *signs.shape)
     if direction.base is None:
         torch.mul(signs, factor, out=result)
     else:
         base = direction.base[0] if rows is None else direction.base[0][rows]
-        base = F.pad(base, (0, signs.shape[1] - base.shape[1]))
-        torch.addcmul(base, factor, signs, out=result)
-    return result, noise.rights(groups, slot, shape, device)
+        missing = signs.shape[1] - base.shape[1]
+        torch.addcmul(F.pad(base, (0, missing)) if missing else base, factor, signs, out=result)
+    return result, noise.rights(bases, slot, shape, device)
 
 
 @lru_cache(maxsize=64)
-def _layout(bases: tuple[int, ...], seeds: tuple[int, ...]) -> tuple[tuple[int, ...], dict[int, int]]:
-    """The bases in which to write sums along ``seeds`` besides what is there, and the place of each seed among them."""
-    groups, places = list(bases), dict[int, int]()
-    for seed in seeds:
-        free = (k for k, one in enumerate(groups) if one == basis(seed) and k not in places.values())
-        places[seed] = next(free, len(groups))
-        if places[seed] == len(groups):
-            groups.append(basis(seed))
-    return tuple(groups), places
+def _layout(
+    bases: tuple[int, ...], terms: tuple[tuple[int, float], ...], rank: int, device: torch.device
+) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    """Columns for sums along ``terms`` besides what is there: r for each of some bases.
+
+    Returns:
+        For each of these a seed whose U may be put there; the bases; and the factor of every column of U in
+        each sum, 0 where it is not in it, ``[len(terms), 1, K]``.
+    """
+    found, places = list(bases), dict[int, int]()
+    for seed, _ in terms:
+        if seed not in places:
+            free = (k for k, one in enumerate(found) if one == basis(seed) and k not in places.values())
+            places[seed] = next(free, len(found))
+            if places[seed] == len(found):
+                found.append(basis(seed))
+    seeds = {place: seed for seed, place in places.items()}
+    scales = [[0.0] * (rank * len(found)) for _ in terms]
+    for row, (seed, c) in zip(scales, terms, strict=True):
+        first = places[seed] * rank
+        row[first : first + rank] = [float32(c / math.sqrt(rank))] * rank
+    with torch.inference_mode(False):
+        factor = torch.tensor(scales, device=device).unsqueeze(1)
+    return tuple(seeds.get(place, terms[0][0]) for place in range(len(found))), tuple(found), factor
+
+
+@lru_cache(maxsize=64)
+def columns(values: tuple[float, ...], rank: int, device: torch.device) -> Tensor:
+    """``round(value / sqrt(r))`` for r columns each, float32 ``[len(values) * r]``."""
+    with torch.inference_mode(False):
+        scales = [float32(value / math.sqrt(rank)) for value in values]
+        return torch.tensor(scales, device=device).repeat_interleave(rank)
 
 
 class _FactorCache:
@@ -267,6 +285,15 @@ class _FactorCache:
         kept = self.entries.get(name)
         if kept is not None:
             self.entries.move_to_end(name)
+        return kept
+
+    def joined(self, name: object, parts: Iterable[Tensor], dim: int) -> Tensor:
+        """What is kept under a name, or else ``parts``, joined and kept."""
+        kept = self.get(name)
+        if kept is None:
+            with torch.inference_mode(False):
+                kept = torch.cat(list(parts), dim)
+            self.put(name, kept)
         return kept
 
     def put(self, name: object, value: Tensor) -> None:
