@@ -43,6 +43,10 @@ class NotStackable(Exception):
     """The closure does something that has no form for several probes at once."""
 
 
+class _Matrix(NotStackable):
+    """A function would need a copy of a matrix for each probe; the text is the slot's key."""
+
+
 class StackedSight(Sight):
     """The weights of several probes, ``values + s_c`` for each copy c.
 
@@ -81,12 +85,12 @@ class StackedSight(Sight):
         """The values of all copies, ``[copies, *shape]``, of a slot whose direction is of full rank.
 
         Raises:
-            NotStackable: it is a matrix, of which there is to be no copy.
+            _Matrix: there is to be no copy of it.
         """
         if slot not in self.stacks:
             direction = self.direction(slot)
             if slot.scaling is not None or isinstance(direction, LowRankDirection):
-                raise NotStackable(slot.key)
+                raise _Matrix(slot.key)
             self.stacks[slot] = stacked_values(self.values(slot).detach(), direction)
         return self.stacks[slot]
 
@@ -110,16 +114,15 @@ class StackedMode(FunctionalMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        inside = _functorch.maybe_current_level() != self.level  # of a transform in the code of the model
         try:
-            if _functorch.maybe_current_level() != self.level and func not in METADATA:
-                return func(*self.replaced(args), **{n: self.replaced(value) for n, value in (kwargs or {}).items()})
-            if func in REDUCTIONS:
-                return self.reduced(func, self.replaced(args), kwargs or {})
+            if func in REDUCTIONS or (inside and func not in METADATA):
+                args = self.replaced(args)
+                kwargs = {name: self.replaced(value) for name, value in (kwargs or {}).items()}
+                return func(*args, **kwargs) if inside else self.reduced(func, args, kwargs)
             return super().__torch_function__(func, types, args, kwargs)
-        except NotStackable as error:
-            if " " in str(error):
-                raise
-            raise NotStackable(f"{_name(func)} uses {error}, and has no form for several probes at once") from None
+        except _Matrix as matrix:
+            raise NotStackable(f"{_name(func)} uses {matrix}, and has no form for several probes at once") from None
 
     def replaced(self, value: Any) -> Any:
         """The value, with those of all copies for the parameters in it."""
