@@ -37,6 +37,9 @@ class ZOArguments:
     zo_num_probes: int | None = field(
         default=None, metadata={"help": "Directions per step; default 1 (spsa) or 8 (fzoo)."}
     )
+    zo_stack_probes: bool = field(
+        default=False, metadata={"help": "Measure all probes of a step in one forward; needs zo_noise=low_rank."}
+    )
     zo_noise: str = field(
         default="rademacher", metadata={"help": "Directions: rademacher, gaussian, low_rank, sparse or sampled."}
     )

@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from zo_core.oracle.function_mode import upcast
+from zo_core.oracle.stacked import copies
 
 #: Probes of a streamed model run in turns, each in a thread with context variables of its own.
 _current: ContextVar[Run] = ContextVar("zo_probe")
@@ -24,11 +25,11 @@ _current: ContextVar[Run] = ContextVar("zo_probe")
 
 @dataclass
 class Run:
-    """One call of ``training_step``.
+    """One call of ``training_step``, for one probe or for all of them at once.
 
     Attributes:
-        output: what it returned.
-        loss: the loss in that, float32 of shape ``[]`` if it is a number; None if there was none.
+        output: what it returned, to the first of its probes.
+        loss: the loss in that, the mean over its probes; None if there was none.
         logged: value and keyword arguments of each `log` call, by name and how often the name came before.
     """
 
@@ -39,7 +40,7 @@ class Run:
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keeps what the module logs; a tensor may show a perturbed weight, so it is copied."""
-        value = value.detach().clone() if isinstance(value, Tensor) else value
+        value = _mean([one.clone() for one in copies(value.detach())]) if isinstance(value, Tensor) else value
         self.logged[name, self.names[name]] = (value, args, kwargs)
         self.names[name] += 1
 
@@ -88,21 +89,27 @@ class Probes:
         token = _current.set(run)
         try:
             args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor)
-            run.output = step(*args, **kwargs)
+            output = step(*args, **kwargs)
+        except Exception:  # the engine repeats what does not work for several probes at once
+            self.runs = [other for other in self.runs if other is not run]
+            raise
         finally:
             _current.reset(token)
-        run.loss = run.output.get("loss") if isinstance(run.output, Mapping) else run.output
-        if run.loss is None and not isinstance(run.output, Mapping):
+        run.output = apply_to_collection(output, Tensor, lambda tensor: copies(tensor)[0])
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        run.loss = None if loss is None else _mean(copies(loss))
+        if loss is None and not isinstance(output, Mapping):
             return 0.0
-        if self.accumulated == 1 or not isinstance(run.loss, (Tensor, Number)):
-            return run.loss
-        return upcast(run.loss) / self.accumulated
+        if self.accumulated == 1 or not isinstance(loss, (Tensor, Number)):
+            return loss
+        return upcast(loss) / self.accumulated
 
     def finish(self) -> None:
-        """Drops the runs that the engine repeated: of a first step whose loss came out as NaN."""
+        """Drops the runs that the engine repeated: of a first step whose loss came out as NaN, or that compares."""
         for run in list(self.runs):
             if len(self.runs) > self.count and run.loss is not None and not torch.isfinite(_number(run.loss)):
                 self.runs.remove(run)
+        del self.runs[: -self.count]
 
     @property
     def without_loss(self) -> int:

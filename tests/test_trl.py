@@ -191,3 +191,13 @@ def test_preference_optimisation_with_lora_takes_the_base_as_reference(tmp_path:
     assert moved
     assert all("lora_" in name for name in moved)
     assert any(logged(trainer, "projected_grad"))
+
+
+def test_probes_that_cannot_be_stacked_leave_the_metrics_alone(tmp_path: Path, tokenizer: Any) -> None:
+    logs = []
+    for stack in (True, False):
+        config = ZOConfig(noise="low_rank", num_probes=2, stack_probes=stack)
+        trainer = sft(tmp_path / str(stack), tokenizer, zo_config=config, bf16=False)
+        trainer.train()
+        logs.append(trainer.state.log_history[:-1])
+    assert logs[0] == logs[1]

@@ -13,7 +13,7 @@ import torch
 
 from .errors import ConfigError
 from .estimators import ESTIMATORS, Estimator
-from .noise import NOISES, Noise
+from .noise import NOISES, LowRank, Noise
 from .registry import Registry
 from .rules import RULES, UpdateRule
 from .targets import TARGETS, Target
@@ -39,6 +39,9 @@ class ZOConfig:
             LoRA, 1e-1 for prefix tuning.
         num_probes: directions per step; None takes the estimator's default (1 for spsa, 8 for
             fzoo). spsa runs two forwards per direction, fzoo one, and one more.
+        stack_probes: measure all points of a step in one forward, which reads each weight once. Needs
+            noise="low_rank" and memory for the activations of all of them; what cannot run so is measured
+            one probe after another, and said. The losses are those of separate probes up to rounding.
         estimator: how losses become probes: "spsa" or "fzoo".
         noise: distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights
             alone) or "sampled" (a random subset of the blocks in each step); the last two are ``of`` another.
@@ -73,6 +76,7 @@ class ZOConfig:
     lr: float | str | None = None
     eps: float | None = None
     num_probes: int | None = None
+    stack_probes: bool = False
     estimator: str | dict[str, Any] | Estimator = "spsa"
     noise: str | dict[str, Any] | Noise = "rademacher"
     rule: str | dict[str, Any] | UpdateRule = "auto"
@@ -92,7 +96,7 @@ class ZOConfig:
     def __post_init__(self) -> None:
         problems: list[str] = []
         estimator = self._component("estimator", ESTIMATORS, problems)
-        self._component("noise", NOISES, problems)
+        noise = self._component("noise", NOISES, problems)
         self._component("target", TARGETS, problems)
         if self.rule != "auto":
             self._component("rule", RULES, problems)
@@ -111,9 +115,16 @@ class ZOConfig:
                 )
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             problems.append(f"seed={self.seed!r} must be a whole number, or None for the trainer's seed")
-        for name in ("dropout", "stochastic_rounding"):
+        for name in ("dropout", "stochastic_rounding", "stack_probes"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.stack_probes is True and noise is not None and not isinstance(noise, LowRank):
+            problems.append(f"stack_probes=True needs noise='low_rank'; noise={noise.name!r} copies the weights")
+        if self.stack_probes is True and self.offload in OFFLOADS[1:]:
+            problems.append(
+                f"stack_probes=True has no use with offload={self.offload!r}, where all probes share a sweep already; "
+                "leave out one of them"
+            )
         if self.offload not in OFFLOADS:
             problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
         elif self.offload not in ("disk", "auto") and self.offload_dir is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import AUTO, ZOConfig
-from .errors import ConfigError, LossError, ModelError, StateError
+from .errors import LossError, ModelError, StateError
 from .estimators import Estimate
 from .homes import Homes, by_rule
 from .lazy import LazyUpdates
@@ -22,8 +22,8 @@ from .measured import Measured, mean, probes_from
 from .noise import Direction, direction_of, share_of
 from .offload import LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, check_checkpoint, param_groups
-from .oracle import ResidentOracle, realisation
-from .placement import offload_model, resolve, slots_of
+from .oracle import ResidentOracle, StackedOracle, realisation
+from .placement import check_streamable, offload_model, resolve, slots_of
 from .records import Point, Probe, StepRecord
 from .rules import Torch
 from .targets import Slot, keep_codes_plain
@@ -105,10 +105,7 @@ class ZeroOrder:
         config, streaming = self.config, Streaming.of(self.model)
         if streaming is None and config.offload is None:
             return self._resident()
-        if isinstance(self.rule, Torch):
-            raise ConfigError(
-                ["a streamed model needs a rule that works on one layer at a time; leave out the optimizer, or offload"]
-            )
+        check_streamable(config, self.rule)
         if streaming is None:
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:
@@ -118,7 +115,8 @@ class ZeroOrder:
         return LockstepOracle(self.model, self.slots, self._perturbation, streaming, **self._how())
 
     def _resident(self) -> ResidentOracle:
-        return ResidentOracle(self.model, self.slots, self._perturbation, **self._how())
+        oracle = StackedOracle if self.config.stack_probes else ResidentOracle
+        return oracle(self.model, self.slots, self._perturbation, **self._how())
 
     def _how(self) -> dict[str, Any]:
         return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
@@ -359,9 +357,10 @@ class ZeroOrder:
             return 1.0  # what a torch optimizer calls eps is something else
         return float(self._group_of[slot]["eps"]) / self.eps
 
-    def _perturbation(self, slot: Slot, point: Point) -> Direction:
-        scale = point.scale * self._relative_eps(slot)
-        result = self._along(slot, ((point.seed, scale),), None)
+    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
+        relative = self._relative_eps(slot)
+        terms = tuple((point.seed, point.scale * relative) for point in points)
+        result = self._along(slot, terms, None)
         return result if self.lazy is None else self.lazy.added(slot, result)
 
     def _direction(self, slot: Slot, probes: tuple[Probe, ...], relative: float) -> Direction:

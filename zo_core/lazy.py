@@ -10,7 +10,6 @@ window's bases (LOZO-M, arXiv 2410.07698, section 4.2). Forwards outside of step
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from .noise import Direction, LowRank, LowRankDirection, Noise, is_matrix, unsampled
 from .noise.direction import float32
-from .noise.low_rank import SEED_BITS, basis
+from .noise.low_rank import basis, columns
 from .offload import Streaming
 from .oracle.function_mode import ProbeMode
 from .oracle.functional import FunctionalMode, Sight
@@ -132,15 +131,13 @@ class LazyUpdates:
         if decay != 1.0:
             factor.mul_(decay)
             state["decay"] *= decay
-        for index, (seed, c) in enumerate(terms):
-            columns = slice(index * rank, (index + 1) * rank)
-            left = self.noise.left(seed, slot.key, self.shapes[slot], factor.device)
-            if self.beta is None:
-                factor[:, columns].add_(left * float32(-lr * c / math.sqrt(rank)))
-            else:
-                momentum = state["factor_momentum"][:, columns]
-                momentum.mul_(float32(self.beta)).add_(left * float32(c / math.sqrt(rank)))
-                factor[:, columns].add_(momentum * float32(-lr))
+        left = self.noise.lefts(tuple(seed for seed, _ in terms), slot.key, self.shapes[slot], factor.device)
+        if self.beta is None:
+            factor.add_(left * columns(tuple(-lr * c for _, c in terms), rank, factor.device))
+        else:
+            momentum = state["factor_momentum"].mul_(float32(self.beta))
+            momentum.add_(left * columns(tuple(c for _, c in terms), rank, factor.device))
+            factor.add_(momentum * float32(-lr))
         self.exported.pop(slot, None)
         if not self.handles and (decay != 1.0 or any(c for _, c in terms)):
             self._attach()
@@ -159,12 +156,15 @@ class LazyUpdates:
         base = state["factor"], self._right(slot, state["bases"], state["factor"].device)
         rounding = state["bases"][0] if self.stochastic else None
         return LowRankDirection(
-            self.noise, slot.key, (), rounding, shape=self.shapes[slot], base=base, decay=state["decay"]
+            *(self.noise, slot.key, (), rounding),
+            shape=self.shapes[slot],
+            base=base,
+            bases=state["bases"],
+            decay=state["decay"],
         )
 
     def _right(self, slot: Slot, bases: tuple[int, ...], device: torch.device) -> Tensor:
-        rights = [self.noise.right(b << SEED_BITS, slot.key, self.shapes[slot], device) for b in bases]
-        return rights[0] if len(rights) == 1 else torch.cat(rights)
+        return self.noise.rights(bases, slot.key, self.shapes[slot], device)
 
     def _turn(self, slot: Slot, state: dict[str, Any], bases: tuple[int, ...], rounding: int | None) -> None:
         """A window ends and another begins: the sum goes into the weights, momentum to the new bases."""

@@ -11,6 +11,7 @@ from .lazy import changes_often
 from .noise import NOISES
 from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
+from .rules import Torch, UpdateRule
 from .targets import Slot
 
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
@@ -49,6 +50,19 @@ def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None) -> Resolv
             ]
         )
     return settings
+
+
+def check_streamable(config: ZOConfig, rule: UpdateRule) -> None:
+    """Raises `ConfigError` for settings that a streamed model cannot have."""
+    problems = []
+    if isinstance(rule, Torch):
+        problems.append(
+            "a streamed model needs a rule that works on one layer at a time; leave out the optimizer, or offload"
+        )
+    if config.stack_probes:
+        problems.append("stack_probes=True has no use with a streamed model, whose probes share a sweep; leave it out")
+    if problems:
+        raise ConfigError(problems)
 
 
 def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *, foreign: bool) -> list[Slot]:

@@ -91,5 +91,15 @@ class Noise:
             at += count
         return values[start - first * per_word : stop - first * per_word]
 
+    def stack(self, seeds: Sequence[int], slot: str, numel: int, device: torch.device) -> Tensor:
+        """``z(seed)`` of one slot for several seeds, float32 ``[len(seeds), numel]``."""
+        count = -(-numel // self.values_per_word)
+        if count > BATCH_WORDS:
+            return torch.stack([self.z(seed, slot, 0, numel, device) for seed in seeds])
+        bits = torch.cat([words(stream_key(seed, slot, DIRECTION), 0, count, device) for seed in seeds])
+        values = torch.empty(len(bits) * self.values_per_word, dtype=torch.float32, device=device)
+        self.expand(bits, 1.0, values)
+        return values.view(len(seeds), -1)[:, :numel]
+
 
 NOISES: Registry[Noise] = Registry("noise", Noise)

@@ -243,6 +243,24 @@ class Direction:
                 store(work.add_(s), new, self.rounding_key(source.dtype), (self.offset or 0) + start)
 
 
+def stacked_values(theta: Tensor, direction: Direction) -> Tensor:
+    """``round(theta + s)`` with each of the terms by itself, as `Direction.add_to` rounds it.
+
+    Args:
+        theta: the values of the slot, with few elements.
+        direction: of a noise with signs.
+
+    Returns:
+        ``[len(terms), *theta.shape]`` in the type of ``theta``.
+    """
+    noise, slot, terms, device = direction.noise, direction.slot, direction.terms, theta.device
+    places = {seed: place for place, seed in enumerate(dict.fromkeys(seed for seed, _ in terms))}
+    z = noise.stack(tuple(places), slot, theta.numel(), device)
+    scales = torch.tensor([float32(c) for _, c in terms], device=device)
+    s = z[torch.tensor([places[seed] for seed, _ in terms], device=device)].mul_(scales[:, None])
+    return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)
+
+
 def piece_size(noise: Noise) -> int:
     """How many elements a piece of a slot has: such that it stays in the cache, and lies in one batch of words."""
     return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)

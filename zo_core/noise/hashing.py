@@ -25,6 +25,9 @@ DIRECTION, ROUNDING, BASIS, BLOCKS = 1, 2, 3, 4
 #: Words hashed at once, so that small operations do not dominate (512 KiB, half of a core's L2 here).
 BATCH_WORDS = 1 << 17
 
+#: Streams of at most so many words are worth computing together.
+SHORT = 1 << 12
+
 #: Elements that share one word on top of the table of rounding bits.
 ROUNDING_SPAN = 2 * BATCH_WORDS
 
@@ -134,6 +137,19 @@ def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device
         )
         x = torch.arange(sum(counts), dtype=torch.int32, device=device).sub_(begin)
         return _mix32_(_mix32_(x.bitwise_xor_(low)).add_(high))
+
+
+def prepare_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device) -> None:
+    """Lets `words` have the first words of several short streams at hand; long ones are left to it."""
+    missing = [
+        (key, count)
+        for key, count in zip(keys, counts, strict=True)
+        if count <= SHORT and _cache.get((key, 0, count, device)) is None
+    ]
+    if missing:
+        pieces = first_words([key for key, _ in missing], [count for _, count in missing], device)
+        for (key, count), piece in zip(missing, pieces.split([count for _, count in missing]), strict=True):
+            _cache.put((key, 0, count, device), piece)
 
 
 def _first_round(key: Key, start: int, count: int, device: torch.device) -> Tensor:

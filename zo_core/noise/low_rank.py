@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import NOISES, Noise
 from .direction import CPU_CHUNK, Direction, Scaling, float32, workspace
-from .hashing import BASIS, DIRECTION, derive_seed, first_words, stream_key
+from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
 from .rademacher import Rademacher
 
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
@@ -73,6 +75,12 @@ class LowRank(Rademacher):
         return direction.values(shape, torch.device(device))
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        vectors = [(key, shape.numel()) for key, shape in slots if not is_matrix(self, shape) and shape.numel()]
+        prepare_words(
+            [stream_key(seed, key, DIRECTION) for seed in seeds for key, _ in vectors],
+            [-(-numel // self.values_per_word) for _ in seeds for _, numel in vectors],
+            device,
+        )
         shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
         names = [(seed, key, shape, DIRECTION, device) for seed in seeds for key, shape in shapes]
         names = [name for name in names if _factors.get(name) is None]
@@ -92,9 +100,23 @@ class LowRank(Rademacher):
         """U, float32 ``[m, r]``; do not write to it."""
         return self._signs(seed, slot, (shape[0], self.rank), DIRECTION, device)
 
+    def lefts(self, seeds: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """Several U, one beside the other, float32 ``[m, len(seeds) * r]``; do not write to it."""
+        if len(seeds) == 1:
+            return self.left(seeds[0], slot, shape, device)
+        parts = (self.left(seed, slot, shape, device) for seed in seeds)
+        return _factors.joined((seeds, slot, shape, DIRECTION, device), parts, 1)
+
     def right(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """V, transposed, float32 ``[r, columns]``; do not write to it."""
         return self._signs(basis(seed), slot, (self.rank, shape[1:].numel()), BASIS, device)
+
+    def rights(self, bases: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
+        """Several V, transposed, one below the other; do not write to it."""
+        if len(bases) == 1:
+            return self.right(bases[0] << SEED_BITS, slot, shape, device)
+        parts = (self.right(b << SEED_BITS, slot, shape, device) for b in bases)
+        return _factors.joined((bases, slot, shape, BASIS, device), parts, 0)
 
     def _signs(self, seed: int, slot: str, shape: tuple[int, int], purpose: int, device: torch.device) -> Tensor:
         name = (seed, slot, shape, purpose, device)
@@ -126,11 +148,13 @@ class LowRankDirection(Direction):
     Attributes:
         shape: of the slot.
         base: factors ``[m, K]`` and ``[K, columns]`` of a sum that is already there: updates that wait.
+        bases: the bases (see `basis`) whose V are the rows of the latter.
         decay: what the weights are multiplied with, besides the ``decay`` of `add_to`.
     """
 
     shape: torch.Size = field(default_factory=torch.Size)
     base: tuple[Tensor, Tensor] | None = None
+    bases: tuple[int, ...] = ()
     decay: float = 1.0
 
     @property
@@ -172,6 +196,72 @@ class LowRankDirection(Direction):
         return False
 
 
+def stacked_factors(
+    direction: LowRankDirection, device: torch.device, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Factors of ``base`` with each of the terms by itself; they have their right factor in common.
+
+    Args:
+        direction: of a slot.
+        device: where.
+        rows: indices of the rows that are wanted, ``[m']``; None for all m.
+
+    Returns:
+        ``lefts`` ``[len(terms), m, K]`` and ``right`` ``[K, columns]``, float32: the sum with term i is
+        ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own. The next
+        call for this device writes over ``lefts``.
+    """
+    noise, slot, shape = direction.noise, direction.slot, direction.shape
+    assert isinstance(noise, LowRank)
+    seeds, bases, factor = _layout(direction.bases, direction.terms, noise.rank, device)
+    left = noise.lefts(seeds, slot, shape, device)
+    signs = left if rows is None else left[rows]
+    # Fresh memory of this size would cost page faults at every matrix.
+    result = workspace("lefts", len(factor) * signs.numel(), device).view(len(factor), *signs.shape)
+    if direction.base is None:
+        torch.mul(signs, factor, out=result)
+    else:
+        base = direction.base[0] if rows is None else direction.base[0][rows]
+        missing = signs.shape[1] - base.shape[1]
+        torch.addcmul(F.pad(base, (0, missing)) if missing else base, factor, signs, out=result)
+    return result, noise.rights(bases, slot, shape, device)
+
+
+@lru_cache(maxsize=64)
+def _layout(
+    bases: tuple[int, ...], terms: tuple[tuple[int, float], ...], rank: int, device: torch.device
+) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+    """Columns for sums along ``terms`` besides what is there: r for each of some bases.
+
+    Returns:
+        For each of these a seed whose U may be put there; the bases; and the factor of every column of U in
+        each sum, 0 where it is not in it, ``[len(terms), 1, K]``.
+    """
+    found, places = list(bases), dict[int, int]()
+    for seed, _ in terms:
+        if seed not in places:
+            free = (k for k, one in enumerate(found) if one == basis(seed) and k not in places.values())
+            places[seed] = next(free, len(found))
+            if places[seed] == len(found):
+                found.append(basis(seed))
+    seeds = {place: seed for seed, place in places.items()}
+    scales = [[0.0] * (rank * len(found)) for _ in terms]
+    for row, (seed, c) in zip(scales, terms, strict=True):
+        first = places[seed] * rank
+        row[first : first + rank] = [float32(c / math.sqrt(rank))] * rank
+    with torch.inference_mode(False):
+        factor = torch.tensor(scales, device=device).unsqueeze(1)
+    return tuple(seeds.get(place, terms[0][0]) for place in range(len(found))), tuple(found), factor
+
+
+@lru_cache(maxsize=64)
+def columns(values: tuple[float, ...], rank: int, device: torch.device) -> Tensor:
+    """``round(value / sqrt(r))`` for r columns each, float32 ``[len(values) * r]``."""
+    with torch.inference_mode(False):
+        scales = [float32(value / math.sqrt(rank)) for value in values]
+        return torch.tensor(scales, device=device).repeat_interleave(rank)
+
+
 class _FactorCache:
     """The factors used last: both sides of a probe and the update take the same U, a whole window the same V."""
 
@@ -185,6 +275,15 @@ class _FactorCache:
         kept = self.entries.get(name)
         if kept is not None:
             self.entries.move_to_end(name)
+        return kept
+
+    def joined(self, name: object, parts: Iterable[Tensor], dim: int) -> Tensor:
+        """What is kept under a name, or else ``parts``, joined and kept."""
+        kept = self.get(name)
+        if kept is None:
+            with torch.inference_mode(False):
+                kept = torch.cat(list(parts), dim)
+            self.put(name, kept)
         return kept
 
     def put(self, name: object, value: Tensor) -> None:

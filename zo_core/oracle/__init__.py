@@ -2,5 +2,6 @@
 
 from .functional import realisation
 from .resident import ResidentOracle, as_scalar
+from .stacked_oracle import StackedOracle
 
-__all__ = ["ResidentOracle", "as_scalar", "realisation"]
+__all__ = ["ResidentOracle", "StackedOracle", "as_scalar", "realisation"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,13 @@ class FunctionalMode(TorchFunctionMode):
         losses: upcast half-precision inputs of loss functions, as `ProbeMode` does.
     """
 
+    #: Functions with a form of their own for matrices of low rank; it returns None where it does not apply.
+    forms: ClassVar[dict[Callable[..., Any], str]] = {
+        F.linear: "linear",
+        F.embedding: "embedding",
+        torch.addmm: "addmm",
+    }
+
     def __init__(self, sight: Sight, losses: bool):
         super().__init__()
         self.sight, self.slots, self.losses = sight, sight.slots, losses
@@ -98,8 +105,8 @@ class FunctionalMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func not in METADATA and func not in ASSIGNMENTS:
-            if func in FORMS:
-                found = FORMS[func](self, *args, **kwargs)
+            if func in self.forms:
+                found = getattr(self, self.forms[func])(*args, **kwargs)
                 if found is not None:
                     return found
             if self._concerned(args):
@@ -167,14 +174,6 @@ class FunctionalMode(TorchFunctionMode):
         known = self.sight.factors(slot, result.dtype)
         assert known is not None
         return known[0], known[1]
-
-
-#: Functions with a form of their own for matrices of low rank; it returns None where it does not apply.
-FORMS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
-    F.linear: FunctionalMode.linear,
-    F.embedding: FunctionalMode.embedding,
-    torch.addmm: FunctionalMode.addmm,
-}
 
 
 def realisation(noise: Noise) -> type[Materialised]:

@@ -1,0 +1,108 @@
+"""The oracle that measures all points of a step in one forward, where the closure allows it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..records import Point
+from ..targets import Slot
+from .function_mode import HALF
+from .materialise import Originals, restore
+from .resident import Closure, ResidentOracle
+from .scratch import nan_like
+from .stacked import NotStackable, StackedMode, StackedSight
+
+logger = logging.getLogger(__name__)
+
+
+class StackedOracle(ResidentOracle):
+    """As `ResidentOracle`, with one call of the closure for all points.
+
+    The first step is measured both ways. Losses that differ by more than rounding, or code that cannot
+    run on several copies, are said once, and from then on probes run one after another.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stacking, self._compared = True, False
+
+    def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
+        if not self.stacking or len(points) < 2:
+            return super().losses(points, closure)
+        if self.realisation.whole:
+            self._stop("the model runs compiled code")
+            return super().losses(points, closure)
+        start = rng_state()
+        try:
+            found = self._stacked(points, closure)
+            problem = None
+        except Exception as error:  # the closure's own comes again below
+            text = str(error).strip().splitlines() or [""]
+            problem = text[0] if isinstance(error, NotStackable) else f"{type(error).__name__}: {text[0]}"
+        if problem is None and self._compared:
+            return found
+        after = rng_state()
+        set_rng_state(start)
+        separate = super().losses(points, closure)
+        if problem is None:
+            problem = difference(found, separate, self.realisation.slots)
+        if problem is not None:
+            self._stop(problem)
+            return separate
+        self._compared = all(math.isfinite(loss.item()) for loss in separate)
+        set_rng_state(after)
+        return found  # as all steps to come, so that a resumed run, whose first step is another, has these numbers
+
+    def _stop(self, problem: str) -> None:
+        self.stacking = False
+        logger.warning("stack_probes=True has no effect, probes run one after another: %s", problem)
+
+    def _stacked(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
+        slots = self.realisation.slots
+        originals: Originals = {}
+        sight = StackedSight(slots, lambda slot: originals[slot][0], self.realisation.direction, points)
+
+        def run(_: Tensor) -> Tensor:
+            with StackedMode(sight):
+                value = closure()
+            if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+                raise NotStackable("the closure does not return the loss as a tensor with one element")
+            return value.detach().to(torch.float64).reshape(())
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
+            stack.callback(restore, originals)
+            for slot in slots:
+                originals[slot] = [tensor.data for tensor in slot.tensors]
+                for tensor in slot.tensors:
+                    tensor.data = nan_like(tensor, dense=slot.scaling is not None)
+            torch.clear_autocast_cache()
+            # The same random numbers for all copies: what separate probes have.
+            return list(torch.vmap(run, randomness="same")(torch.arange(len(points))).unbind())
+
+
+def difference(stacked: list[Tensor], separate: list[Tensor], slots: Sequence[Slot]) -> str | None:
+    """Says if losses of the same points differ by more than the rounding of sums in another order.
+
+    That is some units in the last place of float32, in which losses are computed, or of the type in which
+    the model computes if that has fewer digits.
+    """
+    types = {slot.tensor.dtype for slot in slots}
+    if torch.is_autocast_enabled(slots[0].tensor.device.type):
+        types.add(torch.get_autocast_dtype(slots[0].tensor.device.type))
+    halves = [torch.finfo(dtype).eps for dtype in types if dtype in HALF]
+    tolerance = max([64 * torch.finfo(torch.float32).eps, *(8 * eps for eps in halves)])
+    for one, other in zip(stacked, separate, strict=True):
+        a, b = one.item(), other.item()
+        if math.isfinite(b) and not abs(a - b) <= tolerance * max(1.0, abs(b)):
+            return f"a loss of the first step is {a:.7g} in one forward, and {b:.7g} by itself"
+    return None
