@@ -419,3 +419,25 @@ def test_a_streamed_model_is_refused() -> None:
         engine(model)
     streamed.close()
     assert engine(model).oracle.stacking
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_updates_that_wait_are_not_lost_beside_eps_in_16_bit_factors(dtype: torch.dtype) -> None:
+    """Their sum with eps U, rounded to 16 bits, would be eps U again: they are a thousand times smaller."""
+    zo = engine(tiny("mlp", dtype=dtype), lr=1e-6)
+    zo.step(closure("mlp", zo.model))
+    (slot, *_) = (slot for slot in zo.slots if slot.tensor.ndim == 2)
+    assert zo.lazy is not None
+    waiting = zo.lazy.waiting(slot)
+    assert waiting is not None
+    left, right = waiting.factors(CPU)
+    seed = zo.noise.seed(zo.seed, 1, 0)
+    direction = zo._perturbation(slot, Point(seed, zo.eps), Point(seed, -zo.eps))
+    lefts, common = stacked_factors(direction, CPU, apart=True)
+    moved = (lefts.to(dtype).double() @ common.double()).mean(0)
+    # The parts along eps U cancel exactly, and each entry of the left factor was rounded once.
+    bound = torch.finfo(dtype).eps / 2 * (left.abs().double() @ right.abs().double())
+    if dtype == torch.float16:  # whose numbers near 0 are multiples of 2**-24
+        bound += 2.0**-25 * len(right)
+    assert bool(((moved - left.double() @ right.double()).abs() <= bound).all())
+    assert bool(moved.any())

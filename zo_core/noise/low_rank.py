@@ -197,7 +197,7 @@ class LowRankDirection(Direction):
 
 
 def stacked_factors(
-    direction: LowRankDirection, device: torch.device, rows: Tensor | None = None
+    direction: LowRankDirection, device: torch.device, rows: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Factors of ``base`` with each of the terms by itself; they have their right factor in common.
 
@@ -205,15 +205,17 @@ def stacked_factors(
         direction: of a slot.
         device: where.
         rows: indices of the rows that are wanted, ``[m']``; None for all m.
+        apart: no sums of base and terms, for factors that will be rounded to 16 bits: updates that wait are
+            so small beside eps that such a sum would lose them.
 
     Returns:
         ``lefts`` ``[len(terms), m, K]`` and ``right`` ``[K, columns]``, float32: the sum with term i is
-        ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own. The next
-        call for this device writes over ``lefts``.
+        ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own, unless they
+        are to stay apart. The next call for this device writes over ``lefts``.
     """
     noise, slot, shape = direction.noise, direction.slot, direction.shape
     assert isinstance(noise, LowRank)
-    seeds, bases, factor = _layout(direction.bases, direction.terms, noise.rank, device)
+    seeds, bases, factor = _layout(direction.bases, direction.terms, noise.rank, device, apart)
     left = noise.lefts(seeds, slot, shape, device)
     signs = left if rows is None else left[rows]
     # Fresh memory of this size would cost page faults at every matrix.
@@ -229,7 +231,7 @@ def stacked_factors(
 
 @lru_cache(maxsize=64)
 def _layout(
-    bases: tuple[int, ...], terms: tuple[tuple[int, float], ...], rank: int, device: torch.device
+    bases: tuple[int, ...], terms: tuple[tuple[int, float], ...], rank: int, device: torch.device, apart: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
     """Columns for sums along ``terms`` besides what is there: r for each of some bases.
 
@@ -241,7 +243,7 @@ def _layout(
     for seed, _ in terms:
         if seed not in places:
             free = (k for k, one in enumerate(found) if one == basis(seed) and k not in places.values())
-            places[seed] = next(free, len(found))
+            places[seed] = len(found) if apart else next(free, len(found))
             if places[seed] == len(found):
                 found.append(basis(seed))
     seeds = {place: seed for seed, place in places.items()}

@@ -68,18 +68,21 @@ class StackedSight(Sight):
         self.count = len(points)
         self.stacks: dict[Slot, Tensor] = {}
 
-    def lefts(self, slot: Slot, rows: Tensor | None = None) -> tuple[Tensor, Tensor, float] | None:
-        """``left_c`` as ``[copies, m, K]``, ``right`` ``[K, columns]``, and the decay; None if ``s`` is of full rank.
+    def low_rank(self, slot: Slot) -> LowRankDirection | None:
+        """The directions of a matrix; None if they are of full rank."""
+        direction = self.direction(slot)
+        return direction if isinstance(direction, LowRankDirection) and len(direction.shape) == 2 else None
+
+    def lefts(self, direction: LowRankDirection, like: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``left_c`` as ``[copies, m, K]``, and ``right`` ``[K, columns]``.
 
         Args:
-            slot: a matrix.
+            direction: of a matrix.
+            like: has the device and the dtype of the factors.
             rows: their indices, where only some of the m rows are wanted.
         """
-        direction = self.direction(slot)
-        if not isinstance(direction, LowRankDirection) or len(direction.shape) != 2:
-            return None
-        left, right = stacked_factors(direction, self.values(slot).device, rows)
-        return left, right, float32(direction.decay)
+        left, right = stacked_factors(direction, like.device, rows, apart=like.dtype in HALF)
+        return left.to(like.dtype), right.to(like.dtype)
 
     def stack(self, slot: Slot) -> Tensor:
         """The values of all copies, ``[copies, *shape]``, of a slot whose direction is of full rank.
@@ -150,15 +153,15 @@ class StackedMode(FunctionalMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         slot = self.slots.get(id(weight))
-        if slot is None or (known := self.sight.lefts(slot)) is None:
+        if slot is None or (direction := self.sight.low_rank(slot)) is None:
             return self._frozen(input, weight, bias) if slot is None and id(bias) not in self.slots else None
-        left, right, decay = known
         bias = self.replaced(bias)
         shift = self.unwrap(bias)
         x = self._shared(self.replaced(input))
+        decay = float32(direction.decay)
         y = F.linear(x if decay == 1.0 else x * decay, self.sight.values(slot), bias if shift is None else None)
-        inner = F.linear(x.to(y.dtype), right.to(y.dtype))
-        left = left.to(y.dtype)
+        left, right = self.sight.lefts(direction, y)
+        inner = F.linear(x.to(y.dtype), right)
         if shift is not None:  # goes along with the factors: one pass over y less
             left = torch.cat([left, shift.unsqueeze(2).to(y.dtype)], 2)
             inner = F.pad(inner, (0, 1), value=1.0)
@@ -191,26 +194,27 @@ class StackedMode(FunctionalMode):
         renormed = kwargs.get("max_norm") is not None or (len(args) > 1 and args[1] is not None)
         if slot is None or renormed or self.unwrap(input) is not None:
             return None
-        known = self.sight.lefts(slot, input.reshape(-1))
-        if known is None:
+        if (direction := self.sight.low_rank(slot)) is None:
             return None
-        left, right, decay = known
-        y = F.embedding(input, self.sight.values(slot), *args, **kwargs)
-        if decay != 1.0:
-            y = y * decay
+        values = self.sight.values(slot)
+        left, right = stacked_factors(direction, values.device, input.reshape(-1))
+        y = F.embedding(input, values, *args, **kwargs)
+        if direction.decay != 1.0:
+            y = y * float32(direction.decay)
         term = torch.matmul(left, right).view(-1, *y.shape)
         return self.wrap(term.add_(y) if term.dtype == y.dtype else (y + term).to(y.dtype))
 
     def addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor | None:
         slot = self.slots.get(id(mat2))
-        if slot is None or kwargs or (known := self.sight.lefts(slot)) is None:
+        if slot is None or kwargs or (direction := self.sight.low_rank(slot)) is None:
             return None
-        left, right, decay = known
         x, shift = self._shared(self.replaced(mat1)), self._shared(self.replaced(input))
+        decay = float32(direction.decay)
         y = torch.matmul(x if decay == 1.0 else x * decay, self.sight.values(slot))
-        inner = torch.matmul(x.to(y.dtype), left.to(y.dtype))
+        left, right = self.sight.lefts(direction, y)
+        inner = torch.matmul(x.to(y.dtype), left)
         y = y + shift.view(len(shift), *(1,) * (3 - shift.ndim), *shift.shape[1:])
-        return self.wrap(self._added(y, inner, right.to(y.dtype).expand(self.sight.count, -1, -1)))
+        return self.wrap(self._added(y, inner, right.expand(self.sight.count, -1, -1)))
 
     # Functions that vmap would take apart
 
