@@ -171,6 +171,23 @@ class LowRankDirection(Direction):
             rights.append(noise.right(seed, self.slot, self.shape, device))
         return (lefts[0], rights[0]) if len(lefts) == 1 else (torch.cat(lefts, 1), torch.cat(rights))
 
+    def factors_in(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As `factors` in some type, and with fewer columns where it holds sums: terms that share the V of ``base``.
+
+        A 16-bit type does not: updates that wait are so small beside eps that such a sum would lose them.
+        """
+        shared = all(self.bases == (basis(seed),) for seed, _ in self.terms)
+        if self.base is None or not shared or dtype not in (torch.float32, torch.float64):
+            left, right = self.factors(device)
+            return left.to(dtype), right.to(dtype)
+        noise, (left, right) = self.noise, self.base
+        assert isinstance(noise, LowRank)
+        left = left.to(dtype)
+        for seed, c in self.terms:
+            term = noise.left(seed, self.slot, self.shape, device).to(dtype)
+            left = torch.add(left, term, alpha=float32(c / math.sqrt(noise.rank)))
+        return left, right.to(dtype)
+
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         left, right = self.factors(device)
         columns = right.shape[1]

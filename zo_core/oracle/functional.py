@@ -62,8 +62,8 @@ class Sight:
             direction = self.direction(slot)
             found = None
             if isinstance(direction, LowRankDirection) and len(direction.shape) == 2 and not direction.still:
-                left, right = direction.factors(self.values(slot).device)
-                found = left.to(dtype), right.to(dtype), float32(direction.decay)
+                left, right = direction.factors_in(dtype, self.values(slot).device)
+                found = left, right, float32(direction.decay)
             self.known[slot, dtype] = found
         return self.known[slot, dtype]
 
