@@ -138,15 +138,18 @@ class FunctionalMode(TorchFunctionMode):
         slot = self.slots.get(id(weight))
         if slot is None or (known := self.sight.factors(slot, weight.dtype)) is None:
             return None
-        decay = known[2]
-        input = self.replaced(input)
-        y = F.linear(input if decay == 1.0 else input * decay, self.sight.values(slot), self.replaced(bias))
-        left, right = self._in_type_of(y, slot)
-        x = input.to(y.dtype)
-        if not y.is_contiguous():
-            return y + F.linear(F.linear(x, right), left)
-        y.view(-1, len(left)).addmm_(F.linear(x, right).reshape(-1, len(right)), left.t())
-        return y
+        left, right, decay = known
+        input, bias, values = self.replaced(input), self.replaced(bias), self.sight.values(slot)
+        scaled = input if decay == 1.0 else input * decay
+        if input.dtype != values.dtype or torch.is_autocast_enabled(input.device.type):
+            y = F.linear(scaled, values, bias)
+            left, right = self._in_type_of(y, slot)
+            return y + F.linear(F.linear(input.to(y.dtype), right), left)
+        # The term comes first and the product is added to it: no pass of its own over a large result.
+        inner = F.linear(input.reshape(-1, input.shape[-1]), right)
+        y = torch.mm(inner, left.t()) if bias is None else torch.addmm(bias, inner, left.t())
+        y.addmm_(scaled.reshape(-1, input.shape[-1]), values.t())
+        return y.view(*input.shape[:-1], len(left))
 
     def embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         slot = self.slots.get(id(weight))
