@@ -8,7 +8,8 @@ by side in one run, interleaved so that a noisy machine disturbs all alike, medi
 
 "stacked forward" is what one forward of 16 copies of the batch gains over 16 forwards, without training: the most
 that stacked probes could gain, and the last column is how much of it they reach. Both are measured up to 64
-tokens: the logits of 16 copies of many tokens would fill the memory. The numbers mean something only on an idle
+tokens: the logits of 16 copies of many tokens would fill the memory. "low rank, stacked" has the two sides of one
+direction in one forward. The numbers mean something only on an idle
 machine.
 """
 
@@ -35,6 +36,7 @@ MOST_STACKED = 64
 CONTENDERS: dict[str, tuple[dict[str, object], int]] = {
     "full rank (rademacher)": ({"noise": "rademacher"}, 2),
     "low rank": ({"noise": LowRank()}, 2),
+    "low rank, stacked": ({"noise": LowRank(), "stack_probes": True}, 2),
     "low rank, 8 probes": ({"noise": LowRank(), "num_probes": 8}, 16),
     STACKED: ({"noise": LowRank(), "num_probes": 8, "stack_probes": True}, 16),
 }
