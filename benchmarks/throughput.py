@@ -42,7 +42,9 @@ CONTENDERS: dict[str, tuple[dict[str, object], int]] = {
 }
 
 
-def measure(tokens: int, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+def measure(
+    tokens: int, device: torch.device, dtype: torch.dtype, rounds: int, contenders: list[str]
+) -> dict[str, float]:
     """Tokens per second of each contender, by name."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_60m()).to(device, dtype).eval()
@@ -57,7 +59,7 @@ def measure(tokens: int, device: torch.device, dtype: torch.dtype, rounds: int) 
     runs: dict[str, tuple[Callable[[], object], int]] = {"forwards alone": (lambda: forwards(ids, 2), 2)}
     if tokens <= MOST_STACKED:
         runs[BOUND] = (lambda: forwards(many, 1), 16)
-    for name, (settings, count) in CONTENDERS.items():
+    for name, (settings, count) in ((name, CONTENDERS[name]) for name in contenders):
         if name == STACKED and BOUND not in runs:
             continue
         # Each engine has a model of its own: the same weights in memory, with hooks of its own.
@@ -85,20 +87,28 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
     args = parser.parse_args()
     device = torch.device(args.device)
     print(f"load of the machine before: {os.getloadavg()[0]:.2f}")
     rows = []
     for tokens in args.tokens:
-        speeds = measure(tokens, device, getattr(torch, args.dtype), args.rounds)
+        speeds = measure(tokens, device, getattr(torch, args.dtype), args.rounds, args.contenders)
         base, bound = speeds["forwards alone"], speeds.get(BOUND)
         for name, speed in speeds.items():
             reached = f"{speed / bound:.2f}" if bound is not None and name == STACKED else ""
             rows.append([str(tokens), name, f"{speed:.0f}", f"{speed / base:.2f}", reached])
     title = f"Throughput of a step, Llama 54.9 M, {args.dtype}, median of {args.rounds} interleaved rounds"
     columns = ["tokens", "", "tokens/s", "÷ forwards alone", "÷ stacked forward"]
-    save(f"throughput-llama55m-{args.dtype}", title, columns, rows, device, write=args.save)
+    save(
+        f"throughput-llama55m-{'-'.join(map(str, args.tokens))}tokens-{args.dtype}",
+        title,
+        columns,
+        rows,
+        device,
+        write=args.save,
+    )
 
 
 if __name__ == "__main__":
