@@ -115,7 +115,7 @@ def test_probes_run_in_eval_mode_unless_dropout_is_asked_for() -> None:
 
     ZeroOrder(model).step(looks)
     ZeroOrder(model, dropout=True).step(looks)
-    assert seen == [[False] * 4] * 2 + [[True, False, True, False]] * 2
+    assert seen == [[False] * 4] * 3 + [[True, False, True, False]] * 3  # a first step measures one point twice
 
 
 @pytest.mark.parametrize("dropout", [True, False])
@@ -165,7 +165,7 @@ def test_dropout_masks_are_the_same_on_both_sides() -> None:
         return output.sum()
 
     ZeroOrder(model, dropout=True).step(loss)
-    assert torch.equal(masks[0], masks[1])
+    assert all(torch.equal(masks[0], mask) for mask in masks)
     assert 0 < masks[0].float().mean() < 1
     ZeroOrder(model, dropout=True).step(loss)
-    assert not torch.equal(masks[0], masks[2])  # another step, another mask
+    assert not torch.equal(masks[0], masks[-1])  # another step, another mask

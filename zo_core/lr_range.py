@@ -146,6 +146,7 @@ class Snapshot:
         self.state = {tensor: _copies(held) for tensor, held in engine.optimizer.state.items()}
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
+        self.first_steps = engine.first_steps
 
     def rewind(self) -> None:
         """Weights, rule state and random generators as they were."""
@@ -165,6 +166,7 @@ class Snapshot:
         """Everything as it was."""
         self.rewind()
         self.engine.step_count, self.engine.listeners = self.step, self.listeners
+        self.engine.first_steps = self.first_steps
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
 
@@ -230,7 +232,7 @@ class _Test:
 
     def run(self) -> LrSuggestion:
         engine = self.engine
-        engine.listeners = []
+        engine.listeners, engine.first_steps = [], None
         self.start = self._losses()
         self.scale = _mean(map(abs, self.start))
         if not math.isfinite(self.scale):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ConfigError, StateError
 from .estimators import Spsa
@@ -61,6 +61,21 @@ class ZOOptimizer(torch.optim.Optimizer):
         """The group of each slot; to be looked up anew when a state was loaded, which replaces groups."""
         by_tensor = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
+
+    def cover(self, slots: Iterable[Slot], model: nn.Module) -> None:
+        """Holds all of ``slots``, and nothing that the model does not have any more."""
+        present = {id(parameter) for parameter in model.parameters()}
+        moving = {id(tensor) for slot in slots for tensor in slot.tensors}
+        held: set[int] = set()
+        for group in self.param_groups:
+            gone = [t for t in group["params"] if id(t) not in present and id(t) not in moving]
+            group["params"] = [t for t in group["params"] if not any(t is other for other in gone)]
+            for tensor in gone:
+                self.state.pop(tensor, None)
+            held |= {id(tensor) for tensor in group["params"]}
+        for new in param_groups(slot for slot in slots if not any(id(tensor) in held for tensor in slot.tensors)):
+            alike = [group for group in self.param_groups if all(group[name] == new[name] for name in new if name != "params")]
+            (alike or self.param_groups)[0]["params"] += new["params"]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what was measured since the last step; with a closure, measures it first.

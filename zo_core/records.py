@@ -59,6 +59,11 @@ class StepRecord(float):
     clipped: int = 0
     skipped: str | None = None
 
+    @property
+    def without_signal(self) -> bool:
+        """Whether the losses on both sides of the weights agreed exactly, so that nothing was learnt."""
+        return bool(self.probes) and not any(probe.coefficient for probe in self.probes)
+
     def __new__(cls, loss: float, *args: Any, **kwargs: Any) -> StepRecord:
         return float.__new__(cls, loss)
 

@@ -50,6 +50,7 @@ class Sight:
         pool: ScratchPool,
     ):
         self.slots = {id(tensor): slot for slot in slots for tensor in slot.tensors}
+        self.used = False
         self.values, self.direction, self.pool = values, direction, pool
         self.known: dict[tuple[Slot, torch.dtype], tuple[Tensor, Tensor, float] | None] = {}
         self.copies: OrderedDict[Slot, Tensor] = OrderedDict()
@@ -58,6 +59,7 @@ class Sight:
 
     def factors(self, slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
         """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0."""
+        self.used = True
         if (slot, dtype) not in self.known:
             direction = self.direction(slot)
             found = None
@@ -69,6 +71,7 @@ class Sight:
 
     def copy(self, slot: Slot) -> Tensor:
         """The sum itself; the values, if nothing is added to them."""
+        self.used = True
         copy = self.copies.get(slot)
         if copy is None:
             values, direction = self.values(slot).detach(), self.direction(slot)
@@ -204,6 +207,10 @@ class FunctionalView(ProbeView):
         super().__init__(owner, point, original)
         self.sight = Sight(owner.slots, original, lambda slot: owner.direction(slot, point), owner.pool)
 
+    @property
+    def used(self) -> bool:
+        return self.given or self.sight.used
+
     def mode(self) -> TorchFunctionMode:
         if self.owner.whole:
             return ProbeMode(self.absent, self.serve)
@@ -213,4 +220,4 @@ class FunctionalView(ProbeView):
         """The parameters show NaN to every probe."""
 
     def resume(self) -> None:
-        """As before."""
+        """The parameters still show NaN."""

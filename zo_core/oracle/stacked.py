@@ -261,9 +261,14 @@ class StackedMode(FunctionalMode):
         return self.wrap(torch.stack(losses))
 
 
+def is_stack(value: Any) -> bool:
+    """Whether a value stands for one in each of the copies that a closure runs on."""
+    return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
+
+
 def copies(value: Any) -> list[Any]:
     """What a value is in each of the copies that a closure runs on; outside of stacked probes it is one."""
-    if isinstance(value, Tensor) and _functorch.is_batchedtensor(value):
+    if is_stack(value):
         return list(_functorch.get_unwrapped(value).movedim(_functorch.maybe_get_bdim(value), 0).unbind())
     return [value]
 

@@ -103,6 +103,18 @@ class SeedLogWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._drew = False
         engine.listeners.append(self._on_step)
+        engine.followers.append(self._begin_again)
+
+    def _begin_again(self) -> None:
+        """Other weights move from here on: the log so far is kept under another name, and a new one begins."""
+        self.sync()
+        os.close(self._file)
+        set_aside(self.path)
+        _write(self.path, encode_header(make_header(self.engine)))
+        parsed = SeedLog.read(self.path).parsed
+        self.next_step, self.chain, self._logged = parsed.next_step, parsed.chain, {}
+        self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     @classmethod
     def attach(cls, engine: ZeroOrder, path: str | os.PathLike[str], *, follow: bool = False) -> SeedLogWriter:
@@ -236,6 +248,7 @@ class SeedLogWriter:
         """Syncs and stops logging. Calling it again does nothing."""
         if self._on_step in self.engine.listeners:
             self.engine.listeners.remove(self._on_step)
+            self.engine.followers.remove(self._begin_again)
             self.sync()
             os.close(self._file)
 
