@@ -33,7 +33,7 @@ from .auto_lr import samples, schedulers, unnoticed
 from .checks import add_counters, check_arguments, counters, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .loss_calls import LossCall, LossCalls, numbers_allowed
-from .optimizers import add_new, chosen_by_user, grouped, numbers_of, whole
+from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
 from .quantised import quantised_training
 
 if TYPE_CHECKING:
@@ -180,6 +180,8 @@ class ZOTrainerMixin(_Trainer):
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
         self.zo = ZeroOrder(root, config, optimizer=given)
         self.zo.listeners.append(self._zo_records.append)
+        if not isinstance(self.zo.optimizer, TorchOptimizerFace):
+            self.zo.regroup = partial(self.zo.optimizer.cover, alike=partial(by_decay, self, root))
         self.zo.carried.append((lambda: counters(self), vars(self).update))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
@@ -234,9 +236,6 @@ class ZOTrainerMixin(_Trainer):
         zo.oracle.keep_mode = self._zo_model()
         if model is not self.model and any(map(is_compiled, model.modules())):
             zo.copy_whole()
-        if not isinstance(zo.optimizer, TorchOptimizerFace) and self._zo_root is not None:
-            decayed = set(self.get_decay_parameter_names(self._zo_root))
-            add_new(zo.optimizer, self._zo_root.named_parameters(), decayed)
         return zo
 
     def _measure(self, zo: ZeroOrder, watching: Callable[[], Any], call: LossCall) -> Tensor:

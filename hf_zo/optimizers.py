@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -122,16 +122,7 @@ def _modules(name: str, value: Any) -> Iterable[tuple[str, nn.Module]]:
         yield from ((f"{name}_{key}".replace(".", "_"), part) for key, part in value.items() if isinstance(part, nn.Module))
 
 
-def add_new(optimizer: ZOOptimizer, parameters: Iterable[tuple[str, Tensor]], decayed: set[str]) -> None:
-    """Puts parameters that have become trainable into the groups with and without weight decay.
-
-    Args:
-        optimizer: the trainer's.
-        parameters: all of the model, by name.
-        decayed: names of those that decay.
-    """
-    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    for name, parameter in parameters:
-        if parameter.requires_grad and id(parameter) not in held:
-            alike = [g for g in optimizer.param_groups if bool(g["weight_decay"]) == (name in decayed)]
-            (alike or optimizer.param_groups)[0]["params"].append(parameter)
+def by_decay(trainer: Trainer, model: nn.Module, slot: Slot, group: dict[str, Any]) -> bool:
+    """Whether a slot that has become trainable belongs into a group with this weight decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return bool(group["weight_decay"]) == (names.get(id(slot.tensor)) in trainer.get_decay_parameter_names(model))

@@ -12,7 +12,7 @@ import torch
 from hf_helpers import differing, weights
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_helpers import QUIET, Resumable, Wrapped, fitted, loader, sgd, trainer
+from lightning_helpers import QUIET, Resumable, Tally, Wrapped, fitted, loader, sgd, trainer
 from torch import nn
 
 from lightning_zo import ZOStrategy
@@ -51,12 +51,17 @@ class Counting(Wrapped):
 
     def __init__(self, name: str = "llama", optimizer: Any = stepped, factor: Any = None):
         super().__init__(name, optimizer)
-        self.forwards, self.seen, self.factor = 0, [], factor
+        self.tally, self.seen, self.factor = Tally(), [], factor
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.forwards += 1
+        self.tally.next()
         loss = super().training_step(batch, batch_idx)
         return loss if self.factor is None else loss * self.factor()
+
+    @property
+    def forwards(self) -> int:
+        """Without the one with which the first measured step looks at a point twice."""
+        return self.tally.count - 1
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append((self.trainer.global_step, float(outputs["loss"]), batch["input_ids"].sum().item()))

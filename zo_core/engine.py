@@ -29,7 +29,7 @@ from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of, trainable
 from .records import Point, Probe, StepRecord
 from .rules import Torch, UpdateRule
-from .targets import Slot, keep_codes_plain
+from .targets import Slot, Target, keep_codes_plain
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class ZeroOrder:
         step_count: index of the next step; with the seed it determines the next directions.
         listeners: called with the `StepRecord` of every step.
         followers: called when weights were frozen, unfrozen, added or replaced, before the next step.
+        regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
+            does nothing, and what that does not hold does not move.
         lr, eps, weight_decay: of the first parameter group; setting one sets that of all groups.
         suggestion: with ``lr="auto"``, from the first step on: what the range test found.
 
@@ -93,14 +95,15 @@ class ZeroOrder:
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
         self.carried: list[Carried] = []
-        self.target = settings.target.chosen(model)
+        self._target = settings.target.chosen(model)
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         keep_codes_plain(model)
         slots = self.target.slots(model)
-        self._makes_groups = optimizer is None
+        made = optimizer is None
         if optimizer is None:
             optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
+        self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.streaming: Streaming | None = None
         self._measured: Measured | None = None
         self._followed: tuple[tuple[Probe, ...], float] | None = None
@@ -132,6 +135,11 @@ class ZeroOrder:
             if not name.startswith("_") and not hasattr(self, name):
                 raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
         super().__setattr__(name, value)
+
+    @property
+    def target(self) -> Target:
+        """What chose the slots; it may be another one once adapters were added."""
+        return self._target
 
     @property
     def lr(self) -> float:
@@ -190,10 +198,9 @@ class ZeroOrder:
         self.stop()
         self.homes.bring_back()
         kept = {tensor: dict(state) for tensor, state in self.optimizer.state.items()}
-        self.target = self._settings.target.chosen(self.model)
+        self._target = self._settings.target.chosen(self.model)
         slots = self.target.slots(self.model)
-        if self._makes_groups:
-            self.optimizer.cover(slots, self.model)
+        self.regroup(slots)
         old_slots = self.slots
         self._take(slots)
         self.optimizer.take_thresholds(dict(self.optimizer.thresholds), old_slots, self.slots)

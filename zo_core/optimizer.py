@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import ConfigError, StateError
 from .estimators import Spsa
@@ -62,20 +62,18 @@ class ZOOptimizer(torch.optim.Optimizer):
         by_tensor = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
 
-    def cover(self, slots: Iterable[Slot], model: nn.Module) -> None:
-        """Holds all of ``slots``, and nothing that the model does not have any more."""
-        present = {id(parameter) for parameter in model.parameters()}
-        moving = {id(tensor) for slot in slots for tensor in slot.tensors}
-        held: set[int] = set()
-        for group in self.param_groups:
-            gone = [t for t in group["params"] if id(t) not in present and id(t) not in moving]
-            group["params"] = [t for t in group["params"] if not any(t is other for other in gone)]
-            for tensor in gone:
-                self.state.pop(tensor, None)
-            held |= {id(tensor) for tensor in group["params"]}
-        for new in param_groups(slot for slot in slots if not any(id(tensor) in held for tensor in slot.tensors)):
-            alike = [group for group in self.param_groups if all(group[name] == new[name] for name in new if name != "params")]
-            (alike or self.param_groups)[0]["params"] += new["params"]
+    def cover(self, slots: Iterable[Slot], alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
+        """Holds all of ``slots``.
+
+        Args:
+            slots: those that are new go to the first group that is ``alike``, or else to the first.
+            alike: whether a slot belongs into a group; None goes by the values that the slot has of its own.
+        """
+        held = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        for slot in slots:
+            if not any(id(tensor) in held for tensor in slot.tensors):
+                fits = [group for group in self.param_groups if (alike or _has_values_of)(slot, group)]
+                (fits or self.param_groups)[0]["params"].append(slot.tensor)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what was measured since the last step; with a closure, measures it first.
@@ -162,6 +160,10 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds}
+
+
+def _has_values_of(slot: Slot, group: dict[str, Any]) -> bool:
+    return all(group[name] == value for name, value in slot.own.items())
 
 
 def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:

@@ -69,6 +69,8 @@ class LockstepOracle:
         trained = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in trained] for b in streaming.blocks}
         self._checked = False
+        # The first sweep looks at the model's state at every hand-over, later ones at their end.
+        self._looking, self._seen = True, False
         self.quiet: bool | None = None
         self.keep_mode: nn.Module | None = None
         held = [tensor for block in streaming.blocks for tensors in block.holders.values() for tensor in tensors]
@@ -110,11 +112,20 @@ class LockstepOracle:
     def _sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         """The losses of the first closure at all points, then of the second, and so on."""
         start = [get() for get, _ in self.carried]
-        losses = self._one_sweep(points, closures)
-        while self.state.share():  # what nobody kept apart was seen by the other probes
+        while True:
+            try:
+                losses = self._one_sweep(points, closures)
+            except Exception:
+                if not self._seen:  # what nobody kept apart was seen by the other probes
+                    raise
+            else:
+                self._seen |= self.state.share()
+            if not self._seen:
+                break
+            self._seen = False
             self._carry(start)
             self.state.rewind()
-            losses = self._one_sweep(points, closures)
+        self._looking = False
         silent = same_rng(start[0], rng_state()) and not self.state.shared
         self.quiet = silent and self.quiet is not False
         return losses
@@ -183,6 +194,8 @@ class LockstepOracle:
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
+        if self._looking:
+            self._seen |= self.state.share()
         self.states[index] = [get() for get, _ in self.carried]
         self.views[index].suspend()
 
