@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -250,13 +250,15 @@ class ZeroOrder:
 
     def saved_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A slot's state with what a checkpoint needs of it: values that are streamed, weights that are behind."""
-        return self.homes.whole(state if self.lazy is None else self.lazy.saved(state))
+        with self.hidden():
+            return self.homes.whole(state if self.lazy is None else self.lazy.saved(state))
 
     def store_state(self) -> None:
         """Takes over what was loaded into the optimizer."""
-        if self.lazy is not None:
-            self.lazy.loaded(self.optimizer.state)
-        self.homes.store()
+        with self.hidden():
+            if self.lazy is not None:
+                self.lazy.loaded(self.optimizer.state)
+            self.homes.store()
 
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
@@ -290,7 +292,15 @@ class ZeroOrder:
         Forwards of the model's modules do by themselves; this is for code that computes with a parameter
         outside of them.
         """
-        return nullcontext() if self.lazy is None else self.lazy.mode()
+        stack = ExitStack()
+        if self.lazy is not None:
+            stack.enter_context(self.lazy.hidden())
+            stack.enter_context(self.lazy.mode())
+        return stack
+
+    def hidden(self) -> AbstractContextManager[Any]:
+        """A context in which parameters whose updates wait show what is in memory, as the engine's own code needs it."""
+        return nullcontext() if self.lazy is None else self.lazy.hidden()
 
     def copy_whole(self) -> None:
         """From now on each probe copies all slots at once, for closures that run compiled code."""
@@ -378,11 +388,15 @@ class ZeroOrder:
         self._group_of = self._groups()
         points = self._measured.points
         try:
-            first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
-            found = self.oracle.together(points, closures)
+            with self.hidden():
+                return self._at(points, closures)
         except BaseException:
             self.discard()
             raise
+
+    def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
+        first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
+        found = self.oracle.together(points, closures)
         if self.first_steps is not None and first is not None:
             self.first_steps.compare(first[1], found[0][first[0]], self.slots)
         return found
@@ -477,7 +491,7 @@ class ZeroOrder:
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
         directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
-        with torch.no_grad():
+        with torch.no_grad(), self.hidden():
             if isinstance(self.rule, Torch):
                 assert isinstance(self.optimizer, TorchOptimizerFace)
                 pairs = ((slot.tensor, d) for slot, d in zip(self.slots, directions, strict=True) if not d.still)

@@ -114,11 +114,12 @@ def range_test(engine: ZeroOrder, closures: Sequence[Closure], steps: int | None
         )
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ConfigError([f"steps={steps!r} must be a whole number of at least 1, or None"])
-    test = _Test(engine, closures, steps)
-    try:
-        return test.run()
-    finally:
-        test.before.restore()
+    with engine.hidden():
+        test = _Test(engine, closures, steps)
+        try:
+            return test.run()
+        finally:
+            test.before.restore()
 
 
 class Snapshot:

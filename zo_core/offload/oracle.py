@@ -154,13 +154,13 @@ class LockstepOracle:
 
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
         self.state.begin()
+        stack.enter_context(self.streaming.sweep())
         self.states = [[get() for get, _ in self.carried]] * len(points)
         self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
         self.views = [self.realisation.view(point, self._original) for point in points]
         for view in self.views:
             for slot in self.realisation.slots:
                 view.release(slot)
-        self.streaming.sweeping = True
         self.realisation.hook(lambda: self.views[self.lockstep.current], stack)
         for block in self.streaming.blocks:
             # Registered after the hooks above: prepended, so first before the forward, and last after it.
@@ -208,11 +208,8 @@ class LockstepOracle:
             put(value)
 
     def _end(self) -> None:
-        self.streaming.sweeping = False
         self.realisation.used |= any(view.used for view in self.views)
         restore(self.originals)
-        for block in self.streaming.blocks:
-            self.streaming.evict_view(block)
         if self.states:
             self._carry(self.states[-1])
         self.views, self.states, self.originals = [], [], {}

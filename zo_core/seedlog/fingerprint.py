@@ -37,7 +37,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
-    """What identifies the weights as they are now.
+    """What identifies the weights in memory as they are now, without updates that wait for the end of a window.
 
     Streamed blocks are read one at a time.
 
@@ -46,7 +46,8 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
         of all other parameters; ``digest``: of all of it.
     """
     engine.flush()
-    digests = _digests(engine)
+    with engine.hidden():
+        digests = _digests(engine)
     slots = {
         slot.key: [list(slot.tensor.shape), str(slot.tensor.dtype).removeprefix("torch."), digests[id(slot.tensor)][1]]
         for slot in engine.slots
