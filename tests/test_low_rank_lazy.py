@@ -35,7 +35,9 @@ def evaluated(model: nn.Module, index: int = 99) -> float:
 
 
 def in_memory(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """What the parameters point at inside of a window, without bringing what they count as."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 # The window
@@ -103,6 +105,7 @@ def test_the_update_goes_along_the_directions_that_the_probes_took(num_probes: i
         record = zo.step(loss)
         with torch.no_grad(), zo.effective():
             after = model.weight + 0
+        del seen[: len(seen) % 2]  # the first step measures one of its points twice
         z = [(plus - minus) / 2e-2 for plus, minus in zip(seen[::2], seen[1::2], strict=True)]
         moved = sum(-1e-2 * probe.coefficient * one for probe, one in zip(record.probes, z, strict=True))
         assert torch.allclose(after - before, moved, atol=1e-6)

@@ -115,7 +115,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"parameter {name!r} has dtype {tensor.dtype}, which cannot be moved; use one of {known}, "
             "or requires_grad_(False) to leave it alone"
         )
-    if type(tensor.data) is not torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = type(tensor.data) is torch.Tensor
+    if not plain:
         raise ModelError(
             f"parameter {name!r} is a {type(tensor.data).__name__}, whose values are not one plain tensor; "
             "requires_grad_(False) leaves it alone"
@@ -126,7 +128,8 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two tensors exactly if they show the same elements in the same order."""
     if tensor.numel() == 0 or tensor.is_meta:  # which have no memory: on meta, only a tensor itself is tied
         return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    with torch._C.DisableTorchFunctionSubclass():  # of a stand-in, the memory that it has
+        return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def plain_parameters(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
