@@ -99,7 +99,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
 def _prefix(engine: ZeroOrder) -> str:
     """What the names of the parameters have in front of their slot keys, without wrappers."""
     slot = engine.slots[0]
-    held = {id(tensor) for tensor in slot.tensors}
+    held = {id(tensor) for tensor in slot.leads}
     name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
     plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     return plain.removesuffix(slot.key)
