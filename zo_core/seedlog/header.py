@@ -10,6 +10,7 @@ import torch
 from ..errors import StateError
 from ..estimators import ESTIMATORS
 from ..noise import NOISES
+from ..optimizer import number
 from ..rules import RULES
 from ..targets import TARGETS, WRAPPERS
 from ..version import __version__
@@ -117,7 +118,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(engine._group_of[slot])] for slot in engine.slots)
     relative = {group_of[i]: engine._relative_eps(slot) for i, slot in enumerate(engine.slots)}
-    lrs = tuple(float(group["lr"]) for group in groups)
+    lrs = tuple(number(group, "lr", 0.0) for group in groups)
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):
         distinct = list(dict.fromkeys(lrs))
@@ -126,7 +127,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
         engine.seed,
         group_of,
         tuple(relative.get(i, 1.0) for i in range(len(groups))),
-        tuple(float(group.get("weight_decay", 0.0)) for group in groups),
+        tuple(number(group, "weight_decay", 0.0) for group in groups),
         kept,
     )
     return settings, lrs
