@@ -22,12 +22,12 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
 from zo_core.offload import Streaming
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
-from zo_core.targets import keep_codes_plain
+from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches
 from .engine import build, check, settings
@@ -111,6 +111,15 @@ class ZOStrategy(SingleDeviceStrategy):
     def num_nodes(self, count: int) -> None:
         if count > 1:
             raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
+
+    def connect(self, model: LightningModule) -> None:
+        """Takes a module of which every parameter has values."""
+        try:
+            check_values(model, frozen=True)
+        except ModelError:
+            self._lightning_module = None  # teardown would move it to the CPU, and fail
+            raise
+        super().connect(model)
 
     def model_to_device(self) -> None:
         """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""

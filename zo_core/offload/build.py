@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..oracle.materialise import is_compiled
-from ..targets import in_several_ways, memory_of, plain_parameters
+from ..targets import check_values, in_several_ways, memory_of, plain_parameters
 from .blocks import find_blocks
 from .store import DiskStore, RamStore
 from .streaming import ARENA_SLOTS, Block, Streaming
@@ -53,6 +53,7 @@ def offload(
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
+    check_values(model, frozen=True)
     wrapped = set(map(id, model.parameters())) - {id(tensor) for _, tensor in plain_parameters(model)}
     if wrapped:
         name, weight = next((name, p) for name, p in model.named_parameters() if id(p) in wrapped)

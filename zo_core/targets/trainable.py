@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from .base import TARGETS, Slot, Target, check_tensor, plain_parameters, slot_keys
+from .dispatched import check_values
 from .memory import Chart, Extent, Region, extent, neighbours
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def trainable_slots(model: nn.Module) -> list[tuple[str, Slot]]:
     Raises:
         ModelError: a parameter cannot be moved, or shares a part of its memory with another one that moves.
     """
+    check_values(model)
     groups: dict[Hashable, list[Named]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
