@@ -97,5 +97,8 @@ def counters(trainer: Any) -> dict[str, int | float]:
 def add_counters(trainer: Any, calls: Sequence[LossCall]) -> None:
     """Lets a trainer have counted what one probe of each call has counted."""
     now = counters(trainer)
-    more = {name: sum(call.counted.get(name, value) - call.counters.get(name, value) for call in calls) for name, value in now.items()}
+    more = {
+        name: sum(call.counted.get(name, value) - call.counters.get(name, value) for call in calls)
+        for name, value in now.items()
+    }
     vars(trainer).update({name: value + more[name] for name, value in now.items()})

@@ -27,6 +27,7 @@ from zo_core.oracle import as_scalar
 from zo_core.oracle.materialise import is_compiled
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
+from zo_core.targets import check_values
 
 from .arguments import ZOArguments
 from .auto_lr import samples, schedulers, unnoticed
@@ -78,6 +79,8 @@ class ZOTrainerMixin(_Trainer):
             super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
         self.zo_config = self._resolve_config(zo_config)
+        streamed = self.zo_config.offload is not None and Streaming.of(self._zo_model()) is None
+        check_values(self._zo_model(), frozen=streamed)
         self.create_optimizer = self._zo_finish_optimizer  # type: ignore[method-assign]
 
     def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
@@ -119,6 +122,7 @@ class ZOTrainerMixin(_Trainer):
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """A model that is to be streamed never goes to the device as a whole."""
+        check_values(model, frozen=getattr(model, "hf_device_map", None) is None)  # or Trainer moves nothing
         config = self._resolve_config(self._zo_given)
         if config.offload is not None and device.type != "cpu" and Streaming.of(model) is None:
             offload_model(model, config, config.resolve().target.slots(model), device)

@@ -119,7 +119,9 @@ def _modules(name: str, value: Any) -> Iterable[tuple[str, nn.Module]]:
     if isinstance(value, nn.Module):
         yield name, value
     elif isinstance(value, dict):
-        yield from ((f"{name}_{key}".replace(".", "_"), part) for key, part in value.items() if isinstance(part, nn.Module))
+        yield from (
+            (f"{name}_{key}".replace(".", "_"), part) for key, part in value.items() if isinstance(part, nn.Module)
+        )
 
 
 def by_decay(trainer: Trainer, model: nn.Module, slot: Slot, group: dict[str, Any]) -> bool:

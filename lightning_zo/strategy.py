@@ -22,14 +22,15 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
 from zo_core.offload import Streaming
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
-from zo_core.targets import keep_codes_plain
+from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches
+from .closure import StepGuard, not_executed
 from .engine import build, check, settings
 from .journal import Asked, Journal, log_path
 from .probes import Probes
@@ -81,8 +82,9 @@ class ZOStrategy(SingleDeviceStrategy):
         self._settings = self.config
         self._streaming: Streaming | None = None
         self._trained: list[int] = []
-        self._losses = 0
-        self._partial = False
+        self._guard = StepGuard()
+        self._runs = self._losses = 0
+        self._partial = self._stepped = False
 
     # The device: the connector of the Trainer sets these two
 
@@ -111,6 +113,15 @@ class ZOStrategy(SingleDeviceStrategy):
     def num_nodes(self, count: int) -> None:
         if count > 1:
             raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
+
+    def connect(self, model: LightningModule) -> None:
+        """Takes a module of which every parameter has values."""
+        try:
+            check_values(model, frozen=True)
+        except ModelError:
+            self._lightning_module = None  # teardown would move it to the CPU, and fail
+            raise
+        super().connect(model)
 
     def model_to_device(self) -> None:
         """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""
@@ -172,7 +183,8 @@ class ZOStrategy(SingleDeviceStrategy):
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()
         self._trained = self._trainable()
-        self._losses, self._partial = 0, False
+        self._guard.watch(optimizer)
+        self._forget()
         advice = None if running else lr_advice(zo, "lr")
         if advice is not None:
             logger.warning("%s", advice)
@@ -191,6 +203,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if self._journal is not None:
             self._journal.end()
             self._journal = None
+        self._guard.release()
         if self.zo is not None:
             self.zo.stop()
             if self.config.offload is not None:
@@ -212,6 +225,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
+        self._runs += 1
         if zo.wants_lr:
             self._find_lr(zo, run, args, kwargs)
         entry, journal = self._logged(zo), self._journal
@@ -252,21 +266,33 @@ class ZOStrategy(SingleDeviceStrategy):
             return probes.run(run, (batch, *args[1:]), kwargs)
 
         drawn = batches(module.trainer) or [args[0]]
-        with self.precision_plugin.train_step_context(), probes.recording():
+        with self.precision_plugin.train_step_context(), probes.recording(), self._guard.stepping():
             zo.find_lr([partial(closure, batch) for batch in drawn], schedulers)
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""
         assert self.zo is not None, "setup_optimizers makes the engine"
         zo = self.zo
-        if zo.step_count != step:  # the first step, or the one before was measured and not applied
+        trainer = self._module().trainer
+        if zo.step_count != step or trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            # The first micro-batch of a step. What was measured before it was not applied: where Lightning's closure
+            # would drop the gradients of a batch whose step was left out, or that runs once more.
             zo.discard()
             zo.step_count = step
-            self._losses, self._partial = 0, False
+            self._forget()
         if not self._losses and self._trained != self._trainable():  # a callback froze or unfroze layers
             zo = self._start()
             zo.step_count = step
         return zo
+
+    def _forget(self) -> None:
+        self._runs = self._losses = 0
+        self._partial = False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A batch may make one step."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._stepped = False
 
     def backward(self, closure_loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing to do; hooks around a backward pass are not called."""
@@ -277,6 +303,15 @@ class ZOStrategy(SingleDeviceStrategy):
         result, trainer = closure(), self._module().trainer
         if trainer.fit_loop._skip_backward:
             return result
+        if self._stepped:
+            raise ConfigError(
+                [
+                    "optimizer.step was called twice for one batch, and the directions of a step derive from "
+                    "trainer.global_step; call it once in optimizer_step"
+                ]
+            )
+        if not self._runs:
+            raise not_executed()
         call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
         assert self.zo is not None
@@ -288,8 +323,10 @@ class ZOStrategy(SingleDeviceStrategy):
             self.zo.discard()
             self.zo.step_count += 1
         else:
-            self.zo.optimizer.step()
-        self._losses, self._partial = 0, False
+            with self._guard.stepping(result):
+                self.zo.optimizer.step()
+        self._stepped = True
+        self._forget()
         return result
 
     # Checkpoints and evaluation see final weights

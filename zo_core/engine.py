@@ -24,7 +24,7 @@ from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .measured import Measured, mean, probes_from
 from .noise import Direction, direction_of, share_of
 from .offload import Carried, LockstepOracle, Streaming
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_checkpoint, group_problems, param_groups
+from .optimizer import TorchOptimizerFace, ZOOptimizer, check_checkpoint, group_problems, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of, trainable
 from .records import Point, Probe, StepRecord
@@ -468,7 +468,7 @@ class ZeroOrder:
         record = StepRecord(
             loss=loss,
             projected_grad=projected_grad,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=number(self.optimizer.param_groups[0], "lr", math.nan),
             step=self.step_count,
             seed=seed,
             probes=probes,
@@ -490,6 +490,7 @@ class ZeroOrder:
             logger.warning("%s%s", said, f" ({self._skips} steps skipped so far)" if self._skips > 1 else "")
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
+        self.optimizer.check_numbers()  # a scheduler may have been here since the probes were measured
         directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
         with torch.no_grad(), self.hidden():
             if isinstance(self.rule, Torch):

@@ -120,7 +120,7 @@ class LazyUpdates:
         noise, compiled = unsampled(noise), any(map(is_compiled, model.modules()))
         if not isinstance(noise, LowRank) or not isinstance(rule, (Sgd, Momentum)) or compiled:
             return None
-        waiting = [slot for slot in slots if is_matrix(noise, slot.tensor.shape, slot.scaling)]
+        waiting = [slot for slot in slots if waits(noise, slot)]
         return cls(model, waiting, noise, rule, state, streaming, stochastic=stochastic)
 
     def takes(self, slot: Slot) -> bool:
@@ -417,7 +417,12 @@ def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
 def changes_often(noise: Noise, slot: Slot) -> bool:
     """Whether a slot is written at every step while others are once in a window."""
     noise = unsampled(noise)
-    return isinstance(noise, LowRank) and not is_matrix(noise, slot.tensor.shape, slot.scaling)
+    return isinstance(noise, LowRank) and not waits(noise, slot)
+
+
+def waits(noise: Noise, slot: Slot) -> bool:
+    """Whether the updates of a slot can wait: of a matrix, which all of its tensors show alike."""
+    return is_matrix(noise, slot.tensor.shape, slot.scaling) and slot.region is None
 
 
 def _values(slot: Slot) -> Tensor:

@@ -182,8 +182,16 @@ def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The rate of each group as it is without a schedule."""
-    return [float(group.get("initial_lr", group["lr"])) for group in rate_groups(optimizer)]
+    """The rate of each group as it is without a schedule.
+
+    Raises:
+        ConfigError: the optimizer has none.
+    """
+    groups = rate_groups(optimizer)
+    if any(group.get("lr") is None for group in groups):
+        inner = type(getattr(optimizer, "inner", optimizer)).__name__
+        raise ConfigError([f"{inner} has no learning rate (lr=None) that could be looked for; give it a number"])
+    return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
 
 def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:

@@ -58,7 +58,12 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def groups_of(self, slots: Iterable[Slot]) -> dict[Slot, dict[str, Any]]:
-        """The group of each slot; to be looked up anew when a state was loaded, which replaces groups."""
+        """The group of each slot; to be looked up anew when a state was loaded, which replaces groups.
+
+        Raises:
+            ConfigError: a group has a hyperparameter that is not a number.
+        """
+        self.check_numbers()
         by_tensor = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
 
@@ -74,6 +79,17 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not any(id(tensor) in held for tensor in slot.tensors):
                 fits = [group for group in self.param_groups if (alike or _has_values_of)(slot, group)]
                 (fits or self.param_groups)[0]["params"].append(slot.tensor)
+
+    def check_numbers(self) -> None:
+        """Raises `ConfigError` if somebody has set what is no number, which is to be noticed before anything moves."""
+        problems = [
+            f"{name}={group.get(name)!r} in the optimizer's param_groups is not a finite number"
+            for group in self.param_groups
+            for name in ("lr", "eps", "weight_decay")
+            if not math.isfinite(number(group, name, math.nan))
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what was measured since the last step; with a closure, measures it first.
@@ -175,6 +191,14 @@ def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def number(group: dict[str, Any], name: str, otherwise: float) -> float:
+    """A hyperparameter; ``otherwise`` where an optimizer has none, as Adafactor with ``lr=None``."""
+    value = group.get(name)
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else otherwise
+    return float(value) if isinstance(value, (int, float)) else otherwise
+
+
 def group_problems(group: dict[str, Any]) -> list[str]:
     """What is wrong with the hyperparameters of a group."""
     wanted: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -191,22 +215,40 @@ def group_problems(group: dict[str, Any]) -> list[str]:
     return problems
 
 
+#: Optimizers that no estimate of the gradient in ``.grad`` can serve.
+UNUSABLE = {
+    torch.optim.LBFGS: "calls the closure itself and needs exact gradients",
+    torch.optim.SparseAdam: "takes sparse gradients alone, and the estimate is dense",
+}
+
+
 def check_optimizer(optimizer: object) -> None:
     """Raises `ConfigError` for what cannot be the optimizer of an engine; None can."""
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             [
                 f"optimizer={optimizer!r} is not an optimizer; pass an object, for example "
                 "optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), or leave it out"
             ]
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError(
-            [
-                "optimizer=LBFGS(...) calls the closure itself and needs exact gradients; "
-                "pass one that steps on .grad, for example torch.optim.AdamW"
-            ]
-        )
+    problems = [
+        f"optimizer={type(optimizer).__name__}(...) {why}; pass one that steps on .grad, for example torch.optim.AdamW"
+        for unusable, why in UNUSABLE.items()
+        if isinstance(optimizer, unusable)
+    ]
+    groups = optimizer.param_groups if type(optimizer).__module__.startswith("torch.optim.") else ()
+    for group in groups:
+        if not math.isfinite(number(group, "lr", math.nan)):
+            problems.append(f"lr={group.get('lr')!r} of {type(optimizer).__name__} must be a number, for example 1e-4")
+        if group.get("differentiable"):
+            problems.append(
+                f"differentiable=True of {type(optimizer).__name__} is for differentiating through its step, which "
+                "weights that are trained do not allow; leave it out"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 class TorchOptimizerFace(ZOOptimizer):
@@ -221,6 +263,9 @@ class TorchOptimizerFace(ZOOptimizer):
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
         self.defaults = self.inner.defaults
+
+    def check_numbers(self) -> None:
+        """Nothing to do: what its hyperparameters may be is for the torch optimizer to say."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "param_groups", None) is self.inner.param_groups:

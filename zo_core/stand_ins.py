@@ -15,7 +15,7 @@ from types import GetSetDescriptorType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .oracle.function_mode import METADATA
 
@@ -28,7 +28,14 @@ WITHOUT_VALUES = (
         for name in dir(Tensor)
         if name.startswith("is_") and isinstance(getattr(Tensor, name), GetSetDescriptorType)
     }
-    | {torch._has_compatible_shallow_copy_type, Tensor.requires_grad_, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.get_device}
+    | {
+        torch._has_compatible_shallow_copy_type,
+        Tensor.requires_grad_,
+        Tensor.nelement,
+        Tensor.ndimension,
+        Tensor.element_size,
+        Tensor.get_device,
+    }
     | {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor._backward_hooks.__get__}  # type: ignore[attr-defined]
 )
 

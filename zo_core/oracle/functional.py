@@ -58,12 +58,16 @@ class Sight:
         self.room = max((slot.tensor.numel() * slot.tensor.element_size() for slot in slots), default=0)
 
     def factors(self, slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0."""
+        """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0.
+
+        Neither has a slot whose tensors differ: what its transpose is used for would need other factors.
+        """
         self.used = True
         if (slot, dtype) not in self.known:
             direction = self.direction(slot)
             found = None
-            if isinstance(direction, LowRankDirection) and len(direction.shape) == 2 and not direction.still:
+            alike = slot.region is None
+            if alike and isinstance(direction, LowRankDirection) and len(direction.shape) == 2 and not direction.still:
                 left, right = direction.factors_in(dtype, self.values(slot).device)
                 found = left, right, float32(direction.decay)
             self.known[slot, dtype] = found
@@ -77,7 +81,7 @@ class Sight:
             values, direction = self.values(slot).detach(), self.direction(slot)
             if direction.still:
                 return values
-            copy = direction.add_to(values, out=self.pool.take(values))
+            copy = direction.add_to(values, out=slot.room(values, self.pool.take))
             self.copies[slot] = copy
             while len(self.copies) > 1 and sum(c.numel() * c.element_size() for c in self.copies.values()) > self.room:
                 self.copies.popitem(last=False)
@@ -132,7 +136,7 @@ class FunctionalMode(TorchFunctionMode):
         """The value, with copies for the parameters in it."""
         if isinstance(value, Tensor):
             slot = self.slots.get(id(value))
-            return value if slot is None else self.sight.copy(slot)
+            return value if slot is None else slot.seen_by(value, self.sight.copy(slot))
         if type(value) in (tuple, list):
             return type(value)(self.replaced(entry) for entry in value)
         return value

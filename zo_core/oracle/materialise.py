@@ -142,12 +142,12 @@ class ProbeView:
             original = self.original(slot)
             scratch = original
             if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
-                scratch = self.owner.pool.take(original)
+                scratch = slot.room(original, self.owner.pool.take)
                 direction.add_to(original, out=scratch)
             self.present[slot] = scratch
-            for tensor in slot.tensors:
+            for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
                 self.absent.pop(id(tensor))
-                tensor.data = scratch
+                tensor.data = shown
         # Autocast caches casts by parameter object, and the object has just changed its values.
         torch.clear_autocast_cache()
 
@@ -172,8 +172,8 @@ class ProbeView:
         """This probe has the turn again."""
         with torch._C.DisableTorchFunction():
             for slot, scratch in self.present.items():
-                for tensor in slot.tensors:
-                    tensor.data = scratch
+                for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
+                    tensor.data = shown
         torch.clear_autocast_cache()
 
 

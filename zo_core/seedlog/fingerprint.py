@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
-from ..targets import memory_of, plain_parameters
+from ..targets import elsewhere, memory_of, plain_parameters
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
@@ -68,6 +68,8 @@ def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
         for ids, blocks in _streamed(engine):
             for each, result in zip(ids, pool.map(_described, blocks), strict=True):
                 found.update(dict.fromkeys(each, result))
+        for _, stand_in, read in elsewhere(engine.model):
+            found[id(stand_in)] = _described(read())
         resident = {key: tensor for key, tensor in tensors.items() if key not in found}
         shared: dict[tuple[object, ...], list[int]] = {}
         for key, tensor in resident.items():

@@ -10,6 +10,7 @@ import torch
 from ..errors import StateError
 from ..estimators import ESTIMATORS
 from ..noise import NOISES
+from ..optimizer import number
 from ..rules import RULES
 from ..targets import TARGETS, WRAPPERS
 from ..version import __version__
@@ -99,7 +100,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
 def _prefix(engine: ZeroOrder) -> str:
     """What the names of the parameters have in front of their slot keys, without wrappers."""
     slot = engine.slots[0]
-    held = {id(tensor) for tensor in slot.tensors}
+    held = {id(tensor) for tensor in slot.leads}
     name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
     plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     return plain.removesuffix(slot.key)
@@ -117,7 +118,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(engine._group_of[slot])] for slot in engine.slots)
     relative = {group_of[i]: engine._relative_eps(slot) for i, slot in enumerate(engine.slots)}
-    lrs = tuple(float(group["lr"]) for group in groups)
+    lrs = tuple(number(group, "lr", 0.0) for group in groups)
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):
         distinct = list(dict.fromkeys(lrs))
@@ -126,7 +127,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
         engine.seed,
         group_of,
         tuple(relative.get(i, 1.0) for i in range(len(groups))),
-        tuple(float(group.get("weight_decay", 0.0)) for group in groups),
+        tuple(number(group, "weight_decay", 0.0) for group in groups),
         kept,
     )
     return settings, lrs
