@@ -134,7 +134,7 @@ def marked(state: dict[str, Any], engine: ZeroOrder | None) -> dict[str, Any]:
     """A state of an optimizer with our mark in it."""
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
-        mark["settings"] = engine.continuity.given
+        mark["settings"] = dict(engine.continuity.given)
         mark["drawn"] = engine.seed  # of the directions: a second run with one trainer has another than the given one
     return {**state, MARK: mark}
 
@@ -203,7 +203,9 @@ def took_over(state: Mapping[str, Any], engine: ZeroOrder) -> None:
     """Goes on with what a state that was loaded says, where this run says nothing: the seed, the weight decay."""
     mark = state.get(MARK, {})
     given = engine.continuity.given
-    given.update({name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})})
+    given.update(
+        {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
+    )
     engine.seed = mark.get("drawn", given["seed"])
     engine.continuity.ahead, engine.continuity.whole = 0, True
 
