@@ -39,7 +39,7 @@ class Journal:
         path: of the log.
         checkpoint: what `Trainer.train` is to be given.
         stopped: set when the run is interrupted.
-        evaluated: metrics of the run's evaluations in this process, by step and prefix.
+        evaluated: metrics of the run's evaluations in this process, by step and their names.
 
     Raises:
         StateError: with True, the log cannot be read, or begins at a checkpoint that is gone.
@@ -52,7 +52,7 @@ class Journal:
         self.checkpoint: str | bool | None = resume
         self.follows = resume is True and self.path.exists()
         self.stopped: Stopped | None = None
-        self.evaluated: dict[tuple[int, str], dict[str, float]] = {}
+        self.evaluated: dict[tuple[int, frozenset[str]], dict[str, float]] = {}
         self._held: Stopped | None = None
         if self.follows:
             self.checkpoint = self._last_checkpoint()
@@ -96,26 +96,26 @@ class Journal:
                 self.log = SeedLogWriter.attach(engine, self.path)
         return self.log
 
-    def metrics(self, step: int, prefix: str, found: dict[str, float], behind: bool) -> dict[str, float]:
+    def metrics(self, step: int, found: dict[str, float], *, behind: bool) -> dict[str, float]:
         """Metrics of an evaluation after so many steps.
 
         Args:
             step: how many.
-            prefix: of their names.
             found: what the weights in memory have.
             behind: whether those are of a later step; then it is what was found when they were not.
 
         Raises:
             StateError: there was no such evaluation.
         """
+        key = step, frozenset(found)
         if not behind:
-            self.evaluated[step, prefix] = dict(found)
-        elif (step, prefix) not in self.evaluated:
+            self.evaluated[key] = dict(found)
+        elif key not in self.evaluated:
             raise StateError(
                 f"step {step} is repeated and was not evaluated before the interrupt, and the weights of that step "
                 "are gone; train without this evaluation, or resume in a new process"
             )
-        return self.evaluated[step, prefix]
+        return self.evaluated[key]
 
     def begin_checkpoint(self, step: int) -> None:
         """The log is on the disk before the checkpoint, and a checkpoint that it overwrites is complete no more."""
@@ -133,10 +133,13 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
-        if self.log is not None:
-            ends = kind is None or issubclass(kind, (SystemExit, MemoryError))
-            self.stopped = None if ends else Stopped.of(self.log)
-        self.end()
+        try:
+            if self.log is not None:
+                self.stopped = (
+                    Stopped.of(self.log) if kind is not None and issubclass(kind, KeyboardInterrupt) else None
+                )
+        finally:  # whoever interrupts that as well has to load the model again
+            self.end()
 
 
 def _is_complete(folder: Path) -> bool:

@@ -116,12 +116,12 @@ class ZOTrainerMixin(_Trainer):
             self._zo_journal.begin_checkpoint(self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`; a repeated step has the metrics of when it was measured."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         if self._zo_journal is not None and self.is_in_train:
-            step = self.state.global_step
-            output.metrics.update(self._zo_journal.metrics(step, metric_key_prefix, output.metrics, self._zo_behind()))
+            metrics: dict[str, float] = output.metrics or {}
+            metrics.update(self._zo_journal.metrics(self.state.global_step, metrics, behind=self._zo_behind()))
         return output
 
     def _zo_behind(self) -> bool:

@@ -81,7 +81,7 @@ def test_the_torch_rule_goes_on_from_the_checkpoint_of_a_plain_trainer(optim: st
 def test_the_checkpoint_of_a_run_with_adamw_is_not_one_of_our_own_rules(tmp_path: Path) -> None:
     own_trainer(tmp_path, zo_rule="torch").train()
     trainer = own_trainer(tmp_path, zo_rule="auto", zo_eps=1e-3)
-    with pytest.raises(StateError, match="zo_rule='torch'.* zo_rule='sgd'"):
+    with pytest.raises(StateError, match=r"zo_rule='torch'.* zo_rule='sgd'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
 
 
@@ -107,5 +107,5 @@ def test_a_run_of_version_0_1_is_gone_on_with(resume: bool | str, tmp_path: Path
     shutil.copytree(tmp_path / "out", tmp_path / "again" / "out", dirs_exist_ok=True)
     again.train(resume_from_checkpoint=str(tmp_path / "again" / "out" / "checkpoint-4"))
     assert differing(weights(run.model), weights(again.model)) == []
-    with pytest.raises(StateError, match="zo_eps=0.001, and this one has zo_eps=0.01"):
+    with pytest.raises(StateError, match=r"zo_eps=0.001, and this one has zo_eps=0.01"):
         trainer(tmp_path / "eps", zo_eps=1e-2).train(resume_from_checkpoint=True)

@@ -94,10 +94,11 @@ def test_steps_that_are_in_the_weights_are_not_measured_again(tmp_path: Path) ->
     assert len(forwards) == 3 * 2 * 2
 
 
-def test_an_interrupt_in_the_middle_of_a_measurement_costs_that_step_alone(tmp_path: Path) -> None:
-    whole = seedlog_trainer(tmp_path / "whole")
+@pytest.mark.parametrize("where", [None, "cpu"], ids=["resident", "streamed"])
+def test_an_interrupt_in_the_middle_of_a_measurement_costs_that_step_alone(where: str | None, tmp_path: Path) -> None:
+    whole = seedlog_trainer(tmp_path / "whole", zo_offload=where)
     whole.train()
-    trainer = seedlog_trainer(tmp_path / "stopped")
+    trainer = seedlog_trainer(tmp_path / "stopped", zo_offload=where)
     calls = []
 
     def interrupt(*_: Any) -> None:

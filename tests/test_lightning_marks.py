@@ -1,4 +1,4 @@
-"""Law: a Lightning run goes on with checkpoints of its own settings, in one process too, and says what else it is given."""
+"""Law: a Lightning run goes on with checkpoints of its own settings, in one process too, and refuses others."""
 
 from __future__ import annotations
 
@@ -131,6 +131,20 @@ def test_a_run_without_a_seed_takes_that_of_its_checkpoint(tmp_path: Path, monke
     file = checkpoint(tmp_path, sgd(momentum=0.9), {"seed": 5})
     named, unnamed = (resume(tmp_path, file, sgd(momentum=0.9), s) for s in ({"seed": 5}, {}))
     assert not differing(weights(named), weights(unnamed))
+
+
+@pytest.mark.filterwarnings("ignore:.*is set, but there is no last checkpoint available")
+def test_a_log_with_other_settings_is_kept_aside_and_both_sides_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for settings, words in (
+        ({}, ""),
+        ({"eps": 1e-2}, "is of a run with eps=0.001, and this one has eps=0.01;"),
+        ({"eps": 1e-2, "estimator": "fzoo"}, "estimator='spsa', num_probes=1"),
+    ):
+        trainer(tmp_path, settings, max_steps=2).fit(Wrapped("mlp"), loader("mlp"), ckpt_path="last")
+        assert words in caplog.text
+    assert len(list(tmp_path.glob("seedlog-*.zo"))) == 2
 
 
 # In one process

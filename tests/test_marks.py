@@ -125,7 +125,7 @@ def test_a_torch_optimizer_goes_on_with_its_own_state_and_no_other() -> None:
     assert torch.equal(zo.optimizer.state[model.head.bias]["exp_avg"], state["state"][5]["exp_avg"])
     with pytest.raises(StateError, match="written by SGD, and this run has AdamW or Adam"):
         zo.optimizer.load_state_dict(state_of(torch.optim.SGD))
-    with pytest.raises(StateError, match="of a run with rule='sgd'.*, and this one has rule='torch'"):
+    with pytest.raises(StateError, match=r"of a run with rule='sgd'.*, and this one has rule='torch'"):
         zo.optimizer.load_state_dict(trained().optimizer.state_dict())
 
 
@@ -208,7 +208,7 @@ def test_each_group_has_an_eps_of_its_own() -> None:
     same.load_state_dict(first.state_dict())
     with pytest.raises(StateError, match=r"eps=\[0.001, 0.1\], and this one has eps=\[0.001, 0.2\]"):
         other.load_state_dict(first.state_dict())
-    with pytest.raises(StateError, match="does not fit the model: .*parameter groups"):
+    with pytest.raises(StateError, match=r"does not fit the model: .*parameter groups"):
         same.load_state_dict(state)
 
 

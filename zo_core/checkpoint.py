@@ -87,7 +87,7 @@ class Continuity:
             other: settings, or some of them.
             seed: the one that the user has set; None takes any.
         """
-        return [name for name, value in other.items() if name in self.given and not self._agrees(name, value, seed)]
+        return [name for name in self.given if name in other and not self._agrees(name, other[name], seed)]
 
     def _agrees(self, name: str, value: Any, seed: int | None) -> bool:
         mine = self.given[name]
@@ -97,7 +97,9 @@ class Continuity:
             if len(mine) != len(value):  # other groups: an error of their own
                 return True
             # A weight decay of 0 is what nobody asked for, and then the checkpoint's counts.
-            return all(own == each or (name == "weight_decay" and own == 0) for own, each in zip(mine, value))
+            return all(
+                own == each or (name == "weight_decay" and own == 0) for own, each in zip(mine, value, strict=True)
+            )
         return bool(mine == value)
 
 
@@ -258,6 +260,6 @@ def begin_again(engine: ZeroOrder) -> None:
         for state in engine.optimizer.state.values():
             state.clear()
         engine.store_state()
-    engine.seed = derive_seed(engine.seed, engine.step_count or continuity.ahead, -1)
+    engine.seed = derive_seed(engine.seed, 0, -1)  # no direction has this index
     engine.step_count = continuity.ahead = 0
     continuity.whole = True

@@ -112,8 +112,8 @@ class SeedLogWriter:
             engine: with its weights and optimizer state as they are before that step.
             path: of the file; its folder is made if it is missing.
             follow: continue the log that is there, which must have come at least to this step; `logged`
-                then returns the steps that it has beyond. An engine without a seed of its own takes the log's. Without it a new log begins, and one that is
-                there is kept under another name.
+                then returns the steps that it has beyond. An engine without a seed of its own takes the log's.
+                Without ``follow`` a new log begins, and one that is there is kept under another name.
 
         Raises:
             StateError: with ``follow``, the log is not one of such a run, or it is of one with other settings.

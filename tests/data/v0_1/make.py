@@ -1,6 +1,6 @@
-"""Wrote the files beside it with version 0.1 (PYTHONPATH=that version's checkout and tests): checkpoints without a mark.
+"""Wrote the files beside it, checkpoints without a mark, with version 0.1.
 
-    python make.py
+    PYTHONPATH=its-checkout:its-checkout/tests python make.py
 
 Everything here loads with ``torch.load(..., weights_only=True)``.
 """
