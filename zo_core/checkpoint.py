@@ -242,6 +242,11 @@ def resume_at(engine: ZeroOrder, state: Mapping[str, Any]) -> None:
     engine.step_count, engine.seed = state["step"], state["seed"]
 
 
+def next_seed(seed: int) -> int:
+    """The seed of a second run after one with this seed."""
+    return derive_seed(seed, 0, -1)  # no direction has this index
+
+
 def begin_again(engine: ZeroOrder) -> None:
     """A new run, from step 0, over weights that this engine has moved.
 
@@ -260,6 +265,6 @@ def begin_again(engine: ZeroOrder) -> None:
         for state in engine.optimizer.state.values():
             state.clear()
         engine.store_state()
-    engine.seed = derive_seed(engine.seed, 0, -1)  # no direction has this index
+    engine.seed = next_seed(engine.seed)
     engine.step_count = continuity.ahead = 0
     continuity.whole = True
