@@ -38,6 +38,7 @@ class Journal:
     Attributes:
         path: of the log.
         checkpoint: what `Trainer.train` is to be given.
+        running: between the start and the end of `train()`.
         stopped: set when the run is interrupted.
         evaluated: metrics of the run's evaluations in this process, by step and their names.
 
@@ -51,6 +52,7 @@ class Journal:
         self.log: SeedLogWriter | None = None
         self.checkpoint: str | bool | None = resume
         self.follows = resume is True and self.path.exists()
+        self.running = False
         self.stopped: Stopped | None = None
         self.evaluated: dict[tuple[int, frozenset[str]], dict[str, float]] = {}
         self._held: Stopped | None = None
@@ -66,6 +68,7 @@ class Journal:
         set_rng_state(before._rng)
         if self.checkpoint is None and before.stopped is not None and before.stopped.still(self.path):
             self._held = self.stopped = before.stopped
+            before.stopped.engine.continuity.ahead = before.stopped.step
 
     def _last_checkpoint(self) -> str | None:
         log = SeedLog.read(self.path)
@@ -130,6 +133,7 @@ class Journal:
             self.log = None
 
     def __enter__(self) -> Journal:
+        self.running = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
@@ -139,6 +143,7 @@ class Journal:
                     Stopped.of(self.log) if kind is not None and issubclass(kind, KeyboardInterrupt) else None
                 )
         finally:  # whoever interrupts that as well has to load the model again
+            self.running = False
             self.end()
 
 

@@ -119,14 +119,16 @@ class ZOTrainerMixin(_Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`; a repeated step has the metrics of when it was measured."""
         output = super().evaluation_loop(*args, **kwargs)
-        if self._zo_journal is not None and self.is_in_train:
+        if self._zo_journal is not None and self._zo_journal.running:
             metrics: dict[str, float] = output.metrics or {}
             metrics.update(self._zo_journal.metrics(self.state.global_step, metrics, behind=self._zo_behind()))
         return output
 
     def _zo_behind(self) -> bool:
         """Whether the step is one that an interrupted run has done, whose weights are in memory."""
-        return self.zo is not None and self.state.global_step < self.zo.continuity.ahead
+        if self.zo is None or self._zo_journal is None or not self._zo_journal.running:
+            return False
+        return self.state.global_step < self.zo.continuity.ahead
 
     # The optimizer
 

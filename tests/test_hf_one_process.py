@@ -147,13 +147,18 @@ def test_weights_that_were_changed_in_between_are_not_gone_on_with(tmp_path: Pat
 def test_evaluations_of_repeated_steps_are_those_of_the_first_time(tmp_path: Path) -> None:
     def settings() -> dict[str, Any]:
         return {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": texts(4, seed=1), "learning_rate": 0.1,
-                "save_strategy": "steps", "save_steps": 2, "save_only_model": True}  # fmt: skip
+                "save_strategy": "steps", "save_steps": 2, "save_only_model": True, "eval_on_start": True}  # fmt: skip
 
     whole = seedlog_trainer(tmp_path / "whole", **settings())
     whole.train()
-    trainer = stopped(tmp_path / "stopped", 5, **settings())
+    trainer = stopped(tmp_path / "stopped", 5, 3, **settings())
+    now = trainer.evaluate()["eval_loss"]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.evaluate()["eval_loss"] == now  # of the weights in memory, whatever step was being repeated
+    assert now not in logged(whole, "eval_loss")
     trainer.train(resume_from_checkpoint=True)
-    assert len(set(logged(whole, "eval_loss"))) == 4
+    assert len(set(logged(whole, "eval_loss"))) == 5
     assert logged(trainer, "eval_loss") == logged(whole, "eval_loss")
     for step in (2, 4, 6, 8):
         kept = [tmp_path / name / "out" / f"checkpoint-{step}" / "model.safetensors" for name in ("whole", "stopped")]
