@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.checkpoint import begin_again
 from zo_core.config import AUTO
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.offload import LockstepOracle, Streaming
@@ -29,7 +30,7 @@ from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values
 
-from .arguments import ZOArguments
+from .arguments import ZOArguments, front_end
 from .auto_lr import samples, schedulers, unnoticed
 from .checks import add_counters, check_arguments, counters, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
@@ -60,7 +61,8 @@ class ZOTrainerMixin(_Trainer):
     * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step;
     * every step goes to ``seedlog.zo`` in the output folder (``zo_log=False`` leaves it out), and
       ``train(resume_from_checkpoint=True)`` takes the last complete checkpoint, or the model as it is if
-      there is none, and repeats what the log has beyond it.
+      there is none, and repeats what the log has beyond it, also after an interrupt in the same process;
+    * a second ``train()`` is a run of its own, which draws other directions.
 
     Args:
         zo_config: a `ZOConfig`. None takes the ``zo_*`` fields of `args`, if it has them, else the
@@ -102,17 +104,38 @@ class ZOTrainerMixin(_Trainer):
         Raises:
             StateError: the log is damaged, or of another run; it says which.
         """
+        if self.zo is not None and not resume_from_checkpoint and self.model_init is None:
+            begin_again(self.zo)
         if not getattr(self.args, "zo_log", True):
             self._zo_journal = None
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        with Journal(self._get_output_dir(kwargs.get("trial")), resume_from_checkpoint) as journal, exit_on_sigterm():
+        folder, before = self._get_output_dir(kwargs.get("trial")), self._zo_journal
+        if self.args.load_best_model_at_end and self.args.save_only_model:
+            before = None  # checkpoints to choose from, and none to go on from: only the model as it began has them all
+        with Journal(folder, resume_from_checkpoint, before) as journal, exit_on_sigterm():
             self._zo_journal = journal
             return super().train(journal.checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._zo_behind():
+            return  # it was saved when the step was measured, and the weights are those of a later one
         if self._zo_journal is not None:
             self._zo_journal.begin_checkpoint(self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.evaluation_loop`; a repeated step has the metrics of when it was measured."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._zo_journal is not None and self._zo_journal.running:
+            metrics: dict[str, float] = output.metrics or {}
+            metrics.update(self._zo_journal.metrics(self.state.global_step, metrics, behind=self._zo_behind()))
+        return output
+
+    def _zo_behind(self) -> bool:
+        """Whether the step is one that an interrupted run has done, whose weights are in memory."""
+        if self.zo is None or self._zo_journal is None or not self._zo_journal.running:
+            return False
+        return self.state.global_step < self.zo.continuity.ahead
 
     # The optimizer
 
@@ -183,6 +206,7 @@ class ZOTrainerMixin(_Trainer):
             lr = AUTO if config.lr == AUTO else None
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
         self.zo = ZeroOrder(root, config, optimizer=given)
+        self.zo.continuity.front = front_end(self.args, self._zo_given)
         self.zo.listeners.append(self._zo_records.append)
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
             self.zo.regroup = partial(self.zo.optimizer.cover, alike=partial(by_decay, self, root))

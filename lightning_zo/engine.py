@@ -96,7 +96,8 @@ def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConf
     Raises:
         ConfigError: clipping was given twice.
     """
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if config.seed is None else config.seed
+    given = os.environ.get("PL_GLOBAL_SEED")
+    seed = int(given) if config.seed is None and given is not None else config.seed
     if config.offload is not None and config.device is None:
         config = config.replace(device=str(device))
     bound = trainer.gradient_clip_val

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
+from zo_core.checkpoint import FrontEnd
 from zo_core.offload import Streaming
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
@@ -37,6 +38,12 @@ from .probes import Probes
 from .sgd import SGDFace
 
 logger = logging.getLogger("lightning_zo")
+
+FRONT_END = FrontEnd(
+    weights_alone="load the weights alone, with module.load_state_dict(torch.load(path)['state_dict']), and fit "
+    "without ckpt_path",
+    same_optimizer="return the optimizer of that run from configure_optimizers",
+)
 
 
 class ZOStrategy(SingleDeviceStrategy):
@@ -177,9 +184,12 @@ class ZOStrategy(SingleDeviceStrategy):
         zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
             zo.listeners = before.listeners
+            zo.seed = before.seed
+            zo.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
             zo.optimizer.state.update(before.optimizer.state)
             zo.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, zo.slots)
             zo.store_state()
+        zo.continuity.front = FRONT_END
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()
         self._trained = self._trainable()
@@ -358,19 +368,26 @@ class ZOStrategy(SingleDeviceStrategy):
             self.zo.flush()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, in the format of its own class."""
-        face = None if self.zo is None else self.zo.optimizer
-        return face.sgd_state_dict() if isinstance(face, SGDFace) else super().optimizer_state(optimizer)
+        """The optimizer's state, in the format of its own class, with our mark."""
+        if self.zo is None:
+            return super().optimizer_state(optimizer)
+        face = self.zo.optimizer
+        return face.sgd_state_dict() if isinstance(face, SGDFace) else face.state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continues with the state of a checkpoint; it may come from a run with backpropagation."""
+        """Continues with the state of a checkpoint; it may come from a run with the same optimizer and backpropagation.
+
+        Raises:
+            StateError: another optimizer wrote it, or a run with other settings.
+        """
         if self._trained != self._trainable():  # a callback has restored its own parameter groups
             self._start()
-        face = None if self.zo is None else self.zo.optimizer
+        assert self.zo is not None, "setup_optimizers makes the engine"
+        face, state = self.zo.optimizer, checkpoint["optimizer_states"][0]
         if isinstance(face, SGDFace):
-            face.load_sgd_state_dict(checkpoint["optimizer_states"][0])
+            face.load_sgd_state_dict(state)
         else:
-            super().load_optimizer_state_dict(checkpoint)
+            face.load_state_dict(state)
 
 
 def register() -> None:

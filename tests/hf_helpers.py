@@ -169,7 +169,7 @@ def seedlog_trainer(path: Path, **changes: Any) -> Any:
         "cls": ZOTrainer, "num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.1, **changes,
     }  # fmt: skip
-    own = {name: given.pop(name) for name in ("model", "callbacks", "eval_dataset") if name in given}
+    own = {name: given.pop(name) for name in ("model", "callbacks", "eval_dataset", "zo_config") if name in given}
     cls = given.pop("cls")
     torch.manual_seed(0)
     args = arguments(path, ZOTrainingArguments, **given)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
-from .errors import LossError, ModelError, StateError
+from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .first_steps import FirstSteps
 from .homes import Homes, by_rule
@@ -24,7 +25,7 @@ from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .measured import Measured, mean, probes_from
 from .noise import Direction, direction_of, share_of
 from .offload import Carried, LockstepOracle, Streaming
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_checkpoint, group_problems, number, param_groups
+from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of, trainable
 from .records import Point, Probe, StepRecord
@@ -108,6 +109,7 @@ class ZeroOrder:
         self._measured: Measured | None = None
         self._followed: tuple[tuple[Probe, ...], float] | None = None
         self._take(slots)
+        self.continuity = Continuity(self)
         self.optimizer.engine = self
         self._made = True
 
@@ -263,7 +265,8 @@ class ZeroOrder:
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
         if self.streaming is not None:
-            self.streaming.flush()
+            with self.continuity.applying():
+                self.streaming.flush()
 
     def stop(self) -> None:
         """Applies what waits, and ends the threads of the probes; the next step starts them again."""
@@ -299,7 +302,7 @@ class ZeroOrder:
         return stack
 
     def hidden(self) -> AbstractContextManager[Any]:
-        """A context in which parameters whose updates wait show what is in memory, as the engine's own code needs it."""
+        """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
         return nullcontext() if self.lazy is None else self.lazy.hidden()
 
     def copy_whole(self) -> None:
@@ -448,7 +451,7 @@ class ZeroOrder:
     def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
         self.discard()
         self._group_of = self._groups()
-        if probes:
+        if probes and self.step_count >= self.continuity.ahead:
             self._update(probes)
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
         two_sided = self.estimator.name == "spsa" and probes
@@ -546,10 +549,10 @@ class ZeroOrder:
         Raises:
             StateError: ``state`` is not what `state_dict` returned for such a model.
         """
-        check_checkpoint(state)
+        check_checkpoint(state, self)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
-        self.step_count, self.seed = state["step"], state["seed"]
+        resume_at(self, state)
         self.discard()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checkpoint import check_state, marked, took_over
 from .errors import ConfigError, StateError
 from .estimators import Spsa
 from .targets import Slot
+from .writers import OWN, written_by
 
 if TYPE_CHECKING:
     from .engine import ZeroOrder
@@ -107,7 +109,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         if closure is not None:
             self.engine.measure(closure)
-        return self.engine.apply()
+        with self.engine.continuity.applying():
+            return self.engine.apply()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do where nothing was differentiated; gradients that others made are dropped."""
@@ -117,8 +120,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         """As any optimizer's, but state keeps its own dtype: momentum of bf16 weights is float32.
 
         Raises:
+            StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.
             ValueError: the state does not fit; nothing was loaded.
         """
+        check_state(state_dict, self.engine, OWN, {key for group in self.param_groups for key in group})
         self._check_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         self._load_thresholds(state_dict)
@@ -132,6 +137,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self.state[tensor][name] = value
         if self.engine is not None:
             self.engine.store_state()
+            took_over(state_dict, self.engine)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -154,15 +160,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError("; ".join(problems))
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, after the updates that wait for their block."""
+        """As any optimizer's, after the updates that wait for their block, and with our mark."""
         if self.engine is None:
-            return self._with_thresholds(super().state_dict())
+            return self._marked(super().state_dict())
         self.engine.flush()
         result = super().state_dict()
         result["state"] = {index: self.engine.saved_state(kept) for index, kept in result["state"].items()}
-        return self._with_thresholds(result)
+        return self._marked(result)
 
-    def _with_thresholds(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _marked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = marked(state_dict, self.engine)
         return {**state_dict, "thresholds": dict(self.thresholds)} if self.thresholds else state_dict
 
     def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
@@ -274,23 +281,16 @@ class TorchOptimizerFace(ZOOptimizer):
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._with_thresholds(self.inner.state_dict())
+        return self._marked(self.inner.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the torch optimizer's; one that it wrote in a run with backpropagation is taken, too."""
+        check_state(state_dict, self.engine, written_by({"param_groups": self.param_groups, "state": self.state}))
         self.inner.load_state_dict(state_dict)
         self._load_thresholds(state_dict)
         self._share()
+        if self.engine is not None:
+            took_over(state_dict, self.engine)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}
-
-
-def check_checkpoint(state: Any) -> None:
-    """Raises `StateError` for what is not a checkpoint of an engine."""
-    missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise StateError(f"this is not a checkpoint of ZeroOrder: {', '.join(missing)} missing")
-    if not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["seed"], int):
-        raise StateError(
-            f"this checkpoint is damaged: step={state['step']!r}, seed={state['seed']!r} are not whole numbers"
-        )
