@@ -252,6 +252,11 @@ class ZeroOrder:
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
         self._measured = self._followed = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """A step is over, and with it the use of what its directions were made of."""
+        self.noise.forget([self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes)])
 
     def follow(self, probes: tuple[Probe, ...], loss: float) -> None:
         """The next `apply` repeats a step that was measured before, instead of one that is measured now.
@@ -315,6 +320,7 @@ class ZeroOrder:
             clipped=clipped,
             skipped=skipped,
         )
+        self._forget()
         self.step_count += 1
         for listener in self.listeners:
             listener(record)

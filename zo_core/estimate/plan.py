@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ZOConfig, parse_bytes
 from ..errors import ConfigError, ModelError
-from ..noise.hashing import _WordCache
+from ..noise.hashing import WORD_BYTES
 from ..offload.build import beyond, plan, resident_bytes
 from ..offload.streaming import ARENA_SLOTS, Block, _aligned
 from ..targets import Slot, slot_keys
@@ -188,7 +188,7 @@ def _row(
         "arena": min(ARENA_SLOTS, len(blocks)) * max(in_arena, default=0),
         "copies": scratch.copies,
         "activations": scratch.activations,
-        "noise": _WordCache.MAX_BYTES if work.device == "cpu" else 0,
+        "noise": WORD_BYTES if work.device == "cpu" else 0,
     }
     # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from ..cache import kept
 
 
 class ScratchPool:
@@ -67,4 +67,4 @@ def nan(shape: torch.Size, dtype: torch.dtype, device: torch.device, dense: bool
         return torch.full(shape if dense else (), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
-_nan = lru_cache(maxsize=1 << 12)(nan)
+_nan = kept(32 << 20)(nan)
