@@ -8,11 +8,12 @@ than what is kept.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -141,6 +142,25 @@ def workspace(name: str, size: int, device: torch.device) -> Tensor:
         with torch.inference_mode(False):
             buffer = buffers[name, device] = torch.empty(size, dtype=torch.float32, device=device)
     return buffer[:size]
+
+
+def trim_heaps() -> None:
+    """Gives freed memory back to the operating system, where that is glibc's to decide.
+
+    glibc has a heap for every thread, which keeps up to 64 MiB of what was freed, and no other thread can use it.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return None
+    return found
 
 
 def end_step() -> None:

@@ -8,7 +8,9 @@ public `lowbias32` (32 bit) and `splitmix64` (64 bit) finalisers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -40,6 +42,8 @@ WORD_BYTES = 32 << 20
 
 #: The words of a step, which asks for the same ones on each side of a probe and in the update.
 _words: ByteCache[Tensor] = ByteCache(WORD_BYTES, per_step=True)
+
+_once = threading.local()
 
 
 def signed(value: int) -> int:
@@ -120,8 +124,20 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     x = _words.get(name)
     if x is None:
         # Two rounds with half of the key between them, so that streams share no structure.
-        x = _words.put(name, _mix32_(_first_round(key, start, count, device).add_(key[1])))
+        x = _mix32_(_first_round(key, start, count, device).add_(key[1]))
+        if not getattr(_once, "entered", False):
+            _words.put(name, x)
     return x
+
+
+@contextmanager
+def used_once() -> Iterator[None]:
+    """In this context words are not kept: for updates of a step that is over, after which nobody asks for them."""
+    before, _once.entered = getattr(_once, "entered", False), True
+    try:
+        yield
+    finally:
+        _once.entered = before
 
 
 def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device) -> Tensor:

@@ -26,11 +26,14 @@ from .rademacher import Rademacher
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
 SEED_BITS = 64
 
+#: Most memory for the factors of a step and of a window.
+LEFT_BYTES = RIGHT_BYTES = 64 << 20
+
 #: U of the step: both sides of a probe and the update take the same.
-_lefts: ByteCache[Tensor] = ByteCache(64 << 20, per_step=True)
+_lefts: ByteCache[Tensor] = ByteCache(LEFT_BYTES, per_step=True)
 
 #: V of the window, whose steps all take the same.
-_rights: ByteCache[Tensor] = ByteCache(64 << 20)
+_rights: ByteCache[Tensor] = ByteCache(RIGHT_BYTES)
 
 
 @NOISES.register

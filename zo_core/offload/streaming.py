@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..noise.hashing import used_once
 from ..oracle.scratch import nan
 from .copies import Copies, Moment
 from .store import DiskStore, RamStore, Tensors
@@ -248,8 +249,9 @@ class Streaming:
         if block in self.writing:
             self.copies.let_wait(self.writing.pop(block))
         pending, block.pending = block.pending, []
-        for _, update in pending:
-            update(tensors)
+        with used_once():
+            for _, update in pending:
+                update(tensors)
         self._write_back(block, tensors, {name for names, _ in pending for name in names})
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
