@@ -139,6 +139,7 @@ class ZeroOrder:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
         if self.streaming is not None:
             self.streaming.flush()
+            self._forget()
 
     def stop(self) -> None:
         """Applies what waits, and ends the threads of the probes; the next step starts them again."""
@@ -160,6 +161,7 @@ class ZeroOrder:
             self.streaming.close(device)
             self.streaming = None
             self.oracle = self._resident()
+        self._forget()
 
     def effective(self) -> AbstractContextManager[Any]:
         """A context in which weights count with the updates that wait for the end of a low-rank window.

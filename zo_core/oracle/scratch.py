@@ -32,6 +32,11 @@ class ScratchPool:
         with torch.inference_mode(False):
             return torch.empty_like(like, requires_grad=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held: of each size as many buffers as were in use at once."""
+        return sum(buffer.numel() * buffer.element_size() for held in self._buffers.values() for buffer in held)
+
     def clear(self) -> None:
         """Gives the memory back."""
         self._buffers.clear()
