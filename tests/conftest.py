@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from zo_core.noise import direction, gaussian, hashing, rademacher
+from zo_core.cache import clear_caches
 
 # Examples are the same in every run, so that a failure is a change of the code; nothing depends on the clock.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -33,12 +33,9 @@ def known_start() -> Iterator[None]:
 
 
 @pytest.fixture
-def cold_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def cold_caches() -> None:
     """The noise as in a process that has not drawn any: no words, tables or buffers kept."""
-    monkeypatch.setattr(direction, "_local", threading.local())
-    monkeypatch.setattr(hashing, "_cache", hashing._WordCache())
-    for cached in (hashing._counter, gaussian.table, rademacher._shifts):
-        cached.cache_clear()
+    clear_caches()
 
 
 def probes_threads() -> set[threading.Thread]:

@@ -40,8 +40,7 @@ def rows(model: nn.Module, **settings: object) -> dict[str, Row]:
 
 
 def pool_bytes(zo: ZeroOrder) -> int:
-    buffers = zo.oracle.realisation.pool._buffers.values()
-    return sum(buffer.numel() * buffer.element_size() for held in buffers for buffer in held)
+    return zo.oracle.realisation.pool.nbytes
 
 
 @pytest.mark.parametrize("tied", [True, False])

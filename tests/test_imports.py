@@ -17,6 +17,7 @@ RANKS = {
     "records": 0,
     "errors": 0,
     "registry": 0,
+    "cache": 0,
     "modes": 0,
     "version": 0,
     "writers": 0,

@@ -13,6 +13,7 @@ from torch import Tensor
 from traces import generators
 
 from zo_core import NOISES, Noise, derive_seed
+from zo_core.cache import ByteCache, clear_caches
 from zo_core.noise import hashing
 from zo_core.noise.gaussian import LEVELS, quantiles
 from zo_core.noise.hashing import DIRECTION, ROUNDING, ROUNDING_SPAN, rounding_bits, stream_key, words
@@ -62,21 +63,18 @@ def test_far_away_words_are_not_the_first_ones_again(noise: Noise) -> None:
 
 
 @EVERY_NOISE
-def test_the_order_of_questions_and_a_cold_cache_do_not_matter(noise: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_questions_and_a_cold_cache_do_not_matter(noise: Noise) -> None:
     questions = [(seed, slot) for seed in (0, 1, 2) for slot in ("a", "b")]
     forwards = {q: noise.z(*q, 0, 1000) for q in questions}
-    monkeypatch.setattr(hashing, "_cache", hashing._WordCache())
+    clear_caches()
     backwards = {q: noise.z(*q, 0, 1000) for q in reversed(questions)}
     assert all(torch.equal(forwards[q], backwards[q]) for q in questions)
 
 
-def test_the_word_cache_stays_within_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = hashing._WordCache()
-    cache.MAX_BYTES = 10_000
-    monkeypatch.setattr(hashing, "_cache", cache)
+def test_words_are_the_same_when_there_is_no_room_to_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashing, "_words", ByteCache(10_000))
     fresh = {seed: words((seed, seed), 0, 300, CPU).clone() for seed in range(10)}
-    assert cache.bytes == sum(cache._size(value) for value in cache.entries.values()) <= cache.MAX_BYTES
-    assert len(cache.entries) == 3
+    assert len(hashing._words) == 3
     assert all(torch.equal(words((seed, seed), 0, 300, CPU), fresh[seed]) for seed in fresh)
 
 

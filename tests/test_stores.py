@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zo_core import ConfigError, StateError
@@ -65,11 +67,33 @@ def test_a_write_that_fails_leaves_the_block_from_before(tmp_path: Path, monkeyp
         Path(path).write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stores, "save_file", full)
+    monkeypatch.setattr(stores, "write_file", full)
     with pytest.raises(StateError, match=r"No space left.*offload_dir"):
         store.write("a.0", block(1), block(1).keys())
     assert same(read(store), block(0))
     assert [path.name for path in tmp_path.iterdir()] == ["a.0.safetensors"]
+
+
+def test_a_file_of_ours_is_the_file_of_safetensors(tmp_path: Path) -> None:
+    values = {f"of {dtype}": torch.arange(24).view(2, 12).to(dtype) for dtype in stores.DTYPES.values()}
+    values |= block(0) | {"turned": torch.arange(6.0).view(2, 3).t(), "grad": torch.ones(3, requires_grad=True)}
+    stores.write_file(values, tmp_path / "ours")
+    save_file({name: tensor.detach().contiguous() for name, tensor in values.items()}, tmp_path / "theirs")
+    assert same(load_file(tmp_path / "ours"), load_file(tmp_path / "theirs"))
+    begins = {name: piece.begin for name, piece in stores.read_header(tmp_path / "ours").items()}
+    assert all(begins[name] % tensor.element_size() == 0 for name, tensor in values.items())
+
+
+def test_writing_a_block_makes_no_copy_of_it(tmp_path: Path) -> None:
+    """Python's and numpy's memory is counted; torch's is, too, where tensors become bytes."""
+    large = {"a": torch.zeros(1 << 20), "b": torch.zeros(1 << 20)}
+    tracemalloc.start()
+    try:
+        stores.write_file(large, tmp_path / "large")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ class ZeroOrder:
         if self.streaming is not None:
             with self.continuity.applying():
                 self.streaming.flush()
+            self._forget()
 
     def stop(self) -> None:
         """Applies what waits, and ends the threads of the probes; the next step starts them again."""
@@ -288,6 +289,7 @@ class ZeroOrder:
             self.streaming.close(device)
             self.streaming = None
             self.oracle = self._resident()
+        self._forget()
 
     def effective(self) -> AbstractContextManager[Any]:
         """A context in which weights count with the updates that wait for the end of a low-rank window.
@@ -412,6 +414,11 @@ class ZeroOrder:
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
         self._measured = self._followed = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """A step is over, and with it the use of what its directions were made of."""
+        self.noise.forget([self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes)])
 
     def follow(self, probes: tuple[Probe, ...], loss: float) -> None:
         """The next `apply` repeats a step that was measured before, instead of one that is measured now.
@@ -478,6 +485,7 @@ class ZeroOrder:
             clipped=clipped,
             skipped=skipped,
         )
+        self._forget()
         self.step_count += 1
         for listener in self.listeners:
             listener(record)

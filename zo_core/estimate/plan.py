@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..config import ZOConfig, parse_bytes
 from ..errors import ConfigError, ModelError
-from ..noise.hashing import _WordCache
 from ..offload.build import beyond, plan, resident_bytes
 from ..offload.streaming import ARENA_SLOTS, Block, _aligned
 from ..targets import Slot, slot_keys
+from .noise import noise_bytes
 from .rates import Rates
 from .trace import Segment, formula, run_probe, together
 from .variants import LORA_TARGETS, with_int4, with_lora
@@ -85,8 +85,7 @@ class Row:
         parts: what ``device`` is made of.
         traced: the model's forward was run on the meta device, else activations are a formula.
 
-    On a CPU, ``device`` counts memory in use. What glibc keeps of freed memory, for reuse, comes on top, unless
-    the process was started with ``MALLOC_MMAP_THRESHOLD_=65536``.
+    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory.
     """
 
     name: str
@@ -178,7 +177,8 @@ def _row(
                 where[id(slot.tensor)].specs[f"{slot.key}#{kind}"] = shape, dtype
             else:
                 state += shape.numel() * dtype.itemsize
-    scratch = together(segments, points if blocks else 1, pooled=work.device == "cpu")
+    on_cpu = work.device == "cpu"
+    scratch = together(segments, points if blocks else 1, pooled=on_cpu)
     sizes = [block.nbytes for block in blocks]
     trained = [b for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held)]
     in_arena = [sum(_aligned(*spec) for spec in block.specs.values()) for block in blocks]
@@ -188,13 +188,13 @@ def _row(
         "arena": min(ARENA_SLOTS, len(blocks)) * max(in_arena, default=0),
         "copies": scratch.copies,
         "activations": scratch.activations,
-        "noise": _WordCache.MAX_BYTES if work.device == "cpu" else 0,
+        "noise": noise_bytes(settings.noise, slots, settings.num_probes, points if blocks else 1) if on_cpu else 0,
     }
     # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0
     written = sum(block.nbytes for block in trained)
-    through_host = blocks if work.device == "cuda" else trained  # files are read and written a tensor at a time
-    transit = max((s.numel() * d.itemsize for b in through_host for s, d in b.specs.values()), default=0)
+    # On CUDA files are read and written a tensor at a time, on a CPU from and to the arena itself.
+    transit = 0 if on_cpu else max((s.numel() * d.itemsize for b in blocks for s, d in b.specs.values()), default=0)
     beside = max((block.nbytes for block in trained), default=0)  # the new file, until it replaces the old one
     row = Row(
         name=f"{name}, {'resident' if place is None else 'from ' + ('host' if place == 'cpu' else place)}",

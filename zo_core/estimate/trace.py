@@ -28,6 +28,9 @@ from ..oracle.scratch import ScratchPool
 from ..records import Point
 from ..targets import Slot
 
+#: glibc's heap of a thread keeps at most so much of what was freed; larger pieces go back at once.
+HEAP_BYTES = 64 << 20
+
 #: Perturbed copies are told apart by number of elements and dtype, as `ScratchPool` does; None is all else.
 Kind = tuple[int, torch.dtype] | None
 
@@ -202,6 +205,8 @@ def together(segments: Sequence[Segment], probes: int, pooled: bool) -> Scratch:
             returned to an allocator that finds room for anything.
     """
     best, kinds = 0, Counter[Kind]()
+    # The heap of a thread keeps the most that its probe had within a block, until that probe ends.
+    within = max((segment.peaks[None] for segment in segments[:-1]), default=0)
     before: Counter[Kind] = Counter()
     for segment in segments:
         waiting = before | segment.end
@@ -212,5 +217,6 @@ def together(segments: Sequence[Segment], probes: int, pooled: bool) -> Scratch:
         before = segment.end
     copies = sum(size for kind, size in kinds.items() if kind is not None)
     if pooled:
-        return Scratch(copies, kinds[None])
+        most = max((segment.peaks[None] for segment in segments), default=0)
+        return Scratch(copies, max(kinds[None], most + (probes - 1) * min(within, HEAP_BYTES)))
     return Scratch(min(copies, best), best - min(copies, best))

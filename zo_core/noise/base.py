@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..cache import end_step
 from ..registry import Registry
 from .hashing import BATCH_WORDS, DIRECTION, derive_seed, stream_key, words
 
@@ -54,6 +55,13 @@ class Noise:
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         """Computes in advance what is cheaper for many slots together; it changes no value."""
+
+    def forget(self, seeds: Sequence[int]) -> None:
+        """Lets go of what was kept for the step of these directions, and changes no value.
+
+        What later steps of a window need as well stays.
+        """
+        end_step()
 
     def values(
         self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0

@@ -11,7 +11,6 @@ chunks, compiled, Triton) gives these bits.
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache import workspace
 from .base import Noise
 from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, stream_key, words
 from .rounding import DROPPED_BITS, rounding_key, stochastic_round
@@ -37,23 +37,6 @@ def float32(value: float) -> float:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which weights of ``dtype`` are moved."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-_local = threading.local()
-
-
-def workspace(name: str, size: int, device: torch.device) -> Tensor:
-    """A float32 buffer of this thread, ``[size]``, with whatever was in it.
-
-    Buffers of a chunk's size sit where the allocator returns memory to the system each time, so
-    fresh ones would cost page faults at every chunk.
-    """
-    buffers: dict[Any, Tensor] = _local.__dict__
-    buffer = buffers.get((name, device))
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):
-            buffer = buffers[name, device] = torch.empty(size, dtype=torch.float32, device=device)
-    return buffer[:size]
 
 
 @dataclass(frozen=True)

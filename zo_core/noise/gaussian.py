@@ -8,19 +8,19 @@ differ in a quarter of the values, a table cannot.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from statistics import NormalDist
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..cache import kept
 from .base import NOISES, Noise
 
 LEVELS = 1 << 16
 
 
-@lru_cache(maxsize=1)
+@kept(1 << 20)
 def quantiles() -> Tensor:
     """The 65,536 values, float32 on the CPU: quantile midpoints, scaled to unit variance."""
     normal = NormalDist()
@@ -29,7 +29,7 @@ def quantiles() -> Tensor:
     return torch.cat([half, -half.flip(0)]).to(torch.float32)
 
 
-@lru_cache(maxsize=8)
+@kept(4 << 20)
 def table(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return quantiles().to(device)

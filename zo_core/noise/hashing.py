@@ -8,13 +8,16 @@ public `lowbias32` (32 bit) and `splitmix64` (64 bit) finalisers.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
+
+from ..cache import ByteCache, kept
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -32,6 +35,15 @@ SHORT = 1 << 12
 ROUNDING_SPAN = 2 * BATCH_WORDS
 
 Key = tuple[int, int]
+
+#: Most memory for words. At one bit per weight this holds a direction of a model of 268 million weights;
+#: larger ones cycle through it and hash every time, which costs them a few percent.
+WORD_BYTES = 32 << 20
+
+#: The words of a step, which asks for the same ones on each side of a probe and in the update.
+_words: ByteCache[Tensor] = ByteCache(WORD_BYTES, per_step=True)
+
+_once = threading.local()
 
 
 def signed(value: int) -> int:
@@ -83,7 +95,7 @@ def stream_key(seed: int, slot: str, purpose: int) -> Key:
     return signed(mixed), signed(mixed >> 32)
 
 
-@lru_cache(maxsize=8)
+@kept(4 << 20)
 def _counter(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.arange(BATCH_WORDS, dtype=torch.int32, device=device)
@@ -109,12 +121,23 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
         int32 tensor of shape ``[count]``; do not write to it.
     """
     name = (key, start, count, device)
-    x = _cache.get(name)
+    x = _words.get(name)
     if x is None:
         # Two rounds with half of the key between them, so that streams share no structure.
         x = _mix32_(_first_round(key, start, count, device).add_(key[1]))
-        _cache.put(name, x)
+        if not getattr(_once, "entered", False):
+            _words.put(name, x)
     return x
+
+
+@contextmanager
+def used_once() -> Iterator[None]:
+    """In this context words are not kept: for updates of a step that is over, after which nobody asks for them."""
+    before, _once.entered = getattr(_once, "entered", False), True
+    try:
+        yield
+    finally:
+        _once.entered = before
 
 
 def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device) -> Tensor:
@@ -144,12 +167,12 @@ def prepare_words(keys: Sequence[Key], counts: Sequence[int], device: torch.devi
     missing = [
         (key, count)
         for key, count in zip(keys, counts, strict=True)
-        if count <= SHORT and _cache.get((key, 0, count, device)) is None
+        if count <= SHORT and _words.get((key, 0, count, device)) is None
     ]
     if missing:
         pieces = first_words([key for key, _ in missing], [count for _, count in missing], device)
         for (key, count), piece in zip(missing, pieces.split([count for _, count in missing]), strict=True):
-            _cache.put((key, 0, count, device), piece)
+            _words.put((key, 0, count, device), piece)
 
 
 def _first_round(key: Key, start: int, count: int, device: torch.device) -> Tensor:
@@ -158,7 +181,7 @@ def _first_round(key: Key, start: int, count: int, device: torch.device) -> Tens
         return _mix32_(x.bitwise_xor_(signed(key[0] + (start >> 32) * 0x9E3779B9)))
 
 
-@lru_cache(maxsize=4)
+@kept(8 << 20, per_step=True)
 def _rounding_table(key: int, dropped: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         halves = _first_round((key, 0), 0, ROUNDING_SPAN // 2, device).view(torch.int16)
@@ -185,34 +208,3 @@ def rounding_bits(key: Key, dropped: int, start: int, count: int, device: torch.
     span, at = divmod(start, ROUNDING_SPAN)
     mask = mix32(key[1] + span * 0x9E3779B9 & MASK32) & ((1 << dropped) - 1)
     return _rounding_table(key[0], dropped, device)[at : at + count] ^ mask
-
-
-class _WordCache:
-    """The words used last. A step asks for the same ones on each side of a probe and in the update.
-
-    At one bit per weight, the bound of 32 MiB holds a direction of a model of 268 million weights.
-    Larger models cycle through it and hash every time, which costs them a few percent.
-    """
-
-    MAX_BYTES = 32 << 20
-
-    def __init__(self) -> None:
-        self.entries: OrderedDict[tuple[Key, int, int, torch.device], Tensor] = OrderedDict()
-        self.bytes = 0
-
-    def get(self, name: tuple[Key, int, int, torch.device]) -> Tensor | None:
-        return self.entries.get(name)
-
-    def put(self, name: tuple[Key, int, int, torch.device], value: Tensor) -> None:
-        self.entries[name] = value
-        self.bytes += self._size(value)
-        while self.bytes > self.MAX_BYTES:
-            _, oldest = self.entries.popitem(last=False)
-            self.bytes -= self._size(oldest)
-
-    @staticmethod
-    def _size(value: Tensor) -> int:
-        return 4 * value.numel() + 2048  # a tensor object and its key take more than a few words do
-
-
-_cache = _WordCache()

@@ -9,23 +9,31 @@ a window add up in one factor ``[m, r]``. Tensors with one dimension have ordina
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import ByteCache, kept, workspace
 from .base import NOISES, Noise
-from .direction import CPU_CHUNK, Direction, Scaling, float32, workspace
+from .direction import CPU_CHUNK, Direction, Scaling, float32
 from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
 from .rademacher import Rademacher
 
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
 SEED_BITS = 64
+
+#: Most memory for the factors of a step and of a window.
+LEFT_BYTES = RIGHT_BYTES = 64 << 20
+
+#: U of the step: both sides of a probe and the update take the same.
+_lefts: ByteCache[Tensor] = ByteCache(LEFT_BYTES, per_step=True)
+
+#: V of the window, whose steps all take the same.
+_rights: ByteCache[Tensor] = ByteCache(RIGHT_BYTES)
 
 
 @NOISES.register
@@ -82,50 +90,67 @@ class LowRank(Rademacher):
             device,
         )
         shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
-        names = [(seed, key, shape, DIRECTION, device) for seed in seeds for key, shape in shapes]
-        names = [name for name in names if _factors.get(name) is None]
+        names = [((seed,), key, shape, device) for seed in seeds for key, shape in shapes]
+        names = [name for name in names if _lefts.get(name) is None]
         if not names:
             return
-        counts = [-(-shape[0] * shape[1] // self.values_per_word) for _, _, shape, _, _ in names]
-        bits = first_words([stream_key(seed, key, DIRECTION) for seed, key, *_ in names], counts, device)
+        counts = [-(-shape[0] * shape[1] // self.values_per_word) for _, _, shape, _ in names]
+        bits = first_words([stream_key(seed, key, DIRECTION) for (seed,), key, *_ in names], counts, device)
         with torch.inference_mode(False):
             values = torch.empty(len(bits) * self.values_per_word, dtype=torch.float32, device=device)
         self.expand(bits, 1.0, values)
         pieces = values.split([count * self.values_per_word for count in counts])
         for name, piece in zip(names, pieces, strict=True):
             shape = name[2]
-            _factors.put(name, piece[: shape[0] * shape[1]].view(shape))
+            _lefts.put(name, piece[: shape[0] * shape[1]].view(shape))
+
+    def forget(self, seeds: Sequence[int]) -> None:
+        super().forget(seeds)
+        window = {basis(seed) for seed in seeds}
+        _rights.keep(lambda name: window.issuperset(name[0]))
 
     def left(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """U, float32 ``[m, r]``; do not write to it."""
-        return self._signs(seed, slot, (shape[0], self.rank), DIRECTION, device)
+        return self.lefts((seed,), slot, shape, device)
 
     def lefts(self, seeds: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """Several U, one beside the other, float32 ``[m, len(seeds) * r]``; do not write to it."""
-        if len(seeds) == 1:
-            return self.left(seeds[0], slot, shape, device)
-        parts = (self.left(seed, slot, shape, device) for seed in seeds)
-        return _factors.joined((seeds, slot, shape, DIRECTION, device), parts, 1)
+        name = (seeds, slot, (shape[0], self.rank), device)
+        found = _lefts.get(name)
+        if found is None:
+            if len(seeds) == 1:
+                found = self._signs(seeds[0], slot, (shape[0], self.rank), DIRECTION, device)
+            else:
+                found = joined([self.left(seed, slot, shape, device) for seed in seeds], 1)
+            _lefts.put(name, found)
+        return found
 
     def right(self, seed: int, slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """V, transposed, float32 ``[r, columns]``; do not write to it."""
-        return self._signs(basis(seed), slot, (self.rank, shape[1:].numel()), BASIS, device)
+        return self.rights((basis(seed),), slot, shape, device)
 
     def rights(self, bases: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
         """Several V, transposed, one below the other; do not write to it."""
-        if len(bases) == 1:
-            return self.right(bases[0] << SEED_BITS, slot, shape, device)
-        parts = (self.right(b << SEED_BITS, slot, shape, device) for b in bases)
-        return _factors.joined((bases, slot, shape, BASIS, device), parts, 0)
+        size = (self.rank, shape[1:].numel())
+        name = (bases, slot, size, device)
+        found = _rights.get(name)
+        if found is None:
+            if len(bases) == 1:
+                found = self._signs(bases[0], slot, size, BASIS, device)
+            else:
+                found = joined([self.rights((one,), slot, shape, device) for one in bases], 0)
+            _rights.put(name, found)
+        return found
 
     def _signs(self, seed: int, slot: str, shape: tuple[int, int], purpose: int, device: torch.device) -> Tensor:
-        name = (seed, slot, shape, purpose, device)
-        kept = _factors.get(name)
-        if kept is None:
-            with torch.inference_mode(False):
-                kept = self.z(seed, slot, 0, shape[0] * shape[1], device, purpose=purpose).view(shape)
-            _factors.put(name, kept)
-        return kept
+        with torch.inference_mode(False):
+            return self.z(seed, slot, 0, shape[0] * shape[1], device, purpose=purpose).view(shape)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat``, for a result that is kept."""
+    with torch.inference_mode(False):
+        return torch.cat(parts, dim)
 
 
 def basis(seed: int) -> int:
@@ -246,7 +271,7 @@ def stacked_factors(
     return result, noise.rights(bases, slot, shape, device)
 
 
-@lru_cache(maxsize=64)
+@kept(1 << 20, per_step=True)
 def _layout(
     bases: tuple[int, ...], terms: tuple[tuple[int, float], ...], rank: int, device: torch.device, apart: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
@@ -273,44 +298,9 @@ def _layout(
     return tuple(seeds.get(place, terms[0][0]) for place in range(len(found))), tuple(found), factor
 
 
-@lru_cache(maxsize=64)
+@kept(1 << 20, per_step=True)
 def columns(values: tuple[float, ...], rank: int, device: torch.device) -> Tensor:
     """``round(value / sqrt(r))`` for r columns each, float32 ``[len(values) * r]``."""
     with torch.inference_mode(False):
         scales = [float32(value / math.sqrt(rank)) for value in values]
         return torch.tensor(scales, device=device).repeat_interleave(rank)
-
-
-class _FactorCache:
-    """The factors used last: both sides of a probe and the update take the same U, a whole window the same V."""
-
-    MAX_BYTES = 64 << 20
-
-    def __init__(self) -> None:
-        self.entries: OrderedDict[object, Tensor] = OrderedDict()
-        self.bytes = 0
-
-    def get(self, name: object) -> Tensor | None:
-        kept = self.entries.get(name)
-        if kept is not None:
-            self.entries.move_to_end(name)
-        return kept
-
-    def joined(self, name: object, parts: Iterable[Tensor], dim: int) -> Tensor:
-        """What is kept under a name, or else ``parts``, joined and kept."""
-        kept = self.get(name)
-        if kept is None:
-            with torch.inference_mode(False):
-                kept = torch.cat(list(parts), dim)
-            self.put(name, kept)
-        return kept
-
-    def put(self, name: object, value: Tensor) -> None:
-        self.entries[name] = value
-        self.bytes += 4 * value.numel() + 2048
-        while self.bytes > self.MAX_BYTES:
-            _, oldest = self.entries.popitem(last=False)
-            self.bytes -= 4 * oldest.numel() + 2048
-
-
-_factors = _FactorCache()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..cache import kept
 from .base import NOISES, Noise
 
 SIGN_BIT = -(1 << 31)
@@ -20,13 +20,13 @@ def float_bits(value: float) -> int:
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
-@lru_cache(maxsize=8)
+@kept(1 << 16)
 def _shifts(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.arange(31, -1, -1, dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=8)
+@kept(1 << 18)
 def _octets(dtype: torch.dtype, device: torch.device) -> Tensor:
     """For each byte its eight signs in a 16-bit type, in the 16 bytes of one complex128 number."""
     with torch.inference_mode(False):

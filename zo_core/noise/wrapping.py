@@ -48,6 +48,9 @@ class Wrapping(Noise):
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         self.wrapped.prepare(seeds, slots, device)
 
+    def forget(self, seeds: Sequence[int]) -> None:
+        self.wrapped.forget(seeds)
+
 
 def check_part(name: str, value: object, meaning: str) -> None:
     """Raises `ValueError` for what is no part of a whole, above 0 and at most 1."""

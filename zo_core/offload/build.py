@@ -155,8 +155,8 @@ def describe(model: nn.Module, streaming: Streaming) -> None:
         f"files in {store.folder}" if isinstance(store, DiskStore) else "host memory",
         human(resident_bytes(model, blocks)),
         streaming.device,
-        len(streaming.arenas),
-        human(streaming.arenas[0].numel()),
+        streaming.slots,
+        human(streaming.slot_bytes),
         human(size),
         human(written),
     )

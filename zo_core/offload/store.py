@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
@@ -127,12 +127,10 @@ class DiskStore:
         """Writes a block as a file of its own."""
         path, temporary = self.folder / f"{block}.safetensors", self.folder / f"{block}.tmp"
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            write_file(tensors, temporary)
             pieces = read_header(temporary)
             os.replace(temporary, path)
-        except Exception as error:  # safetensors has an error type of its own for a full disk
+        except OSError as error:
             temporary.unlink(missing_ok=True)
             raise StateError(
                 f"block {block!r} could not be written to {self.folder}: {error}; the file from before is still "
@@ -206,6 +204,43 @@ DTYPES = {
 }
 
 
+def write_file(tensors: Tensors, path: str | os.PathLike[str]) -> None:
+    """A safetensors file, on the disk when this returns.
+
+    ``safetensors.torch.save_file`` copies all tensors first; here their bytes go to the file from where they are.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {}, 0
+    # Wide types first, so that the bytes of each are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        shape, dtype = list(tensors[name].shape), names[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write(file, memoryview(len(head).to_bytes(8, "little") + head))
+        for name in order:
+            _write(file, _bytes(tensors[name].detach().to("cpu").contiguous()))
+        os.fsync(file.fileno())
+
+
+def _write(file: io.FileIO, data: memoryview) -> None:
+    """Writes all of it; the system takes at most 2 GB at a time."""
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    view: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return view
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, Piece]:
     """What is in a safetensors file, by name.
 
@@ -237,7 +272,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Piece]:
 def _fill(descriptor: int, tensor: Tensor, offset: int) -> None:
     """Reads as many bytes as a tensor has."""
     host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
-    target = host.view(-1).view(torch.uint8).numpy().data
+    target = _bytes(host)
     done, size = 0, len(target)
     while done < size:
         count = os.preadv(descriptor, [target[done:]], offset + done)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..noise.hashing import used_once
 from ..oracle.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment
@@ -83,7 +84,7 @@ class Streaming:
 
     def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
         self.blocks, self.store, self.device = blocks, store, device
-        self._make_arenas()
+        self._empty_arenas()
         self.copies = Copies(device)
         self.fetching: dict[Block, Future[Moment]] = {}
         self.writing: dict[Block, Future[Moment]] = {}
@@ -123,7 +124,7 @@ class Streaming:
             self.store.add_zeros(block.name, key, shape, dtype)
             block.state[key] = nan(shape, dtype, self.device)
             block.specs[key] = shape, dtype
-            self._make_arenas()
+            self._empty_arenas()
         return block.state[key]
 
     def state(self, block: Block, key: str) -> Tensor:
@@ -169,14 +170,20 @@ class Streaming:
         """The block that a parameter is streamed with, and its name there; None if it is resident."""
         return next((self._home[id(tensor)] for tensor in tensors if id(tensor) in self._home), None)
 
-    def _make_arenas(self) -> None:
-        self.arenas = [self._arena() for _ in range(min(ARENA_SLOTS, len(self.blocks)))]
+    def _empty_arenas(self) -> None:
+        """Slots are made when they are needed: momentum makes them larger, one tensor after another."""
+        self.slots = min(ARENA_SLOTS, len(self.blocks))
+        self.arenas: list[Tensor] = []
         self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
 
+    @property
+    def slot_bytes(self) -> int:
+        """Size of an arena slot."""
+        return max(sum(_aligned(*spec) for spec in block.specs.values()) for block in self.blocks)
+
     def _arena(self) -> Tensor:
-        size = max(sum(_aligned(*spec) for spec in block.specs.values()) for block in self.blocks)
         with torch.inference_mode(False):
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
+            return torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
 
     # Views
 
@@ -196,7 +203,7 @@ class Streaming:
                 self.following[self.previous] = block
             self.previous = block
             upcoming = self.following[block]
-            if upcoming not in self.loaded and (self.arenas or len(self.loaded) > 1):
+            if upcoming not in self.loaded and (self.arenas or len(self.loaded) < self.slots or len(self.loaded) > 1):
                 self._start_fetch(upcoming)
                 self.loaded.move_to_end(block)
         return tensors
@@ -296,7 +303,8 @@ class Streaming:
     def _start_fetch(self, block: Block) -> None:
         after = [self.copies.now()]  # what was given to the device to compute may still use the slot
         if not self.arenas:
-            oldest = next((b for b in self.loaded if b not in self.pinned), None)
+            full = len(self.loaded) >= self.slots
+            oldest = next((b for b in self.loaded if b not in self.pinned), None) if full else None
             if oldest is None:
                 self.arenas.append(self._arena())
             else:
@@ -324,8 +332,9 @@ class Streaming:
         if block in self.writing:
             self.copies.let_wait(self.writing.pop(block))
         pending, block.pending = block.pending, []
-        for _, update in pending:
-            update(tensors)
+        with used_once():
+            for _, update in pending:
+                update(tensors)
         self._write_back(block, tensors, {name for names, _ in pending for name in names})
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from ..cache import kept
 
 
 class ScratchPool:
@@ -31,6 +31,11 @@ class ScratchPool:
             return buffers[-1].view(like.shape)
         with torch.inference_mode(False):
             return torch.empty_like(like, requires_grad=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held: of each size as many buffers as were in use at once."""
+        return sum(buffer.numel() * buffer.element_size() for held in self._buffers.values() for buffer in held)
 
     def clear(self) -> None:
         """Gives the memory back."""
@@ -67,4 +72,4 @@ def nan(shape: torch.Size, dtype: torch.dtype, device: torch.device, dense: bool
         return torch.full(shape if dense else (), float("nan"), dtype=dtype, device=device).expand(shape)
 
 
-_nan = lru_cache(maxsize=1 << 12)(nan)
+_nan = kept(32 << 20)(nan)

@@ -185,6 +185,7 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
             else:
                 engine.homes.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
         engine.flush()
+    engine.noise.forget(())
     torch.clear_autocast_cache()
     if bar is not None:
         bar.close()

@@ -1,0 +1,178 @@
+"""Memory that is used again: caches with a bound in bytes, and buffers of a thread.
+
+What is kept for a step, such as the words of its directions, goes when the step ends (`end_step`).
+Small allocations that outlive a step would lie between the large ones that a forward makes and
+frees, and the allocator could not put those together again: the process would grow by much more
+than what is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from functools import lru_cache, wraps
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+#: What an entry takes beside the memory of its tensors: the tensor objects, the name, and its place here.
+ENTRY_BYTES = 2048
+
+_caches: weakref.WeakSet[ByteCache[Any]] = weakref.WeakSet()
+
+
+class ByteCache(Generic[T]):
+    """The values used last, by name; a value is a tensor, or a tuple with tensors in it.
+
+    The bound is on memory that is really held. Views of one piece of memory count once, with all of it,
+    until the last of them goes.
+
+    Args:
+        max_bytes: the bound. A value that is larger by itself is not kept.
+        per_step: nothing outlives the step (`end_step`).
+
+    Attributes:
+        nbytes: held now.
+    """
+
+    def __init__(self, max_bytes: int, *, per_step: bool = False):
+        self.max_bytes, self.per_step = max_bytes, per_step
+        self.nbytes = 0
+        self._entries: OrderedDict[Hashable, T] = OrderedDict()
+        self._users: dict[int, int] = {}  # of each storage
+        self._lock = threading.Lock()
+        _caches.add(self)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: Hashable) -> T | None:
+        """What is kept under a name; do not write to it."""
+        with self._lock:
+            value = self._entries.get(name)
+            if value is not None:
+                self._entries.move_to_end(name)
+            return value
+
+    def put(self, name: Hashable, value: T) -> T:
+        """Keeps a value, in place of what had the name and, if need be, of what was not used for longest.
+
+        Returns:
+            The value.
+        """
+        with self._lock:
+            if name in self._entries:
+                self._remove(name)
+            if ENTRY_BYTES + sum({s._cdata: s.nbytes() for s in _storages(value)}.values()) > self.max_bytes:
+                return value
+            self._entries[name] = value
+            self.nbytes += ENTRY_BYTES
+            for storage in _storages(value):
+                users = self._users[storage._cdata] = self._users.get(storage._cdata, 0) + 1
+                self.nbytes += storage.nbytes() if users == 1 else 0
+            while self.nbytes > self.max_bytes:
+                self._remove(next(iter(self._entries)))
+            return value
+
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Lets go of everything whose name is not wanted."""
+        with self._lock:
+            for name in [name for name in self._entries if not wanted(name)]:
+                self._remove(name)
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        with self._lock:
+            self._entries.clear()
+            self._users.clear()
+            self.nbytes = 0
+
+    def _remove(self, name: Hashable) -> None:
+        value = self._entries.pop(name)
+        self.nbytes -= ENTRY_BYTES
+        for storage in _storages(value):
+            self._users[storage._cdata] -= 1
+            if not self._users[storage._cdata]:
+                del self._users[storage._cdata]
+                self.nbytes -= storage.nbytes()
+
+
+def _storages(value: Any) -> Iterator[Any]:
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, Tensor):
+            yield part.untyped_storage()
+
+
+def kept(max_bytes: int, *, per_step: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator that keeps what a function of positional arguments returns, in a `ByteCache`."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        cache: ByteCache[T] = ByteCache(max_bytes, per_step=per_step)
+
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            found = cache.get(args)
+            return cache.put(args, function(*args, **kwargs)) if found is None else found
+
+        wrapper.cache = cache  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+_local = threading.local()
+
+
+def workspace(name: str, size: int, device: torch.device) -> Tensor:
+    """A float32 buffer of this thread, ``[size]``, with whatever was in it.
+
+    Buffers of a chunk's size sit where the allocator returns memory to the system each time, so
+    fresh ones would cost page faults at every chunk.
+    """
+    buffers: dict[Any, Tensor] = _local.__dict__
+    buffer = buffers.get((name, device))
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):
+            buffer = buffers[name, device] = torch.empty(size, dtype=torch.float32, device=device)
+    return buffer[:size]
+
+
+def trim_heaps() -> None:
+    """Gives freed memory back to the operating system, where that is glibc's to decide.
+
+    glibc has a heap for every thread, which keeps up to 64 MiB of what was freed, and no other thread can use it.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return None
+    return found
+
+
+def end_step() -> None:
+    """Lets go of everything that was kept for a step."""
+    for cache in list(_caches):
+        if cache.per_step:
+            cache.clear()
+
+
+def clear_caches() -> None:
+    """Lets go of everything, so that the process is as if it had not drawn any noise yet."""
+    global _local
+    _local = threading.local()
+    for cache in list(_caches):
+        cache.clear()

@@ -1,0 +1,40 @@
+"""Memory that noise takes on a CPU while a step runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..cache import ENTRY_BYTES
+from ..noise import LowRank, Noise, is_matrix, unsampled
+from ..noise.direction import CPU_CHUNK
+from ..noise.hashing import BATCH_WORDS, WORD_BYTES
+from ..noise.low_rank import LEFT_BYTES, RIGHT_BYTES
+from ..noise.rounding import DROPPED_BITS
+from ..targets import Slot
+
+
+def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: int) -> int:
+    """What is kept of a step's directions, and the buffers in which they are made.
+
+    Args:
+        noise: of the run.
+        slots: that move.
+        directions: per step.
+        threads: that run probes.
+    """
+    noise = unsampled(noise)
+    words = left = right = 0
+    for slot in slots:
+        shape = slot.tensor.shape
+        if isinstance(noise, LowRank) and is_matrix(noise, shape, slot.scaling):
+            left += 4 * noise.rank * shape[0] + ENTRY_BYTES
+            right += 4 * noise.rank * shape[1:].numel() + ENTRY_BYTES
+        else:
+            count = -(-shape.numel() // noise.values_per_word)
+            words += 4 * count + -(-count // BATCH_WORDS) * ENTRY_BYTES
+    kept = [(words, WORD_BYTES), (left, LEFT_BYTES), (right, RIGHT_BYTES)]
+    half = any(slot.tensor.dtype in DROPPED_BITS for slot in slots)
+    largest = max((slot.tensor.numel() for slot in slots), default=0)
+    buffer = 4 * min(CPU_CHUNK, largest)
+    buffers = threads * (1 + (directions > 1) + half)
+    return sum(min(directions * size, bound) for size, bound in kept) + buffers * buffer
