@@ -102,7 +102,7 @@ def test_threads_compute_as_the_caller_does_also_when_that_changes(restored_arit
 
 
 def test_a_matrix_product_that_comes_first_has_no_more_threads_than_the_caller_allows() -> None:
-    """Nothing else has told a new thread the number by then, and the product is one that two threads round otherwise."""
+    """Nothing has told a new thread the number by then, and two threads round the product otherwise than one."""
 
     def products() -> list[Tensor]:
         return [a @ b for a, b in factors]

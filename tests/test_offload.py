@@ -123,7 +123,6 @@ def test_streamed_equals_resident_under_autocast(tmp_path: Path) -> None:
         assert_equal(train(*make("llama"), "cpu", tmp_path), train(*make("llama"), None, tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("tier", TIERS)
 def test_adapters_train_on_a_streamed_base_that_is_never_written(tier: str, tmp_path: Path) -> None:
     def adapted() -> tuple[nn.Module, dict[str, Tensor]]:

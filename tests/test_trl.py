@@ -23,9 +23,6 @@ from zo_core import Rademacher, Spsa, ZOConfig, derive_seed
 
 SPECIAL = ["<pad>", "</s>", "<s>", "<unk>"]
 
-# peft 0.21 and trl 1.16 read an attribute that transformers 5.23 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):
     pass
