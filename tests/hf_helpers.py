@@ -26,6 +26,11 @@ Weights = dict[str, Tensor]
 Batch = dict[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
+#: What this release of transformers calls the setting; newer ones take the first name as a deprecated alias.
+CHECKPOINTING = "gradient_checkpointing"
+if hasattr(TrainingArguments, "activation_checkpointing"):
+    CHECKPOINTING = "activation_checkpointing"
+
 
 def arguments(path: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
     """Arguments for a short, silent run on the CPU: four steps of four rows make an epoch of `texts`."""
