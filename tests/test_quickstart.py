@@ -12,6 +12,8 @@ from quickstart_table import TRAINERS, check, read
 ROOT = Path(__file__).parent.parent
 
 LOG = """
+WARNING: Retrying (Retry(total=4)) after connection broken
+
 Held-out loss before: 2.261 (perplexity 9.59)
 
             loss after    time  forwards/s  extra memory  extra peak
