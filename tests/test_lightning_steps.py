@@ -172,7 +172,7 @@ def test_a_weight_out_of_sight_is_logged_with_its_real_loss(tmp_path: Path, capl
 
     noting = Noting()
     run = trainer(tmp_path, callbacks=[noting], logger=CSVLogger(tmp_path))
-    run.fit(Logging("scripted"), loader("scripted", count=2))
+    run.fit(Logging("unseen"), loader("unseen", count=2))
     rows = logged(run)
     assert "where they cannot be observed" in caplog.text
     assert [float(row["loss"]) for row in rows] == pytest.approx([float(o["loss"]) for o in noting.outputs])

@@ -15,9 +15,6 @@ from zo_core import LowRank, StateError, ZeroOrder, save_adapter
 
 FOREVER = LowRank(refresh=None)
 
-# peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def only_linear(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)

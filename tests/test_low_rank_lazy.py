@@ -344,11 +344,11 @@ def test_a_copy_of_the_model_is_one_of_its_own() -> None:
     assert evaluated(torch.load(file, weights_only=False)) == seen
 
 
-def test_a_model_with_scripted_parts_trains_with_copies_of_everything() -> None:
-    model, other = tiny("scripted"), tiny("scripted")
+def test_a_model_with_unseen_parts_trains_with_copies_of_everything() -> None:
+    model, other = tiny("unseen"), tiny("unseen")
     zo, copying = engine(model), engine(other)
     copying.oracle.copy_whole()
-    assert [r.as_dict() for r in run(zo, 6, "scripted")] == [r.as_dict() for r in run(copying, 6, "scripted")]
+    assert [r.as_dict() for r in run(zo, 6, "unseen")] == [r.as_dict() for r in run(copying, 6, "unseen")]
     assert same_bits(weights(model), weights(other))
 
 

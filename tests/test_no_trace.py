@@ -31,7 +31,7 @@ def test_weights_buffers_objects_modes_and_hooks_are_what_they_were(name: str, d
     assert generators() == before
 
 
-@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "convnet", "scripted"])
+@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "convnet", "unseen"])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_an_exception_in_the_middle_of_the_forward_restores_everything(name: str, at: int) -> None:
     model = tiny(name)
@@ -46,7 +46,7 @@ def test_an_exception_in_the_middle_of_the_forward_restores_everything(name: str
         return forward(*args, **kwargs)
 
     zo = ZeroOrder(model, eps=EPS, num_probes=2)
-    if name == "scripted":
+    if name == "unseen":
         inner = model.head  # the one that is called
         forward = inner.forward
     inner.forward = fails
@@ -129,7 +129,7 @@ def test_batchnorm_statistics_do_not_move(dropout: bool) -> None:
     assert model.norm.training
 
 
-@pytest.mark.parametrize("name", ["bert", "scripted"])
+@pytest.mark.parametrize("name", ["bert", "unseen"])
 def test_all_probes_share_their_random_numbers_and_a_step_draws_what_one_forward_draws(name: str) -> None:
     model = tiny(name)
     other = copy.deepcopy(model)
