@@ -63,12 +63,13 @@ def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: floa
     """
     held = {id(tensor): group for group in like.param_groups for tensor in group["params"]}
     sets: dict[tuple[float, float], list[Slot]] = {}
-    for group in [*like.param_groups, {}]:
+    without: dict[str, Any] = {}
+    for group in [*like.param_groups, without]:
         sets.setdefault(_numbers(group, lr), [])
     for slot in slots:
-        group = next((held[id(tensor)] for tensor in slot.tensors if id(tensor) in held), None)
-        if group is not None or slot.scaling is not None:
-            sets[_numbers(group or {}, lr)].append(slot)
+        group = next((held[id(tensor)] for tensor in slot.tensors if id(tensor) in held), without)
+        if group is not without or slot.scaling is not None:
+            sets[_numbers(group, lr)].append(slot)
     groups = [
         {"lr": rate, **group, "weight_decay": decay}
         for (rate, decay), members in sets.items()

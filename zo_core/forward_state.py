@@ -135,7 +135,7 @@ class ForwardState:
 
     Args:
         model: the module whose forwards are measured.
-        moving: parameters that probes and streaming point at other memory, by ``id``.
+        moving: tensors that probes and streaming point at other memory, by ``id``.
     """
 
     def __init__(self, model: nn.Module, moving: Collection[int]):
@@ -185,7 +185,8 @@ class ForwardState:
             else:
                 continue
             for tensor in entries:
-                if not isinstance(tensor, nn.Parameter) and _is_followed(tensor):
+                known = isinstance(tensor, nn.Parameter) or id(tensor) in self.moving
+                if not known and _is_followed(tensor):
                     found[id(tensor)] = f"{path}.{name}", tensor
 
     def changed(self) -> list[_Part]:
@@ -233,7 +234,7 @@ class ForwardState:
             Whether there was anything new: then the probes have seen each other's state.
         """
         with torch._C.DisableTorchFunction():
-            found = {part.key: part for part in self.changed()}
+            found: dict[tuple[int, str], _Part] = {part.key: part for part in self.changed()}
         new = found.keys() - self.shared.keys()
         self.shared.update(found)
         return bool(new)

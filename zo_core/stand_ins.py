@@ -36,7 +36,7 @@ WITHOUT_VALUES = (
         Tensor.element_size,
         Tensor.get_device,
     }
-    | {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor._backward_hooks.__get__}  # type: ignore[attr-defined]
+    | {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 )
 
 #: Functions that return the tensor itself where it is already what they are asked for.
