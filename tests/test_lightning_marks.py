@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from zo_core import SeedLog, StateError, ZeroOrder, ZOOptimizer, replay
 pytestmark = QUIET
 
 LOG = "seedlog.zo"
+DATA = Path(__file__).parent / "data" / "v0_1"
 LOW_RANK = {"name": "low_rank", "refresh": 3}
 
 
@@ -145,6 +147,34 @@ def test_a_log_with_other_settings_is_kept_aside_and_both_sides_are_named(
         trainer(tmp_path, settings, max_steps=2).fit(Wrapped("mlp"), loader("mlp"), ckpt_path="last")
         assert words in caplog.text
     assert len(list(tmp_path.glob("seedlog-*.zo"))) == 2
+
+
+OLD = {"sgd": sgd(0.0, momentum=0.9), "own": own(lr=0.0)}
+
+
+@pytest.mark.parametrize("name", list(OLD))
+def test_checkpoints_of_version_0_1_load_and_go_on(name: str, tmp_path: Path) -> None:
+    file = DATA / f"lightning_{name}.ckpt"
+    old = torch.load(file, weights_only=True)
+    assert "zo" not in old["optimizer_states"][0]
+    module = Wrapped("mlp", OLD[name])
+    seen: list[Any] = []
+    run = trainer(tmp_path, {"seed": 5}, max_epochs=2)
+    module.on_train_start = lambda: seen.append(
+        (run.global_step, weights(module), copy.deepcopy(run.strategy.optimizer_state(run.optimizers[0])))
+    )
+    run.fit(module, Resumable("mlp"), ckpt_path=file)
+    step, found, state = seen[0]
+    assert step == 2
+    assert not differing(found, old["state_dict"])
+    assert state.pop("zo")["settings"]["seed"] == 5
+    assert state["param_groups"] == old["optimizer_states"][0]["param_groups"]
+    for index, kept in old["optimizer_states"][0]["state"].items():
+        assert torch.equal(state["state"][index]["momentum_buffer"], kept["momentum_buffer"])
+    assert run.global_step > 2
+    if name == "own":  # its groups have the eps, and SGD's do not
+        with pytest.raises(StateError, match=r"eps=0.001, and this one has eps=0.01"):
+            resume(tmp_path, file, own(eps=1e-2), {"seed": 5})
 
 
 # In one process
