@@ -61,29 +61,27 @@ def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: floa
         lr: where that has none.
         eps: distance of the probes.
     """
-    held = {id(tensor): group for group in like.param_groups for tensor in group["params"]}
-    sets: dict[tuple[float, float], list[Slot]] = {}
-    without: dict[str, Any] = {}
-    for group in [*like.param_groups, without]:
-        sets.setdefault(_numbers(group, lr), [])
+    # Groups of equal numbers stay apart: checkpoints and logs count them.
+    held = {id(tensor): index for index, group in enumerate(like.param_groups) for tensor in group["params"]}
+    theirs: list[dict[str, Any]] = [*like.param_groups, {}]
+    members: list[list[Slot]] = [[] for _ in theirs]
     for slot in slots:
-        group = next((held[id(tensor)] for tensor in slot.tensors if id(tensor) in held), without)
-        if group is not without or slot.scaling is not None:
-            sets[_numbers(group, lr)].append(slot)
+        index = next((held[id(tensor)] for tensor in slot.tensors if id(tensor) in held), None)
+        if index is not None or slot.scaling is not None:
+            members[-1 if index is None else index].append(slot)
     groups = [
-        {"lr": rate, **group, "weight_decay": decay}
-        for (rate, decay), members in sets.items()
-        for group in param_groups(members)
+        {
+            "lr": float(lr if each.get("lr") is None else each["lr"]),
+            **group,
+            "weight_decay": float(each.get("weight_decay") or 0.0),
+        }
+        for each, own in zip(theirs, members, strict=True)
+        for group in param_groups(own)
     ]
     if slots[0].scaling is not None:
         # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
         groups.sort(key=lambda group: group["params"][0] is not slots[0].tensor)
     return ZOOptimizer(groups, lr=lr, eps=eps)
-
-
-def _numbers(group: dict[str, Any], lr: float) -> tuple[float, float]:
-    rate = group.get("lr")
-    return lr if rate is None else float(rate), float(group.get("weight_decay") or 0.0)
 
 
 def whole(trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

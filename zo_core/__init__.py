@@ -8,6 +8,7 @@ from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
+from .gradient_check import GradientCheck
 from .lr_range import LrSuggestion, Trial
 from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
@@ -28,6 +29,7 @@ __all__ = [
     "Estimator",
     "Fzoo",
     "Gaussian",
+    "GradientCheck",
     "Int4Scales",
     "LossError",
     "LowRank",

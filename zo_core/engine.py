@@ -19,6 +19,7 @@ from .config import AUTO, ZOConfig
 from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
 from .first_steps import FirstSteps
+from .gradient_check import GradientCheck, check_gradient
 from .homes import Homes, by_rule
 from .lazy import LazyUpdates
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
@@ -331,6 +332,28 @@ class ZeroOrder:
         """
         self.measure(closure)
         return self.optimizer.step()
+
+    def check(self, closure: Callable[[], Any], directions: int = 4) -> GradientCheck:
+        """Compares measured directional derivatives with those of backpropagation, for a model small enough.
+
+            print(zo.check(lambda: model(**batch).loss))
+
+        Forward-only training sees values alone. A loss that uses ``detach()`` to define a gradient has another
+        value, and training follows that. Weights, generators and buffers are as before afterwards.
+
+        Args:
+            closure: as for `step`; what it returns has to be differentiable.
+            directions: how many are compared.
+
+        Raises:
+            ConfigError: streamed or quantised weights.
+            LossError: the closure returns a number without a gradient.
+        """
+        return check_gradient(self, closure, directions)
+
+    def direction(self, slot: Slot, seed: int) -> Direction:
+        """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
+        return self._along(slot, ((seed, self._relative_eps(slot)),), None)
 
     def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
         """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
