@@ -1,4 +1,4 @@
-"""Law: `ZeroOrder.check` tells losses that forward-only training follows from those whose gradient is of something else."""
+"""Law: `ZeroOrder.check` tells losses whose values have their gradient from those that define another one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import batch, closure, tiny
-from traces import generators, left_as_found
 from torch import Tensor, nn
+from traces import generators, left_as_found
 
 from zo_core import ConfigError, LossError, ZeroOrder
 

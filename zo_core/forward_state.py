@@ -88,12 +88,13 @@ class _Values:
     """The values of a tensor that is no trained weight."""
 
     def __init__(self, name: str, tensor: Tensor, copied: bool):
-        self.name, self.tensor, self.silent = name, tensor, False
+        self.name, self.tensor, self.silent, self.lost = name, tensor, False, False
         self.start: tuple[Tensor, Tensor | None]
         self.begin(copied)
 
     def begin(self, copied: bool) -> None:
         """The values as they are now are those to go back to."""
+        self.lost = False
         self.pointer, self.version = self.tensor.data_ptr(), self.tensor._version
         self.start = self.tensor.data, self.tensor.data.clone() if copied else None
 
@@ -167,7 +168,7 @@ class ForwardState:
             room -= 0 if weight else _nbytes(tensor)
             if known is None or known.tensor is not tensor:
                 known = _Values(name, tensor, copied=room >= 0 and not weight)
-            elif known.moved:
+            elif known.moved or known.lost:
                 known.begin(copied=True)
             self.values[id(tensor)] = known
         self._begin_shared()
@@ -217,6 +218,7 @@ class ForwardState:
                 part.put(part.start)
                 if isinstance(part, _Values):
                     if part.start[1] is None and part.tensor.data_ptr() == part.pointer:
+                        part.lost = True
                         logger.warning(
                             "%s was written by a forward for the first time, and is too large to keep a copy of it in "
                             "advance: this step's probes see it change; from the next step on they do not",

@@ -74,7 +74,7 @@ class LockstepOracle:
         trained = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in trained] for b in streaming.blocks}
         self._checked = False
-        # The first sweep looks at the model's state at every hand-over, later ones at their end.
+        # The first sweep of several probes looks at the model's state at every hand-over, later ones at their end.
         self._looking, self._seen = True, False
         self.quiet: bool | None = None
         self.keep_mode: nn.Module | None = None
@@ -131,7 +131,7 @@ class LockstepOracle:
             self._seen = False
             self._carry(start)
             self.state.rewind()
-        self._looking = False
+        self._looking &= len(points) * len(closures) == 1
         silent = same_rng(start[0], rng_state()) and not self.state.shared
         self.quiet = silent and self.quiet is not False
         return losses
