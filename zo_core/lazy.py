@@ -262,7 +262,7 @@ class LazyUpdates:
         """What was read shows the memory of the window again; what was written, too, is where it begins anew."""
         with torch.no_grad(), torch.inference_mode(False):
             for slot in self.shapes:
-                for tensor in slot.tensors:
+                for tensor in slot.tensors if self._home(slot) is None else ():
                     ordinary(tensor)
             read, self.read = self.read, {}
             for slot, kept in read.items():
