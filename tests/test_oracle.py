@@ -202,17 +202,18 @@ def test_a_model_with_unseen_parts_says_once_that_it_needs_whole_copies(
     assert [r for r in caplog.messages if "cannot be observed" in r] == caplog.messages[:1] == caplog.messages
     assert len(calls) == 1 + len(POINTS)  # the first probe was repeated
     for _ in range(2):
+        calls.clear()
         zo.step(counted(closure("unseen", model), calls))
-    assert len(calls) == 1 + len(POINTS) + 2 * 2
+    assert len(calls) == 2  # in the second step, since the first may look at more
     assert len(caplog.messages) == 1
 
 
 def test_the_weights_that_a_custom_operator_is_given_are_seen() -> None:
     model, calls = tiny("custom_op"), []
     zo = ZeroOrder(model)
-    zo.step(counted(closure("custom_op", model), calls))
+    zo.oracle.losses(POINTS, counted(closure("custom_op", model), calls))
     assert not zo.oracle.realisation.whole
-    assert len(calls) == 2
+    assert len(calls) == len(POINTS)
 
 
 @pytest.mark.filterwarnings(JIT)
