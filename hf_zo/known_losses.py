@@ -54,14 +54,13 @@ def _keeps_old(trainer: Any) -> bool:
 
 def _detached_factor(trainer: Any) -> bool:
     """cispo and vespo multiply ``A log p`` by a factor of the ratio that has no gradient."""
-    loss = getattr(trainer, "loss_type", None)
-    moving = loss == "vespo" or (loss == "cispo" and trainer.epsilon_high >= 1)
-    return moving and _keeps_old(trainer)
+    moving = trainer.loss_type == "vespo" or (trainer.loss_type == "cispo" and trainer.epsilon_high >= 1)
+    return moving and "GMPOTrainer" not in _names(trainer) and _keeps_old(trainer)
 
 
 def _ratio_is_one(trainer: Any) -> bool:
     """Whether the loss is a function of a ratio that is always 1."""
-    other = getattr(trainer, "loss_type", None) in ("cispo", "vespo") and "GMPOTrainer" not in _names(trainer)
+    other = trainer.loss_type in ("cispo", "vespo") or "GMPOTrainer" in _names(trainer)
     return not other and not _keeps_old(trainer)
 
 
@@ -112,6 +111,7 @@ def _self_distillation(name: str) -> tuple[Known, ...]:
 
 
 TRAINERS = (
+    Known("GMPOTrainer", SAMPLED, lambda trainer: not _keeps_old(trainer), f"{RATIO}; {REWARD}"),
     Known(
         "GRPOTrainer",
         ("loss_type", *SAMPLED),

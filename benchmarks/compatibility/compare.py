@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
 
 from zo_core import ZOError
 
-from . import hugging_face
-from .hugging_face import Case
-from .written_out import EPS, LR, Run
+from .written_out import EPS, LR, Case, Run
 
 EXACT, ROUNDING, REFUSED = "exact", "rounding", "refused"
 WAYS = {"default": {}, "low_rank": {"noise": "low_rank"}, "offload": {"offload": "cpu"}}
@@ -33,16 +34,25 @@ class Row:
         return bool(wrong) or (self.detached > DETACHED and not self.case.remark)
 
 
-def row(case: Case) -> Row:
-    """The case with defaults, with low-rank noise, and streamed."""
+@contextmanager
+def silence() -> Iterator[None]:
+    """Nothing that a trainer prints."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def row(case: Case, ways: list[str]) -> Row:
+    """The case in some of the `WAYS`; defaults come first, they say how slots are called."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     results, said = {}, ""
     run = None
     references: dict[str, Run] = {}
-    for way, settings in WAYS.items():
+    for way in ways:
+        settings = WAYS[way]
         try:
-            mine = hugging_face.with_mixin(case, **settings)
+            with silence():
+                mine = case.mine(**settings)
         except ZOError as error:
             results[way], said = REFUSED, said or str(error)
             continue
@@ -52,7 +62,8 @@ def row(case: Case) -> Row:
         run = run or mine
         noise = settings.get("noise", "rademacher")
         if noise not in references:
-            references[noise] = hugging_face.written_out(case, noise, run.keys)
+            with silence():
+                references[noise] = case.written_out(noise, run.keys)
         results[way] = agreement(mine, references[noise])
     return Row(case, results, said, max((each.detached for each in references.values()), default=0.0))
 
@@ -61,15 +72,14 @@ def agreement(mine: Run, wanted: Run) -> str:
     """How far two runs agree."""
     if wanted.untrained:
         return f"does not train {', '.join(wanted.untrained[:3])}"
-    if len(mine.grads) != len(wanted.grads):
-        return f"{len(mine.grads)} steps for {len(wanted.grads)}"
+    wanted_grads = wanted.grads[-len(mine.grads) :]  # without those of a tuner's trial runs
     same = [name for name, value in wanted.weights.items() if torch.equal(mine.weights[name], value)]
-    if mine.grads == wanted.grads and len(same) == len(wanted.weights):
+    if mine.grads == wanted_grads and len(same) == len(wanted.weights):
         return EXACT
     # A loss is right to some units in its last place, whatever the order of the sums.
-    unit = torch.finfo(torch.float32).eps * max(map(abs, wanted.losses)) / (2 * EPS)
-    if any(abs(a - b) > 16 * unit for a, b in zip(mine.grads, wanted.grads, strict=True)):
-        return f"differs: {mine.grads} for {wanted.grads}"
+    unit = torch.finfo(torch.float32).eps * max(1.0, *map(abs, wanted.losses)) / (2 * EPS)
+    if any(abs(a - b) > 16 * unit for a, b in zip(mine.grads, wanted_grads, strict=True)):
+        return f"differs: {mine.grads} for {wanted_grads}"
     near = 1e-6 + 32 * unit * LR
     far = [n for n, value in wanted.weights.items() if not (mine.weights[n].double() - value).abs().max() <= near]
     return f"weights differ: {', '.join(far[:3])}" if far else ROUNDING

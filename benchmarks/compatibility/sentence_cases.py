@@ -133,6 +133,8 @@ def hard(model: Any) -> Any:
     return losses.MultipleNegativesRankingLoss(model, hardness_mode="in_batch_negatives", hardness_strength=9.0)
 
 
+CHOICE = "Which pairs are hard enough to count changes in jumps, which have no gradient."
+ORDER = "The order of the documents changes the value in jumps, which a warning says."
 CASES = [
     dense("MultipleNegativesRankingLoss", PAIRS, ranking),
     dense("MultipleNegativesRankingLoss(hardness_mode=...)", PAIRS, hard),
@@ -150,7 +152,7 @@ CASES = [
     dense("Matryoshka2dLoss", PAIRS, lambda m: losses.Matryoshka2dLoss(m, ranking(m), [16, 8])),
     dense("MegaBatchMarginLoss", PAIRS, losses.MegaBatchMarginLoss),
     dense("ContrastiveLoss", BINARY, losses.ContrastiveLoss),
-    dense("OnlineContrastiveLoss", BINARY, losses.OnlineContrastiveLoss),
+    dense("OnlineContrastiveLoss", BINARY, losses.OnlineContrastiveLoss, CHOICE),
     dense("CosineSimilarityLoss", SCORED, losses.CosineSimilarityLoss),
     dense("CoSENTLoss", SCORED, losses.CoSENTLoss),
     dense("AnglELoss", SCORED, losses.AnglELoss),
@@ -158,7 +160,7 @@ CASES = [
     dense("BatchAllTripletLoss", SINGLE, losses.BatchAllTripletLoss),
     dense("BatchHardTripletLoss", SINGLE, losses.BatchHardTripletLoss),
     dense("BatchHardSoftMarginTripletLoss", SINGLE, losses.BatchHardSoftMarginTripletLoss),
-    dense("BatchSemiHardTripletLoss", SINGLE, losses.BatchSemiHardTripletLoss),
+    dense("BatchSemiHardTripletLoss", SINGLE, losses.BatchSemiHardTripletLoss, CHOICE),
     dense("MSELoss", TAUGHT, losses.MSELoss),
     dense("EmbedDistillLoss", TAUGHT, losses.EmbedDistillLoss),
     dense("MarginMSELoss", MARGINS, losses.MarginMSELoss),
@@ -200,7 +202,7 @@ CASES = [
         PAIRS,
         sampled(cross.CachedMultipleNegativesRankingLoss),
     ),
-    crossed("LambdaLoss", LISTS, cross.LambdaLoss),
+    crossed("LambdaLoss", LISTS, cross.LambdaLoss, ORDER),
     crossed("ListMLELoss", LISTS, cross.ListMLELoss),
     crossed("PListMLELoss", LISTS, cross.PListMLELoss),
     crossed("ListNetLoss", LISTS, cross.ListNetLoss),

@@ -113,6 +113,10 @@ sdft = made(SDFTTrainer, SDFTConfig, {**PROMPTS, "privileged_context": lambda i:
 sdpo = scored(SDPOTrainer, SDPOConfig)
 
 
+CLIPPED = "With a large eps the ratio of a whole sequence leaves 1 ± epsilon and is clipped: look at `clip_ratio`."
+ORDER = "Which tokens are the most probable changes in jumps, which a warning says."
+
+
 def reference(trainer: Any) -> dict[str, Any]:
     return trainer.ref_model.state_dict()
 
@@ -129,7 +133,7 @@ CASES = [
     dpo(use_weighting=True),
     dpo("LoRA", own={"peft_config": lora, "ref_model": lambda: None}),
     dpo(sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=0.5, also=reference),
-    kto(),
+    kto(remark="Its KL term counts in the value, which a warning says."),
     kto(loss_type="apo_zero_unpaired"),
     scores(),
     scores(center_rewards_coefficient=0.01),
@@ -146,7 +150,7 @@ CASES = [
     grpo(steps_per_generation=2),
     gmpo(),
     gmpo(num_iterations=2),
-    rloo(),
+    rloo(remark=CLIPPED),
     rloo(num_iterations=2),
     distil(max_completion_length=6),
     distil(max_completion_length=6, beta=0.5),
@@ -162,11 +166,11 @@ CASES = [
     iw_opd(max_completion_length=6, distillation_objective="jsd"),
     online_dpo(max_new_tokens=6),
     a2po(max_completion_length=6),
-    sdft(**SAMPLED, distillation_topk=8),
+    sdft(**SAMPLED, distillation_topk=8, remark=ORDER),
     sdft(**SAMPLED, distillation_mode="full_logits"),
     sdft(**SAMPLED, distillation_mode="sampled_token", distillation_alpha=1.0),
     sdft(**SAMPLED, distillation_topk=8, num_iterations=2),
-    sdft(**SAMPLED, distillation_topk=8, num_iterations=2, distillation_is_clip=None),
+    sdft(**SAMPLED, distillation_topk=8, num_iterations=2, distillation_is_clip=None, remark=ORDER),
     sdpo(),
     sdpo(distillation_mode="full_logits"),
     sdpo(distillation_weight=0.5, distillation_mode="full_logits"),

@@ -12,13 +12,13 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_core import Noise
+from zo_core import Noise, ZeroOrder
 
 EPS, LR, SEED, STEPS = 1e-3, 1e-3, 3, 2
 #: Where a slope is compared with autograd's: kinks and curvature are beyond it, float32 is still exact to 1e-3.
@@ -33,7 +33,7 @@ class Run:
         grads: the projected gradient of each step.
         losses: the mean loss over the probes of each step.
         weights: everything that the trainer trains or that a forward changes, by name, at the end.
-        keys: names of the slots by names of the tensors; of a run of this package.
+        keys: for each step, names of the slots by names of the tensors; of a run of this package.
         untrained: what the trainer's own optimizer has and this package does not move.
         detached: how far the slope of the loss's value is from what autograd says, in units of the
             gradient's norm; of a run that is written out.
@@ -42,9 +42,21 @@ class Run:
     grads: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: list[dict[str, str]] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
     detached: float = 0.0
+
+
+class Case(Protocol):
+    """One trainer with one setting, in both ways."""
+
+    trainer: str
+    setting: str
+    remark: str
+
+    def mine(self, **settings: Any) -> Run: ...
+
+    def written_out(self, noise: str, keys: list[dict[str, str]]) -> Run: ...
 
 
 def same_start() -> None:
@@ -86,34 +98,30 @@ class Copies:
         return list(found.values())
 
     @torch.no_grad()
-    def move(self, seed: int, scale: float) -> None:
-        """Adds ``scale * z`` to the weights."""
-        for key, tensor in self.moved.items():
-            tensor.add_(self.noise.values(seed, key, tensor.shape, scale=scale))
-
-    @torch.no_grad()
     def at(self, seed: int, scale: float) -> float:
         """The loss at ``theta + scale * z``; the modules are as before."""
         tensors = self.everything()
         before = [tensor.detach().clone() for tensor in tensors]
         try:
-            self.move(seed, scale)
+            for key, tensor in self.moved.items():
+                tensor.add_(self.noise.values(seed, key, tensor.shape, scale=scale))
             with evaluating(self.roots):
                 return float(torch.as_tensor(self.loss()).double())
         finally:
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.data.copy_(value)
 
+    def both(self, seed: int) -> tuple[float, float]:
+        """The losses on both sides, with the same random numbers; afterwards these are as after one of them."""
+        with repeatable() as back:
+            plus = self.at(seed, EPS)
+            back()
+            return plus, self.at(seed, -EPS)
+
     def slope(self, seed: int) -> float:
         """``|(L(theta + h z) - L(theta - h z)) / 2 h - autograd's slope| / |gradient|``; 0 without a gradient."""
+        grads = self.gradients_of(self.moved)
         with repeatable() as back:
-            try:
-                with evaluating(self.roots):
-                    grads = self._grads()
-            except RuntimeError:  # some modules work in place in eval mode
-                back()
-                grads = self._grads()
-            back()
             plus = self.at(seed, NEAR)
             back()
             minus = self.at(seed, -NEAR)
@@ -124,32 +132,27 @@ class Copies:
         norm = sum(float(grad.double().square().sum()) for grad in grads.values()) ** 0.5
         return abs((plus - minus) / (2 * NEAR) - slope) / max(norm, 1e-3) if grads else 0.0
 
-    def _grads(self) -> dict[str, Tensor]:
+    def gradients_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What autograd gives, by the names of the tensors that get something; nothing else changes."""
         before = [tensor.detach().clone() for tensor in self.everything()]
-        try:
-            with torch.enable_grad():
-                loss = self.loss()
-                if isinstance(loss, Tensor) and loss.requires_grad:
-                    loss.backward()
-            return {key: t.grad.clone() for key, t in self.moved.items() if t.grad is not None}
-        finally:
-            for tensor, value in zip(self.everything(), before, strict=True):
-                tensor.data.copy_(value)
-                tensor.grad = None
-
-    def step(self, step: int, run: Run, *, check: bool) -> None:
-        """Measures one step into ``run`` and moves the weights."""
-        seed = self.noise.seed(SEED, step, 0)
-        if check:
-            run.detached = self.slope(seed)
-        with repeatable() as back:
-            plus = self.at(seed, EPS)
+        with repeatable() as back, torch.enable_grad():
+            try:
+                with evaluating(self.roots):
+                    _backward(self.loss())
+            except RuntimeError:  # some modules work in place in eval mode
+                back()
+                _backward(self.loss())
             back()
-            minus = self.at(seed, -EPS)
-        grad = (plus - minus) / (2 * EPS)
-        run.grads.append(grad)
-        run.losses.append((plus + minus) / 2)
-        self.move(seed, -LR * float(np.float32(grad)))
+        found = {name: tensor.grad.clone() for name, tensor in tensors.items() if tensor.grad is not None}
+        for tensor, value in zip(self.everything(), before, strict=True):
+            tensor.data.copy_(value)
+            tensor.grad = None
+        return found
+
+
+def _backward(loss: Any) -> None:
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.backward()
 
 
 @contextmanager
@@ -180,6 +183,12 @@ def names_of(roots: list[nn.Module]) -> dict[str, Tensor]:
     return dict(found.values())
 
 
+def keys_of(zo: ZeroOrder, roots: list[nn.Module]) -> dict[str, str]:
+    """The names of an engine's slots by the names of their tensors."""
+    names = {id(tensor): name for name, tensor in names_of(roots).items()}
+    return {names[id(slot.tensor)]: slot.key for slot in zo.slots if id(slot.tensor) in names}
+
+
 def roots_of(trainer: Any) -> list[nn.Module]:
     """What a Hugging Face trainer trains: its model, and losses that may have weights of their own."""
     loss = getattr(trainer, "loss", None)
@@ -191,25 +200,44 @@ class WrittenOut:
     """In front of a Hugging Face trainer: each step written out, with the trainer's own ``compute_loss``."""
 
     noise: Noise
-    keys: dict[str, str]
+    keys: list[dict[str, str]]
     run: Run
+    sums: tuple[float, float] = (0.0, 0.0)
 
     def training_step(self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         roots = roots_of(self)
         model.train()
         count = getattr(self, "_step", None)
         batch = self._prepare_inputs(inputs)
-        trained = {id(tensor) for group in unwrapped(self.optimizer).param_groups for tensor in group["params"]}
-        names = {name: tensor for name, tensor in names_of(roots).items() if id(tensor) in trained}
-        moved = {self.keys[name]: tensor for name, tensor in names.items() if name in self.keys}
+        rates = {id(t): group["lr"] for group in unwrapped(self.optimizer).param_groups for t in group["params"]}
+        names = {name: tensor for name, tensor in names_of(roots).items() if id(tensor) in rates}
+        keys = self.keys[self.state.global_step]
+        moved = {keys[name]: t for name, t in names.items() if name in keys and t.requires_grad}
 
         def loss() -> Any:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, copy.copy(batch), num_items_in_batch=num_items_in_batch)
+                value = self.compute_loss(model, copy.copy(batch), num_items_in_batch=num_items_in_batch)
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            if self.loss_is_scaled_for_ga or scaled or self.compute_loss_func is not None:
+                return value
+            return value / self.current_gradient_accumulation_steps
 
-        self.run.untrained = [name for name in names if name not in self.keys]
+        seed = self.noise.seed(SEED, self.state.global_step, 0)
         copies = Copies(roots, moved, self.noise, loss)
-        copies.step(self.state.global_step, self.run, check=self.state.global_step == 0)
+        if not self.run.losses:
+            self.run.detached = copies.slope(seed)
+            gets_gradient = copies.gradients_of(names)
+            self.run.untrained = [name for name in gets_gradient if name not in keys]
+        losses = copies.both(seed)
+        self.sums = self.sums[0] + losses[0], self.sums[1] + losses[1]
+        if self.accelerator.sync_gradients:
+            (plus, minus), self.sums = self.sums, (0.0, 0.0)
+            grad = (plus - minus) / (2 * EPS)
+            self.run.grads.append(grad)
+            self.run.losses.append((plus + minus) / 2)
+            for key, tensor in moved.items():
+                scale = -rates[id(tensor)] * float(np.float32(grad))
+                tensor.data.add_(self.noise.values(seed, key, tensor.shape, scale=scale))
         if count is not None and self._step == count:
             self._step += 1  # trainers that generate count their steps in training_step
-        return torch.tensor(self.run.losses[-1])
+        return torch.tensor(sum(losses) / 2)
