@@ -192,7 +192,7 @@ class Case:
 
 def callback(cls: type[Any], remark: str = "", more: tuple[tuple[str, Any], ...] = (), **own: Any) -> Case:
     """A case of one callback."""
-    return Case(cls.__name__, "", lambda: [cls(**own)], remark, more)
+    return Case(cls.__name__, "defaults", lambda: [cls(**own)], remark, more)
 
 
 EPOCHS = (("max_steps", -1), ("max_epochs", 4), ("limit_train_batches", 2))

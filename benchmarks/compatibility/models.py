@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -46,6 +46,16 @@ def tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=_words(), **special, **more)
 
 
+def letters() -> PreTrainedTokenizerFast:
+    """Bytes are tokens."""
+    names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", chat_template=TEMPLATE, **special)
+
+
 def text(index: int, length: int) -> str:
     """Some words."""
     return " ".join(f"w{(7 * index + 3 * place) % WORDS}" for place in range(length))
@@ -59,17 +69,18 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 @cache
-def _saved(seed: int) -> tempfile.TemporaryDirectory[str]:
+def _saved(seed: int, vocab: int) -> tempfile.TemporaryDirectory[str]:
     folder: tempfile.TemporaryDirectory[str] = tempfile.TemporaryDirectory(prefix="zo-compatibility-")
     torch.manual_seed(seed)
-    LlamaForCausalLM(llama_config(initializer_range=0.1)).save_pretrained(folder.name)
+    config = llama_config(initializer_range=0.1, vocab_size=vocab, max_position_embeddings=128)
+    LlamaForCausalLM(config).save_pretrained(folder.name)
     tokenizer().save_pretrained(folder.name)
     return folder
 
 
-def llama(seed: int = 0) -> LlamaForCausalLM:
+def llama(seed: int = 0, vocab: int = VOCAB) -> LlamaForCausalLM:
     """A causal language model that knows where it came from: some trainers open it a second time."""
-    return LlamaForCausalLM.from_pretrained(_saved(seed).name).eval()
+    return LlamaForCausalLM.from_pretrained(_saved(seed, vocab).name).eval()
 
 
 def judge(labels: int = 1) -> LlamaForSequenceClassification:

@@ -20,7 +20,7 @@ from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from .hugging_face import Case
-from .models import arguments, judge, llama, rows, text, tokenizer
+from .models import arguments, judge, letters, llama, rows, text, tokenizer
 
 DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -46,7 +46,7 @@ def made(trainer: Any, config: type[Any], data: dict[str, Any], model: Callable[
             args = arguments(config, **settings)
             return wrap(trainer)(model=model(), args=args, train_dataset=rows(**data), **parts, **zo)
 
-        shown = setting or ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        shown = setting or ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "defaults"
         return Case(trainer.__name__, shown, make, remark, also)
 
     return case
@@ -67,6 +67,8 @@ def teacher() -> Any:
     return llama(2)
 
 
+#: Of the tokenizer that reads bytes.
+LETTERS = 261
 PROMPTS = {"prompt": lambda i: text(i, 3)}
 UNPAIRED = {"prompt": lambda i: text(i, 3), "completion": lambda i: " " + text(i + 1, 5), "label": lambda i: i % 3 > 0}
 CHATS = {
@@ -84,7 +86,7 @@ def scored(trainer: Any, config: type[Any]) -> Any:
     """Trainers that generate and score."""
 
     def case(setting: str = "", remark: str = "", **settings: Any) -> Case:
-        shown = setting or ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        shown = setting or ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "defaults"
         many = settings.pop("per_device_train_batch_size", 8)
         parts = {"reward_funcs": lambda: reward, **LEFT}
         make = made(trainer, config, PROMPTS, **parts)
@@ -105,7 +107,14 @@ cpo = made(CPOTrainer, CPOConfig, PREFERENCES)
 orpo = made(ORPOTrainer, ORPOConfig, PREFERENCES)
 tpo = made(TPOTrainer, TPOConfig, TRIPLES)
 gkd = made(GKDTrainer, GKDConfig, CHATS, teacher_model=teacher, **LEFT)
-gold = made(GOLDTrainer, GOLDConfig, CHATS, teacher_model=teacher, **LEFT)
+gold = made(
+    GOLDTrainer,
+    GOLDConfig,
+    CHATS,
+    lambda: llama(0, LETTERS),
+    teacher_model=lambda: llama(2, LETTERS),
+    processing_class=letters,
+)
 iw_opd = made(IWOPDTrainer, IWOPDConfig, CHATS, teacher_model=teacher, **LEFT)
 online_dpo = made(OnlineDPOTrainer, OnlineDPOConfig, PROMPTS, reward_funcs=lambda: reward, **LEFT)
 a2po = made(A2POTrainer, A2POConfig, PROMPTS, reward_funcs=lambda: reward, **LEFT)

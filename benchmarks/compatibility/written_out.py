@@ -130,7 +130,8 @@ class Copies:
             float((grad.double() * self.noise.values(seed, key, grad.shape)).sum()) for key, grad in grads.items()
         )
         norm = sum(float(grad.double().square().sum()) for grad in grads.values()) ** 0.5
-        return abs((plus - minus) / (2 * NEAR) - slope) / max(norm, 1e-3) if grads else 0.0
+        rounding = 4 * np.finfo(np.float32).eps * max(1.0, abs(plus)) / (2 * NEAR)
+        return max(abs((plus - minus) / (2 * NEAR) - slope) - rounding, 0.0) / max(norm, 1e-3) if grads else 0.0
 
     def gradients_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What autograd gives, by the names of the tensors that get something; nothing else changes."""
