@@ -9,6 +9,7 @@ python -m benchmarks.compatibility GRPO dpo          # shows the cases that have
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from importlib.metadata import version
@@ -47,7 +48,9 @@ def main() -> None:
     if not (args.words or args.write or args.check):
         parser.error("write --write, --check, or some words of a case")
     rows: dict[str, list[Row]] = {}
-    for family, cases in families().items():
+    every = families()
+    gc.freeze()  # accelerate collects garbage at every train(), among all that was imported
+    for family, cases in every.items():
         seen: set[str] = set()
         for case in cases:
             if args.words and not any(word.lower() in f"{case.trainer} {case.setting}".lower() for word in args.words):
@@ -57,10 +60,10 @@ def main() -> None:
             found = row(case, list(WAYS) if whole else ["default"])
             rows.setdefault(family, []).append(found)
             print(f"{'FAILS  ' if found.fails else ''}{family}: {about(found)}", flush=True)
-    every = [each for found in rows.values() for each in found]
-    problems = [f"wrong: {about(each)}" for each in every if each.fails]
+    flat = [each for found in rows.values() for each in found]
+    problems = [f"wrong: {about(each)}" for each in flat if each.fails]
     if args.check:
-        problems += [f"not so in {PAGE.name}: {about(each)}" for each in every if not each.fails and not written(each)]
+        problems += [f"not so in {PAGE.name}: {about(each)}" for each in flat if not each.fails and not written(each)]
     if args.write:
         PAGE.write_text(page(rows, [f"{name} {version(name)}" for name in LIBRARIES]), encoding="utf-8")
     if problems:

@@ -29,7 +29,7 @@ from sentence_transformers.sparse_encoder import modules as sparse_modules
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
 from .hugging_face import Case
-from .models import arguments, bert_config, rows, text, tokenizer
+from .models import VOCAB, arguments, bert_config, rows, text, tokenizer
 
 WIDTH = 16
 
@@ -81,6 +81,7 @@ BINARY = {**PAIRS, "label": lambda i: i % 2}
 CLASSES = {**PAIRS, "label": lambda i: i % 3}
 SINGLE = {"sentence": lambda i: text(i, 5), "label": lambda i: i % 2}
 TAUGHT = {"sentence": lambda i: text(i, 5), "label": lambda i: [((i + j) % 7) / 7 for j in range(WIDTH)]}
+TAUGHT_WORDS = {"sentence": TAUGHT["sentence"], "label": lambda i: [((i + j) % 7) / 7 for j in range(VOCAB)]}
 MARGINS = {**TRIPLES, "score": lambda i: (i % 5) / 4}
 LISTS = {
     "query": lambda i: text(i, 4),
@@ -116,6 +117,10 @@ def ranking(model: Any) -> Any:
     return losses.MultipleNegativesRankingLoss(model)
 
 
+def denoising(model: Any) -> Any:
+    return losses.DenoisingAutoEncoderLoss(model, _saved(BertModel, 0).name, tie_encoder_decoder=True)
+
+
 def layers(model: Any) -> Any:
     return losses.AdaptiveLayerLoss(model, ranking(model), kl_temperature=0)
 
@@ -134,12 +139,15 @@ def hard(model: Any) -> Any:
 
 
 CHOICE = "Which pairs are hard enough to count changes in jumps, which have no gradient."
+KINKS = "Words with a weight near 0 are at the kink of relu, where the value's slope is not the gradient."
 ORDER = "The order of the documents changes the value in jumps, which a warning says."
 CASES = [
     dense("MultipleNegativesRankingLoss", PAIRS, ranking),
     dense("MultipleNegativesRankingLoss(hardness_mode=...)", PAIRS, hard),
     dense("CachedMultipleNegativesRankingLoss", PAIRS, losses.CachedMultipleNegativesRankingLoss),
     dense("MultipleNegativesSymmetricRankingLoss", PAIRS, losses.MultipleNegativesSymmetricRankingLoss),
+    dense("CachedMultipleNegativesSymmetricRankingLoss", PAIRS, losses.CachedMultipleNegativesSymmetricRankingLoss),
+    dense("DenoisingAutoEncoderLoss", PAIRS, denoising),
     dense("GISTEmbedLoss", PAIRS, lambda m: losses.GISTEmbedLoss(m, sentences(1))),
     dense("CachedGISTEmbedLoss", PAIRS, lambda m: losses.CachedGISTEmbedLoss(m, sentences(1))),
     dense("MatryoshkaLoss", PAIRS, lambda m: losses.MatryoshkaLoss(m, ranking(m), [16, 8])),
@@ -173,23 +181,30 @@ CASES = [
         {"anchor": PAIRS["anchor"]},
         losses.ContrastiveTensionLossInBatchNegatives,
     ),
-    lexical("SpladeLoss", PAIRS, words(sparse.SparseMultipleNegativesRankingLoss)),
+    lexical("SpladeLoss", PAIRS, words(sparse.SparseMultipleNegativesRankingLoss), KINKS),
     lexical(
         "CachedSpladeLoss",
         PAIRS,
         words(sparse.SparseMultipleNegativesRankingLoss, sparse.CachedSpladeLoss),
+        KINKS,
     ),
     lexical(
         "SpladeLoss(SparseMarginMSELoss)",
         MARGINS,
         words(sparse.SparseMarginMSELoss),
+        KINKS,
     ),
     lexical(
         "SpladeLoss(SparseDistillKLDivLoss)",
         TEACHER_SCORES,
         words(sparse.SparseDistillKLDivLoss),
+        KINKS,
     ),
-    lexical("SpladeLoss(SparseCoSENTLoss)", SCORED, words(sparse.SparseCoSENTLoss)),
+    lexical("SpladeLoss(SparseCoSENTLoss)", SCORED, words(sparse.SparseCoSENTLoss), KINKS),
+    lexical("SpladeLoss(SparseAnglELoss)", SCORED, words(lambda m: sparse.SparseAnglELoss(m, scale=1.0)), KINKS),
+    lexical("SpladeLoss(SparseCosineSimilarityLoss)", SCORED, words(sparse.SparseCosineSimilarityLoss), KINKS),
+    lexical("SpladeLoss(SparseTripletLoss)", TRIPLES, words(sparse.SparseTripletLoss), KINKS),
+    lexical("SparseMSELoss", TAUGHT_WORDS, sparse.SparseMSELoss, KINKS),
     lexical("CSRLoss", PAIRS, lambda m: sparse.CSRLoss(m), model=sparse_codes),
     lexical("CSRLoss(beta=0)", PAIRS, lambda m: sparse.CSRLoss(m, beta=0.0), model=sparse_codes),
     crossed("BinaryCrossEntropyLoss", BINARY, cross.BinaryCrossEntropyLoss),
