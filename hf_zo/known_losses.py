@@ -195,15 +195,12 @@ LOSSES = (
         "what the auxiliary codes have to explain has no gradient, but a value that moves with the weights; write "
         "CSRLoss(model, beta=0.0)",
     ),
-    *(
-        Known(
-            name,
-            (),
-            lambda loss, trainer: trainer.zo_config.offload is not None,
-            "it replaces functions of the model while it runs, and the probes of a streamed model run in turns; leave "
-            "out offload",
-        )
-        for name in ("MatryoshkaLoss", "AdaptiveLayerLoss")
+    Known(
+        "AdaptiveLayerLoss",
+        (),
+        lambda loss, trainer: trainer.zo_config.offload is not None,
+        "it replaces functions of the model while it runs, and the probes of a streamed model run in turns; leave "
+        "out offload",
     ),
     Known(
         "LambdaLoss",

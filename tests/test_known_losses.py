@@ -83,7 +83,10 @@ REFUSED = {
     ),
     "layers": (lambda: st(module("AdaptiveLayerLoss", kl_temperature=0.3, kl_div_weight=1.0)), "kl_temperature=0"),
     "codes": (lambda: st(module("CSRLoss", module("CSRReconstructionLoss", beta=0.1))), "beta=0.0"),
-    "streamed": (lambda: st(module("MatryoshkaLoss"), zo_config=ZOConfig(offload="cpu")), "leave out offload"),
+    "streamed": (
+        lambda: st(module("AdaptiveLayerLoss", kl_temperature=0), zo_config=ZOConfig(offload="cpu")),
+        "leave out offload",
+    ),
 }
 ALLOWED = {
     "kept": lambda: grpo(num_iterations=2),
@@ -101,7 +104,7 @@ ALLOWED = {
     "distilling, reused": lambda: self_distillation("SDPOTrainer", num_iterations=2),
     "ranking": lambda: st(module("Ranking", hardness_mode=None, hardness_strength=9.0)),
     "layers": lambda: st(module("AdaptiveLayerLoss", kl_temperature=0.0, kl_div_weight=1.0)),
-    "resident": lambda: st(module("MatryoshkaLoss")),
+    "streamed": lambda: st(module("MatryoshkaLoss"), zo_config=ZOConfig(offload="cpu")),
     "another trainer": lambda: trainer("Trainer"),
     "another version, without the settings": lambda: trainer("GRPOTrainer"),
 }

@@ -181,7 +181,9 @@ CASES = [
         {"anchor": PAIRS["anchor"]},
         losses.ContrastiveTensionLossInBatchNegatives,
     ),
-    lexical("SpladeLoss", PAIRS, words(sparse.SparseMultipleNegativesRankingLoss), KINKS),
+    lexical(
+        "SpladeLoss(SparseMultipleNegativesRankingLoss)", PAIRS, words(sparse.SparseMultipleNegativesRankingLoss), KINKS
+    ),
     lexical(
         "CachedSpladeLoss",
         PAIRS,
