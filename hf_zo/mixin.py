@@ -34,6 +34,7 @@ from .arguments import ZOArguments, front_end
 from .auto_lr import samples, schedulers, unnoticed
 from .checks import add_counters, check_arguments, counters, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
+from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
 from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
 from .quantised import quantised_training
@@ -84,6 +85,7 @@ class ZOTrainerMixin(_Trainer):
         streamed = self.zo_config.offload is not None and Streaming.of(self._zo_model()) is None
         check_values(self._zo_model(), frozen=streamed)
         self.create_optimizer = self._zo_finish_optimizer  # type: ignore[method-assign]
+        check_loss(self)
 
     def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
         if config is not None and not isinstance(config, ZOConfig):

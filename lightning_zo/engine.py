@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from zo_core import RULES, TARGETS, ConfigError, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import NOISES, RULES, TARGETS, ConfigError, LowRank, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
 
 from .sgd import SGDFace, is_plain
 
@@ -134,6 +134,13 @@ def check(trainer: Trainer, module: LightningModule, config: ZOConfig) -> None:
             "elsewhere; leave it out, or use strategy='zo'"
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, averaging)
+        ]
+    if config.offload is not None or isinstance(NOISES.resolve(config.noise), LowRank):
+        problems += [
+            "ModelPruning compares weights, and with offload or noise='low_rank' those in memory are not up to date; "
+            "leave it out, or use strategy='zo' with another noise"
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, ModelPruning)
         ]
     if problems:
         raise ConfigError(problems)
