@@ -2,7 +2,8 @@
 
 A small causal language model learns English from Python's own documentation by backpropagation;
 then it is fine-tuned on another domain, the source code of the standard library, once with
-`ZOTrainer` (no backward pass, memory of inference) and once with `Trainer`.
+`ZOTrainer` (no backward pass, memory of inference) and once with `Trainer`, each in a process of its
+own, so that neither sees memory that the other has left behind.
 
     python examples/quickstart.py
     python examples/quickstart.py --model facebook/opt-125m --dataset wikitext --dataset-config wikitext-2-raw-v1
@@ -13,14 +14,17 @@ With --model and --dataset (network needed), that model is fine-tuned on that da
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import inspect
 import math
+import multiprocessing
 import pydoc_data.topics
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clo
 from hf_zo import ZOTrainer, ZOTrainingArguments
 
 Rows = list[dict[str, torch.Tensor]]
+Row = dict[str, float]
 
 LENGTH = 128
 SOURCES = "argparse ast dataclasses difflib functools heapq logging pathlib pickle random statistics tarfile typing"
@@ -107,23 +112,42 @@ def arguments(cls: type, steps: int, lr: float, **more: object) -> TrainingArgum
     )
 
 
-def reset_peak() -> int:
-    """Forgets the highest memory so far; returns what is used now, in bytes."""
+def in_use() -> tuple[float, float]:
+    """Memory for data now, and the peak of everything so far, in MiB.
+
+    PyTorch's own numbers on a GPU. On a CPU the kernel's, if that is Linux: anonymous memory, and a peak
+    that has code and files in it, too.
+    """
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
+        return torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
+    if sys.platform != "linux":
+        return math.nan, math.nan
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 2**10, int(fields["VmHWM"].split()[0]) / 2**10
 
 
-def peak() -> int:
-    """The highest memory since `reset_peak`, in bytes."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
+class Memory:
+    """The most that a ``with`` block takes on top of what was there before, seen every few milliseconds."""
 
+    def __enter__(self) -> Memory:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self.before = self.highest = in_use()
+        self.ended = threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
+        return self
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    def watch(self) -> None:
+        while not self.ended.wait(0.003):
+            self.highest = tuple(map(max, self.highest, in_use()))
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.watcher.join()
+        self.data, self.peak = (high - low for low, high in zip(self.before, self.highest, strict=True))
 
 
 def quiet(trainer: Trainer) -> Trainer:
@@ -132,16 +156,23 @@ def quiet(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def run(trainer: Trainer, forwards: int) -> list[str]:
-    """Trains, and returns a row of the table."""
-    measurable = torch.cuda.is_available() or sys.platform == "linux"  # only Linux tells the peak of a part of a run
-    before = reset_peak() if measurable else 0
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    extra = f"{(peak() - before) / 2**20:.0f} MB" if measurable else "unknown"
-    loss = trainer.evaluate()["eval_loss"]
-    return [f"{loss:.3f}", f"{seconds:.0f} s", f"{forwards / seconds:.0f}", extra]
+def trained(name: str, start: Path, steps: int, lr: float) -> Row:
+    """Trains the model that lies in ``start``; returns a row of the table."""
+    model, rows = torch.load(start, weights_only=False)
+    cls, args = (ZOTrainer, ZOTrainingArguments) if name == "ZOTrainer" else (Trainer, TrainingArguments)
+    trainer = quiet(cls(model, arguments(args, steps, lr), train_dataset=rows[64:], eval_dataset=rows[:64]))
+    before = trainer.evaluate()["eval_loss"]
+    begin = time.perf_counter()
+    with Memory() as memory:
+        trainer.train()
+    seconds = time.perf_counter() - begin
+    after = trainer.evaluate()["eval_loss"]
+    return {"before": before, "after": after, "seconds": seconds, "data": memory.data, "peak": memory.peak}
+
+
+def in_a_process_of_its_own(function: Callable[..., Row], *args: object) -> Row:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def main() -> None:
@@ -155,30 +186,30 @@ def main() -> None:
     args = parser.parse_args()
     if (args.model is None) != (args.dataset is None):
         parser.error("--model and --dataset go together")
-    if args.model:
-        model, rows = from_hub(args.model, args.dataset, args.dataset_config)
-    else:
-        model, rows = offline(args.pretraining_steps)
-    held_out, train = rows[:64], rows[64:]
-    lr = args.lr or (1e-6 if args.model else 3e-4)
+    hub = args.model, args.dataset, args.dataset_config
+    start = from_hub(*hub) if args.model else offline(args.pretraining_steps)
 
-    print(
-        f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, then {args.steps // 6} of backpropagation …"
-    )
-    data = {"train_dataset": train, "eval_dataset": held_out}
-    zo = quiet(ZOTrainer(copy.deepcopy(model), arguments(ZOTrainingArguments, args.steps, lr), **data))
-    before = zo.evaluate()["eval_loss"]
-    table = {"ZOTrainer": run(zo, 2 * args.steps)}
-    steps = args.steps // 6
-    backprop = quiet(Trainer(model, arguments(TrainingArguments, steps, 1e-5 if args.model else 1e-3), **data))
-    table["Trainer"] = run(backprop, steps)
+    print(f"Fine-tuning on the new domain: {args.steps} zeroth-order steps, {args.steps // 6} of backpropagation …")
+    runs = {
+        "ZOTrainer": (args.steps, args.lr or (1e-6 if args.model else 3e-4)),
+        "Trainer": (args.steps // 6, 1e-5 if args.model else 1e-3),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "start.pt"
+        torch.save(start, path)
+        table = {name: in_a_process_of_its_own(trained, name, path, *run) for name, run in runs.items()}
+
+    before = table["ZOTrainer"]["before"]
     print(f"\nHeld-out loss before: {before:.3f} (perplexity {math.exp(before):.2f})\n")
-    print(f"{'':10}{'loss after':>12}{'time':>8}{'forwards/s':>12}{'extra peak':>12}")
-    for name, (loss, seconds, rate, extra) in table.items():
-        print(f"{name:10}{loss:>12}{seconds:>8}{rate:>12}{extra:>12}")
+    print(f"{'':10}{'loss after':>12}{'time':>8}{'forwards/s':>12}{'extra memory':>14}{'extra peak':>12}")
+    for name, row in table.items():
+        forwards = 2 * args.steps if name == "ZOTrainer" else args.steps // 6
+        numbers = f"{row['after']:>12.3f}{row['seconds']:>6.0f} s{forwards / row['seconds']:>12.0f}"
+        print(f"{name:10}{numbers}{row['data']:>10.0f} MiB{row['peak']:>8.0f} MiB")
     print(
-        "\n'Extra peak' is memory on top of what was used at the start. Backpropagation learns more per second where\n"
-        "it fits; ZOTrainer is for where it does not: it needs no gradients, optimizer state or stored activations."
+        "\n'Extra' is on top of what evaluating the model took: memory for data, and the peak of everything, code and\n"
+        "files included. Backpropagation learns more per second where it fits; ZOTrainer is for where it does not: it\n"
+        "needs no gradients, optimizer state or stored activations."
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zo_core import ZOConfig
+from zo_core.checkpoint import FrontEnd
 
 PREFIX = "zo_"
 #: Fields that have another name in `ZOConfig`.
@@ -101,3 +102,25 @@ class ZOTrainingArguments(ZOArguments, TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})
+
+
+def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
+    """How the user of a trainer has written settings, for messages.
+
+    Args:
+        args: of the trainer.
+        config: what came as ``zo_config``.
+    """
+    names = {"lr": "learning_rate"}
+    if config is None and isinstance(args, ZOArguments):
+        names |= {RENAMED.get(f.name, f.name.removeprefix(PREFIX)): f.name for f in fields(ZOArguments)}
+        names["lr"] = "learning_rate"
+        if args.zo_seed is None:
+            names["seed"] = "seed"
+    rule = "zo_rule='torch'" if "rule" in names else "zo_config=ZOConfig(rule='torch')"
+    return FrontEnd(
+        names,
+        weights_alone="load the weights alone, with from_pretrained(checkpoint), and call train() without "
+        "resume_from_checkpoint",
+        same_optimizer=f"write {rule} with the optim=... of that run",
+    )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from zo_core import ConfigError, ZeroOrder
 from zo_core.advice import lr_advice
+
+if TYPE_CHECKING:
+    from .loss_calls import LossCall
 
 logger = logging.getLogger("hf_zo")
 
@@ -90,7 +94,11 @@ def counters(trainer: Any) -> dict[str, int | float]:
     return {name: value for name, value in vars(trainer).items() if type(value) in (int, float)}
 
 
-def add_counters(trainer: Any, start: dict[str, int | float], counted: list[dict[str, int | float]]) -> None:
-    """Lets a trainer have counted what several micro-batches did, each of which began at ``start``."""
-    if len(counted) > 1:
-        vars(trainer).update({n: value + sum(each[n] - value for each in counted) for n, value in start.items()})
+def add_counters(trainer: Any, calls: Sequence[LossCall]) -> None:
+    """Lets a trainer have counted what one probe of each call has counted."""
+    now = counters(trainer)
+    more = {
+        name: sum(call.counted.get(name, value) - call.counters.get(name, value) for call in calls)
+        for name, value in now.items()
+    }
+    vars(trainer).update({name: value + more[name] for name, value in now.items()})

@@ -16,7 +16,8 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zo_core import SeedLog, SeedLogWriter, StateError, ZeroOrder
-from zo_core.seedlog import FILE_NAME
+from zo_core.modes import rng_state, set_rng_state
+from zo_core.seedlog import FILE_NAME, Stopped
 
 
 class Journal:
@@ -24,30 +25,50 @@ class Journal:
 
     * None: a new log begins, and an old one is kept under another name.
     * True: the log goes on. The run starts from the newest checkpoint that was written completely, or
-      without any from the model as it is, and repeats the steps that the log has beyond it.
+      without any from the model as it is, and repeats the steps that the log has beyond it. After an
+      interrupt in the same process the model is at the last of them, and repeating them does not move it.
     * the path of a checkpoint: the run goes on from exactly there; the log loses the steps beyond it,
       and its whole is kept under another name.
 
     Args:
         folder: the output folder.
         resume: what `train()` was given.
+        before: the journal of the trainer's last run.
 
     Attributes:
         path: of the log.
         checkpoint: what `Trainer.train` is to be given.
+        running: between the start and the end of `train()`.
+        stopped: set when the run is interrupted.
+        evaluated: metrics of the run's evaluations in this process, by step and their names.
 
     Raises:
         StateError: with True, the log cannot be read, or begins at a checkpoint that is gone.
     """
 
-    def __init__(self, folder: str, resume: str | bool | None):
+    def __init__(self, folder: str, resume: str | bool | None, before: Journal | None = None):
         self.path = Path(folder) / FILE_NAME
         self.resume = resume
         self.log: SeedLogWriter | None = None
         self.checkpoint: str | bool | None = resume
         self.follows = resume is True and self.path.exists()
+        self.running = False
+        self.stopped: Stopped | None = None
+        self.evaluated: dict[tuple[int, frozenset[str]], dict[str, float]] = {}
+        self._held: Stopped | None = None
         if self.follows:
             self.checkpoint = self._last_checkpoint()
+            if before is not None and before.path == self.path:
+                self._go_on(before)
+        self._rng = rng_state()
+
+    def _go_on(self, before: Journal) -> None:
+        """In the same process: random numbers as at the start of the run, and the weights if they are its last."""
+        self.evaluated = before.evaluated
+        set_rng_state(before._rng)
+        if self.checkpoint is None and before.stopped is not None and before.stopped.still(self.path):
+            self._held = self.stopped = before.stopped
+            before.stopped.engine.continuity.ahead = before.stopped.step
 
     def _last_checkpoint(self) -> str | None:
         log = SeedLog.read(self.path)
@@ -69,12 +90,35 @@ class Journal:
         """The log, which is begun or gone on with at the first step of the run."""
         if self.log is None:
             if self.follows:
+                held = self._held
+                engine.continuity.ahead = held.step if held is not None and held.engine is engine else 0
                 self.log = SeedLogWriter.attach(engine, self.path, follow=True)
             elif self.resume:
                 self.log = SeedLogWriter.branch(engine, self.path)
             else:
                 self.log = SeedLogWriter.attach(engine, self.path)
         return self.log
+
+    def metrics(self, step: int, found: dict[str, float], *, behind: bool) -> dict[str, float]:
+        """Metrics of an evaluation after so many steps.
+
+        Args:
+            step: how many.
+            found: what the weights in memory have.
+            behind: whether those are of a later step; then it is what was found when they were not.
+
+        Raises:
+            StateError: there was no such evaluation.
+        """
+        key = step, frozenset(found)
+        if not behind:
+            self.evaluated[key] = dict(found)
+        elif key not in self.evaluated:
+            raise StateError(
+                f"step {step} is repeated and was not evaluated before the interrupt, and the weights of that step "
+                "are gone; train without this evaluation, or resume in a new process"
+            )
+        return self.evaluated[key]
 
     def begin_checkpoint(self, step: int) -> None:
         """The log is on the disk before the checkpoint, and a checkpoint that it overwrites is complete no more."""
@@ -89,10 +133,18 @@ class Journal:
             self.log = None
 
     def __enter__(self) -> Journal:
+        self.running = True
         return self
 
-    def __exit__(self, *exc: Any) -> None:
-        self.end()
+    def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
+        try:
+            if self.log is not None:
+                self.stopped = (
+                    Stopped.of(self.log) if kind is not None and issubclass(kind, KeyboardInterrupt) else None
+                )
+        finally:  # whoever interrupts that as well has to load the model again
+            self.running = False
+            self.end()
 
 
 def _is_complete(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from typing import Any
 
@@ -10,10 +11,21 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zo_core import RULES, TARGETS, ConfigError, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
 
 from .sgd import SGDFace, is_plain
+
+logger = logging.getLogger("lightning_zo")
+
+#: Hooks that change what a step with gradients does, and why they are not called.
+WITHOUT_USE = {
+    "backward": "there is no backward pass",
+    "configure_gradient_clipping": "there are no gradients; ZOConfig(clip=...) bounds the projected gradient",
+    "optimizer_zero_grad": "there are no gradients, and a step forgets what another one measured; "
+    "Trainer(accumulate_grad_batches=...) measures several batches for one step",
+}
 
 
 def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOConfig) -> ZeroOrder:
@@ -84,7 +96,8 @@ def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConf
     Raises:
         ConfigError: clipping was given twice.
     """
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if config.seed is None else config.seed
+    given = os.environ.get("PL_GLOBAL_SEED")
+    seed = int(given) if config.seed is None and given is not None else config.seed
     if config.offload is not None and config.device is None:
         config = config.replace(device=str(device))
     bound = trainer.gradient_clip_val
@@ -124,3 +137,6 @@ def check(trainer: Trainer, module: LightningModule, config: ZOConfig) -> None:
         ]
     if problems:
         raise ConfigError(problems)
+    for hook, why in WITHOUT_USE.items():
+        if is_overridden(hook, module):
+            logger.warning("%s.%s has no effect: %s", name, hook, why)

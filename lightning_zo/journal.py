@@ -102,6 +102,9 @@ class Journal:
                 set_aside(self.path)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, self.path)
+            if self.checkpoint is None and engine.step_count > log.first_step:
+                # An interrupted run goes on in one process, without a checkpoint: its optimizer is a new one.
+                return SeedLogWriter.attach(engine, self.path)
             newest = max(log.parsed.checkpoints, default=log.first_step)
             if self.asked != "last" and engine.step_count < newest:
                 return SeedLogWriter.branch(engine, self.path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zo_core import Momentum, ZOOptimizer
+from zo_core.checkpoint import check_state, took_over
 from zo_core.noise.direction import compute_dtype
 
 BUFFER = "momentum_buffer"
@@ -60,13 +61,20 @@ class SGDFace(ZOOptimizer):
         return record
 
     def sgd_state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.SGD` would save it."""
+        """The state as `torch.optim.SGD` would save it, with our mark, which SGD does not mind."""
         mine = self.state_dict()["state"]
         buffers = {index: {BUFFER: state["momentum"]} for index, state in mine.items() if "momentum" in state}
-        return self._with_thresholds({**self.inner.state_dict(), "state": buffers})
+        return self._marked({**self.inner.state_dict(), "state": buffers})
 
     def load_sgd_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in."""
+        """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in.
+
+        A state that an SGD wrote in a run with backpropagation is taken, too.
+
+        Raises:
+            StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.
+        """
+        check_state(state_dict, self.engine, "SGD")
         self.inner.load_state_dict({**state_dict, "state": {}})
         self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -79,4 +87,5 @@ class SGDFace(ZOOptimizer):
                 self.state[tensor]["momentum"] = buffer.detach().to(tensor.device, wide, copy=True)
         if self.engine is not None:
             self.engine.store_state()
+            took_over(state_dict, self.engine)
         self.follow()

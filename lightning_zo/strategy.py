@@ -22,20 +22,28 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
+from zo_core.checkpoint import FrontEnd
 from zo_core.offload import Streaming
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
-from zo_core.targets import keep_codes_plain
+from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches
+from .closure import StepGuard, not_executed
 from .engine import build, check, settings
 from .journal import Asked, Journal, log_path
 from .probes import Probes
 from .sgd import SGDFace
 
 logger = logging.getLogger("lightning_zo")
+
+FRONT_END = FrontEnd(
+    weights_alone="load the weights alone, with module.load_state_dict(torch.load(path)['state_dict']), and fit "
+    "without ckpt_path",
+    same_optimizer="return the optimizer of that run from configure_optimizers",
+)
 
 
 class ZOStrategy(SingleDeviceStrategy):
@@ -81,8 +89,9 @@ class ZOStrategy(SingleDeviceStrategy):
         self._settings = self.config
         self._streaming: Streaming | None = None
         self._trained: list[int] = []
-        self._losses = 0
-        self._partial = False
+        self._guard = StepGuard()
+        self._runs = self._losses = 0
+        self._partial = self._stepped = False
 
     # The device: the connector of the Trainer sets these two
 
@@ -111,6 +120,15 @@ class ZOStrategy(SingleDeviceStrategy):
     def num_nodes(self, count: int) -> None:
         if count > 1:
             raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
+
+    def connect(self, model: LightningModule) -> None:
+        """Takes a module of which every parameter has values."""
+        try:
+            check_values(model, frozen=True)
+        except ModelError:
+            self._lightning_module = None  # teardown would move it to the CPU, and fail
+            raise
+        super().connect(model)
 
     def model_to_device(self) -> None:
         """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""
@@ -166,13 +184,17 @@ class ZOStrategy(SingleDeviceStrategy):
         zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
             zo.listeners = before.listeners
+            zo.seed = before.seed
+            zo.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
             zo.optimizer.state.update(before.optimizer.state)
             zo.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, zo.slots)
             zo.store_state()
+        zo.continuity.front = FRONT_END
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()
         self._trained = self._trainable()
-        self._losses, self._partial = 0, False
+        self._guard.watch(optimizer)
+        self._forget()
         advice = None if running else lr_advice(zo, "lr")
         if advice is not None:
             logger.warning("%s", advice)
@@ -191,6 +213,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if self._journal is not None:
             self._journal.end()
             self._journal = None
+        self._guard.release()
         if self.zo is not None:
             self.zo.stop()
             if self.config.offload is not None:
@@ -212,6 +235,7 @@ class ZOStrategy(SingleDeviceStrategy):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
+        self._runs += 1
         if zo.wants_lr:
             self._find_lr(zo, run, args, kwargs)
         entry, journal = self._logged(zo), self._journal
@@ -252,21 +276,33 @@ class ZOStrategy(SingleDeviceStrategy):
             return probes.run(run, (batch, *args[1:]), kwargs)
 
         drawn = batches(module.trainer) or [args[0]]
-        with self.precision_plugin.train_step_context(), probes.recording():
+        with self.precision_plugin.train_step_context(), probes.recording(), self._guard.stepping():
             zo.find_lr([partial(closure, batch) for batch in drawn], schedulers)
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""
         assert self.zo is not None, "setup_optimizers makes the engine"
         zo = self.zo
-        if zo.step_count != step:  # the first step, or the one before was measured and not applied
+        trainer = self._module().trainer
+        if zo.step_count != step or trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            # The first micro-batch of a step. What was measured before it was not applied: where Lightning's closure
+            # would drop the gradients of a batch whose step was left out, or that runs once more.
             zo.discard()
             zo.step_count = step
-            self._losses, self._partial = 0, False
+            self._forget()
         if not self._losses and self._trained != self._trainable():  # a callback froze or unfroze layers
             zo = self._start()
             zo.step_count = step
         return zo
+
+    def _forget(self) -> None:
+        self._runs = self._losses = 0
+        self._partial = False
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A batch may make one step."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._stepped = False
 
     def backward(self, closure_loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing to do; hooks around a backward pass are not called."""
@@ -277,6 +313,15 @@ class ZOStrategy(SingleDeviceStrategy):
         result, trainer = closure(), self._module().trainer
         if trainer.fit_loop._skip_backward:
             return result
+        if self._stepped:
+            raise ConfigError(
+                [
+                    "optimizer.step was called twice for one batch, and the directions of a step derive from "
+                    "trainer.global_step; call it once in optimizer_step"
+                ]
+            )
+        if not self._runs:
+            raise not_executed()
         call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
         assert self.zo is not None
@@ -288,8 +333,10 @@ class ZOStrategy(SingleDeviceStrategy):
             self.zo.discard()
             self.zo.step_count += 1
         else:
-            self.zo.optimizer.step()
-        self._losses, self._partial = 0, False
+            with self._guard.stepping(result):
+                self.zo.optimizer.step()
+        self._stepped = True
+        self._forget()
         return result
 
     # Checkpoints and evaluation see final weights
@@ -321,19 +368,26 @@ class ZOStrategy(SingleDeviceStrategy):
             self.zo.flush()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, in the format of its own class."""
-        face = None if self.zo is None else self.zo.optimizer
-        return face.sgd_state_dict() if isinstance(face, SGDFace) else super().optimizer_state(optimizer)
+        """The optimizer's state, in the format of its own class, with our mark."""
+        if self.zo is None:
+            return super().optimizer_state(optimizer)
+        face = self.zo.optimizer
+        return face.sgd_state_dict() if isinstance(face, SGDFace) else face.state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continues with the state of a checkpoint; it may come from a run with backpropagation."""
+        """Continues with the state of a checkpoint; it may come from a run with the same optimizer and backpropagation.
+
+        Raises:
+            StateError: another optimizer wrote it, or a run with other settings.
+        """
         if self._trained != self._trainable():  # a callback has restored its own parameter groups
             self._start()
-        face = None if self.zo is None else self.zo.optimizer
+        assert self.zo is not None, "setup_optimizers makes the engine"
+        face, state = self.zo.optimizer, checkpoint["optimizer_states"][0]
         if isinstance(face, SGDFace):
-            face.load_sgd_state_dict(checkpoint["optimizer_states"][0])
+            face.load_sgd_state_dict(state)
         else:
-            super().load_optimizer_state_dict(checkpoint)
+            face.load_state_dict(state)
 
 
 def register() -> None:

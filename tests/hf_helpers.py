@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import copy
 import gc
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,11 @@ atexit.register(gc.unfreeze)
 Weights = dict[str, Tensor]
 Batch = dict[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
+
+#: What this release of transformers calls the setting; newer ones take the first name as a deprecated alias.
+CHECKPOINTING = "gradient_checkpointing"
+if hasattr(TrainingArguments, "activation_checkpointing"):
+    CHECKPOINTING = "activation_checkpointing"
 
 
 def arguments(path: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
@@ -75,11 +79,9 @@ def saved_llama(folder: Path) -> Path:
 
 
 def adapted(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """The model with adapters. (peft 0.21 reads an attribute that transformers 5.23 calls deprecated.)"""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        torch.manual_seed(0)
-        return get_peft_model(model, config)
+    """The model with adapters."""
+    torch.manual_seed(0)
+    return get_peft_model(model, config)
 
 
 def weights(model: nn.Module) -> Weights:
@@ -169,7 +171,7 @@ def seedlog_trainer(path: Path, **changes: Any) -> Any:
         "cls": ZOTrainer, "num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.1, **changes,
     }  # fmt: skip
-    own = {name: given.pop(name) for name in ("model", "callbacks", "eval_dataset") if name in given}
+    own = {name: given.pop(name) for name in ("model", "callbacks", "eval_dataset", "zo_config") if name in given}
     cls = given.pop("cls")
     torch.manual_seed(0)
     args = arguments(path, ZOTrainingArguments, **given)

@@ -96,6 +96,17 @@ class Resumable:
         self.at, self.resumed = state["at"], True
 
 
+class Tally:
+    """A count that is no state of the module, so that the call of every probe counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def next(self) -> int:
+        self.count += 1
+        return self.count
+
+
 def trainer(path: Path, strategy: Any = "zo", **settings: Any) -> L.Trainer:
     """A silent trainer; settings of the strategy come as a dict or `ZOConfig`."""
     if isinstance(strategy, (dict, ZOConfig)):

@@ -6,9 +6,7 @@ random weights are the same at every call, and the global generators are left al
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,8 +90,8 @@ class ConvNet(nn.Module):
         return F.cross_entropy(self.head(self.dropout(hidden).mean(2)), labels)
 
 
-class Scripted(nn.Module):
-    """Hands the weight of an uncalled submodule to TorchScript, out of the sight of hooks and function modes."""
+class Unseen(nn.Module):
+    """Uses the weight of an uncalled submodule out of the sight of hooks and function modes, as C++ code does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,9 +99,25 @@ class Scripted(nn.Module):
         self.hidden = nn.Linear(8, 8, bias=False)
         self.head = nn.Linear(8, 3)
 
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return x @ weight.t()
+
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        hidden = scripted(_project)(torch.tanh(self.first(x)), self.hidden.weight)
+        hidden = self.project(torch.tanh(self.first(x)), self.hidden.weight)
         return F.cross_entropy(self.head(hidden.mean(1)), labels)
+
+
+@torch.library.custom_op("zo_tests::project", mutates_args=())
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+class CustomOp(Unseen):
+    """The same through an operator that torch does not know: its insides are out of sight, its arguments are not."""
+
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        return project(x, weight)
 
 
 class KeepingLinear(nn.Linear):
@@ -144,17 +158,6 @@ class Parametrised(nn.Module):
         return F.cross_entropy(self.head(hidden.mean(1)), labels)
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight.t()
-
-
-@lru_cache
-def scripted(function: Callable[..., Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.script(function)
-
-
 PLAIN: dict[str, type[nn.Module]] = {
     "mlp": Mlp,
     "functional_tied_head": FunctionalTiedHead,
@@ -162,7 +165,8 @@ PLAIN: dict[str, type[nn.Module]] = {
     "encoder": Encoder,
     "recurrent": Recurrent,
     "convnet": ConvNet,
-    "scripted": Scripted,
+    "unseen": Unseen,
+    "custom_op": CustomOp,
     "kept_view": KeptView,
     "parametrised": Parametrised,
 }

@@ -55,6 +55,12 @@ def deep() -> tuple[nn.Module, dict[str, Tensor]]:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=64, **shape)), batch("llama")
 
 
+def in_memory(parameter: Tensor) -> Tensor:
+    """What a parameter points at while its values are elsewhere; to read it in the ordinary way would bring them."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return parameter.data
+
+
 def train(
     model: nn.Module,
     inputs: dict[str, Tensor],

@@ -216,9 +216,9 @@ def test_a_step_that_draws_nothing_moves_nothing(estimator: str) -> None:
 
 
 def test_a_weight_used_out_of_sight_is_found_out_although_the_first_draws_left_it_alone() -> None:
-    model = tiny("scripted")
+    model = tiny("unseen")
     zo = engine(model, Sampled(0.3))
-    records = run(zo, 12, "scripted")
+    records = run(zo, 12, "unseen")
     assert all(math.isfinite(record.loss) for record in records)
     assert not any(record.skipped for record in records)
 

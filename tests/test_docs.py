@@ -38,8 +38,6 @@ HERE = {"max_steps=5000": "max_steps=2", 'accelerator="cuda"': 'accelerator="cpu
 pytestmark = [
     *QUIET,
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator"),
-    # peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
 

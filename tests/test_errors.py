@@ -369,8 +369,17 @@ DAMAGED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "another optimizer's": (
         lambda: changed(good_state(), torch.optim.SGD(tiny("mlp").parameters()).state_dict(), "optimizer"),
-        ["does not fit", "eps"],
+        ["written by SGD", "load them into the model", "optimizer=..."],
     ),
+    "only another optimizer's": (
+        lambda: torch.optim.AdamW(tiny("mlp").parameters()).state_dict(),
+        ["not a checkpoint of ZeroOrder", "the state of an optimizer, AdamW"],
+    ),
+    "a newer version's": (
+        lambda: changed(good_state(), 99, "optimizer", "zo", "version"),
+        ["a newer version", "99", "update zo-trainer"],
+    ),
+    "a mark that is none": (lambda: changed(good_state(), 7, "optimizer", "zo"), ["damaged", "its mark is 7"]),
 }
 
 
@@ -378,7 +387,7 @@ DAMAGED: dict[str, tuple[Callable[[], Any], list[str]]] = {
 def test_a_checkpoint_that_does_not_fit_is_refused_whole(damage: str) -> None:
     build, words = DAMAGED[damage]
     model, twin = tiny("mlp"), tiny("mlp")
-    zo, other = (ZeroOrder(m, lr=0.1, rule="momentum", seed=9) for m in (model, twin))
+    zo, other = (ZeroOrder(m, lr=0.1, rule="momentum", seed=5) for m in (model, twin))
     for z in (zo, other):
         z.step(closure("mlp", z.model))
     with left_as_found(model), pytest.raises(StateError) as caught:

@@ -22,9 +22,6 @@ from zo_core.offload.build import plan
 
 ROOT = Path(__file__).parent.parent
 
-# peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def on_meta(name: str, tied: bool = True) -> nn.Module:
     """The tiny model of a family as a stranger's configuration would give it."""

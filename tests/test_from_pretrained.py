@@ -109,7 +109,6 @@ def test_a_trainer_takes_the_model_as_it_is(tmp_path: Path) -> None:
     assert differing(weights(runs[0].model), weights(resumed.model)) == []
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_adapters_on_a_checkpoint_in_place(tmp_path: Path) -> None:
     path = checkpoint("llama", tmp_path)
     models = []

@@ -20,9 +20,6 @@ from zo_core import LowRank, ZOConfig
 
 CONFIG = ZOConfig(noise=LowRank(refresh=4), rule="momentum", lr=1e-3)
 
-# peft 0.21 and trl 1.16 read an attribute that transformers 5.23 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 def trainer(path: Path, config: ZOConfig = CONFIG, **changes: Any) -> ZOTrainer:
     args = arguments(path, num_train_epochs=2, **changes)

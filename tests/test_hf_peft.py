@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +51,9 @@ def test_only_adapters_move_and_a_saved_model_computes_the_same_logits(tmp_path:
     assert trainer.zo.oracle.realisation.whole is False
 
     trainer.save_model(str(tmp_path / "saved"))
-    again = loaded(tiny("llama", tied=False), tmp_path / "saved")
+    again = PeftModel.from_pretrained(tiny("llama", tied=False), str(tmp_path / "saved"))
     assert torch.equal(logits(again), logits(trainer.model))
     assert not torch.equal(logits(again), logits(adapted(tiny("llama", tied=False), config)))
-
-
-def loaded(base: nn.Module, path: Path) -> PeftModel:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return PeftModel.from_pretrained(base, str(path))
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -94,3 +87,22 @@ def test_a_run_with_adapters_resumes_bit_for_bit(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=resume)
         runs.append(weights(trainer.model))
     assert not differing(*runs)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("noise", ["rademacher", "low_rank"])
+def test_adapters_that_are_tied_through_a_transposed_view_stay_one(tmp_path: Path, noise: str) -> None:
+    config = LoraConfig(task_type=LM, r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model, args = adapted(tiny("llama"), config), arguments(tmp_path, learning_rate=1e-2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_embedding_B" in name:
+                parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
+    trainer = ZOTrainer(model, args, train_dataset=texts(), zo_config=ZOConfig(eps=1e-2, noise=noise))
+    trainer.train()
+    tied = {name: value for name, value in model.state_dict().items() if "lora_" in name}
+    embedded, head = ([v for n, v in tied.items() if part in n] for part in ("lora_embedding_", "lm_head"))
+    assert all(torch.equal(a, b.t()) for a, b in zip(embedded, reversed(head), strict=True))
+    assert len(trainer.zo.slots) == 2
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "saved").eval()), logits(model))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, load_zo_adapter, save_zo_adapter
-from zo_core import SeedLog, StateError, replay
+from zo_core import SeedLog, StateError, ZOConfig, replay
 
 LOG = "seedlog.zo"
 
@@ -84,9 +84,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         assert logged(again, key)[-4:] == logged(whole, key)[-4:]
     assert logged(again, "loss")[-5:] == pytest.approx(logged(whole, "loss")[-5:], rel=1e-6)
     drawing = variant.get("cls") is Drawing
-    measured = 3 * 2 * (2 * variant.get("zo_num_probes", 1) if "zo_estimator" not in variant else 4)
+    measured = 1 + 3 * 2 * (2 * variant.get("zo_num_probes", 1) if "zo_estimator" not in variant else 4)
     repeated = 2 * (2 if saving else 5) if drawing else 0
-    assert len(forwards) == measured + repeated
+    assert len(forwards) == measured + repeated  # the first step that is measured measures one point twice
     one, other = (SeedLog.read(tmp_path / name / "out" / LOG) for name in ("whole", "killed"))
     assert [e.probes for e in one.steps] == [e.probes for e in other.steps]
     if not one.header["limits"]:
@@ -156,7 +156,7 @@ def test_a_named_checkpoint_is_taken_exactly_and_the_rest_of_the_log_is_kept(tmp
     straight = seedlog_trainer(tmp_path, **saving)
     straight.train()
     before = (tmp_path / "out" / LOG).read_bytes()
-    other = seedlog_trainer(tmp_path, **saving, zo_seed=5)
+    other = seedlog_trainer(tmp_path, **saving, data_seed=5)
     other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert (tmp_path / "out" / "seedlog-1.zo").read_bytes() == before
     assert differing(weights(straight.model), weights(other.model))
@@ -165,13 +165,43 @@ def test_a_named_checkpoint_is_taken_exactly_and_the_rest_of_the_log_is_kept(tmp
     assert differing(weights(fresh), weights(other.model)) == []
 
 
-def test_changed_arguments_are_an_error_that_names_both_sides(tmp_path: Path) -> None:
+CHANGED: dict[str, tuple[dict[str, Any], str]] = {
+    "estimator": ({"zo_estimator": "fzoo"}, "zo_estimator='spsa'.* zo_estimator='fzoo'"),
+    "noise": ({"zo_noise": "gaussian"}, "zo_noise='rademacher'.* zo_noise='gaussian'"),
+    "rule": ({"zo_rule": "momentum"}, "zo_rule='sgd'.* zo_rule='momentum'"),
+    "eps": ({"zo_eps": 1e-2}, "zo_eps=0.001, and this one has zo_eps=0.01;"),
+    "num_probes": ({"zo_num_probes": 2}, "zo_num_probes=1, and this one has zo_num_probes=2"),
+    "clip": ({"zo_clip": 5.0}, "zo_clip=None.* zo_clip=5.0"),
+    "dropout": ({"zo_dropout": True}, "zo_dropout=False.* zo_dropout=True"),
+    "stochastic_rounding": ({"zo_stochastic_rounding": False}, "zo_stochastic_rounding=True.* zo_stoch.*=False"),
+    "seed": ({"seed": 1}, "with seed=42, and this one has seed=1;"),
+    "zo_seed": ({"zo_seed": 1}, "with zo_seed=42, and this one has zo_seed=1;"),
+    "weight_decay": ({"weight_decay": 0.2}, r"weight_decay=\[?0.1.* weight_decay=\[?0.2"),
+    "as an object": ({"zo_config": ZOConfig(eps=1e-2)}, " eps=0.001.* eps=0.01;"),
+}
+
+
+@pytest.mark.parametrize("changes", [pytest.param(value, id=name) for name, value in CHANGED.items()])
+@pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 2}], ids=["log alone", "checkpoints"])
+def test_changed_arguments_are_an_error_that_names_both_sides(
+    changes: tuple[dict[str, Any], str], saving: dict[str, Any], tmp_path: Path
+) -> None:
+    killed(tmp_path, 4, **saving)
+    given, words = changes
+    other = seedlog_trainer(tmp_path, **{**saving, **given})
+    with pytest.raises(StateError, match=words):
+        other.train(resume_from_checkpoint=True)
+    if saving:
+        with pytest.raises(StateError, match=words):
+            seedlog_trainer(tmp_path, **{**saving, **given}).train(str(tmp_path / "out" / "checkpoint-2"))
+    seedlog_trainer(tmp_path, **saving).train(resume_from_checkpoint=True)
+
+
+def test_other_rates_and_another_model_than_those_of_the_log_are_errors_too(tmp_path: Path) -> None:
     killed(tmp_path, 4)
     for changes, words in (
-        ({"learning_rate": 2e-3}, r"step 0 with .*lr=\[0.001.*this run has .*lr=\[0.002"),
-        ({"seed": 1}, "seed=42.*seed=1"),
-        ({"weight_decay": 0.0}, "weight_decay"),
-        ({"zo_num_probes": 2}, "num_probes=1, and this one has num_probes=2"),
+        ({"learning_rate": 2e-3}, r"step 0 with learning_rate=0.001, and this run has learning_rate=0.002;"),
+        ({"weight_decay": 0.0}, r"step 0 with weight_decay=\[0.1, 0.0\], and this run has weight_decay=0.0;"),
         ({"model": tiny("llama", tied=False)}, "trained 20 tensors and 21 of this model would move"),
     ):
         with pytest.raises(StateError, match=words):

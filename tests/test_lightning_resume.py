@@ -105,6 +105,8 @@ def test_a_checkpoint_looks_like_any_other_and_carries_the_weights(tmp_path: Pat
         checkpoints.append(torch.load(path, weights_only=True))
         loaded = Wrapped.load_from_checkpoint(path)
         assert not differing(weights(loaded), weights(module))
+    (state,) = checkpoints[1]["optimizer_states"]
+    assert state.pop("zo")["settings"]["rule"] == "momentum"  # our mark, which SGD ignores
     assert shape(checkpoints[0]) == shape(checkpoints[1])
     groups = [checkpoint["optimizer_states"][0]["param_groups"] for checkpoint in checkpoints]
     assert groups[0] == groups[1]

@@ -7,9 +7,11 @@ import gc
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from zo_core.offload.lockstep import Lockstep
 
@@ -78,6 +80,47 @@ def test_grad_mode_autocast_and_context_variables_are_the_callers() -> None:
         VARIABLE.reset(token)
     assert inside == [(False, True, torch.bfloat16, "set")] * 2
     assert quiet().run([look]) == [look()]
+
+
+@pytest.fixture
+def restored_arithmetic() -> Iterator[None]:
+    """`known_start` puts the number of threads back; this does so for denormals."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+def flushes_denormals() -> bool:
+    return (torch.tensor([1e-40]) * 1.0).item() == 0.0
+
+
+def test_threads_compute_as_the_caller_does_also_when_that_changes(restored_arithmetic: None) -> None:
+    lockstep = quiet()
+    for threads, flushing in ((1, False), (2, True), (1, False)):
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushing)
+        assert lockstep.run([torch.get_num_threads, flushes_denormals]) == [threads, flushes_denormals()]
+
+
+def test_a_matrix_product_that_comes_first_has_no_more_threads_than_the_caller_allows() -> None:
+    """Nothing has told a new thread the number by then, and two threads round the product otherwise than one."""
+
+    def products() -> list[Tensor]:
+        return [a @ b for a, b in factors]
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 64, 128), (8, 10000, 8), (16, 1024, 16), (64, 4096, 64), (256, 256, 256)]
+    factors = [
+        (torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator).t()) for m, k, n in shapes
+    ]
+    expected = {}
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        expected[threads] = products()
+    if all(map(torch.equal, expected[1], expected[2])):
+        pytest.skip("on this processor two threads round these products as one does")
+    for threads in (1, 2):  # one of them is not what a new thread begins with
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, quiet().run([products])[0], expected[threads]))
 
 
 def test_threads_end_with_their_owner() -> None:

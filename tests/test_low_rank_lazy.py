@@ -35,7 +35,9 @@ def evaluated(model: nn.Module, index: int = 99) -> float:
 
 
 def in_memory(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """What the parameters point at inside of a window, without bringing what they count as."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 # The window
@@ -103,6 +105,7 @@ def test_the_update_goes_along_the_directions_that_the_probes_took(num_probes: i
         record = zo.step(loss)
         with torch.no_grad(), zo.effective():
             after = model.weight + 0
+        del seen[: len(seen) % 2]  # the first step measures one of its points twice
         z = [(plus - minus) / 2e-2 for plus, minus in zip(seen[::2], seen[1::2], strict=True)]
         moved = sum(-1e-2 * probe.coefficient * one for probe, one in zip(record.probes, z, strict=True))
         assert torch.allclose(after - before, moved, atol=1e-6)
@@ -285,6 +288,10 @@ def test_a_checkpoint_of_another_rank_is_refused() -> None:
     run(zo, 2, "mlp")
     kept = zo.state_dict()
     for noise in (LowRank(3), "rademacher"):
+        with pytest.raises(StateError, match=r"of a run with noise=.*, and this one has noise="):
+            engine(tiny("mlp"), noise=noise).load_state_dict(kept)
+    del kept["optimizer"]["zo"]  # version 0.1, which leaves the shapes alone
+    for noise in (LowRank(3), "rademacher"):
         with pytest.raises(StateError, match="low-rank updates of another noise"):
             engine(tiny("mlp"), noise=noise).load_state_dict(kept)
 
@@ -337,11 +344,11 @@ def test_a_copy_of_the_model_is_one_of_its_own() -> None:
     assert evaluated(torch.load(file, weights_only=False)) == seen
 
 
-def test_a_model_with_scripted_parts_trains_with_copies_of_everything() -> None:
-    model, other = tiny("scripted"), tiny("scripted")
+def test_a_model_with_unseen_parts_trains_with_copies_of_everything() -> None:
+    model, other = tiny("unseen"), tiny("unseen")
     zo, copying = engine(model), engine(other)
     copying.oracle.copy_whole()
-    assert [r.as_dict() for r in run(zo, 6, "scripted")] == [r.as_dict() for r in run(copying, 6, "scripted")]
+    assert [r.as_dict() for r in run(zo, 6, "unseen")] == [r.as_dict() for r in run(copying, 6, "unseen")]
     assert same_bits(weights(model), weights(other))
 
 

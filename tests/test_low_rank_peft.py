@@ -38,9 +38,6 @@ from zo_core.targets import keep_codes_plain
 
 U = 2.0**-24  # unit roundoff of float32
 
-# peft 0.21 reads an attribute that transformers 5.23 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,7 +31,7 @@ def test_weights_buffers_objects_modes_and_hooks_are_what_they_were(name: str, d
     assert generators() == before
 
 
-@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "convnet", "scripted"])
+@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "convnet", "unseen"])
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_an_exception_in_the_middle_of_the_forward_restores_everything(name: str, at: int) -> None:
     model = tiny(name)
@@ -46,7 +46,7 @@ def test_an_exception_in_the_middle_of_the_forward_restores_everything(name: str
         return forward(*args, **kwargs)
 
     zo = ZeroOrder(model, eps=EPS, num_probes=2)
-    if name == "scripted":
+    if name == "unseen":
         inner = model.head  # the one that is called
         forward = inner.forward
     inner.forward = fails
@@ -115,7 +115,7 @@ def test_probes_run_in_eval_mode_unless_dropout_is_asked_for() -> None:
 
     ZeroOrder(model).step(looks)
     ZeroOrder(model, dropout=True).step(looks)
-    assert seen == [[False] * 4] * 2 + [[True, False, True, False]] * 2
+    assert seen == [[False] * 4] * 3 + [[True, False, True, False]] * 3  # a first step measures one point twice
 
 
 @pytest.mark.parametrize("dropout", [True, False])
@@ -129,7 +129,7 @@ def test_batchnorm_statistics_do_not_move(dropout: bool) -> None:
     assert model.norm.training
 
 
-@pytest.mark.parametrize("name", ["bert", "scripted"])
+@pytest.mark.parametrize("name", ["bert", "unseen"])
 def test_all_probes_share_their_random_numbers_and_a_step_draws_what_one_forward_draws(name: str) -> None:
     model = tiny(name)
     other = copy.deepcopy(model)
@@ -165,7 +165,7 @@ def test_dropout_masks_are_the_same_on_both_sides() -> None:
         return output.sum()
 
     ZeroOrder(model, dropout=True).step(loss)
-    assert torch.equal(masks[0], masks[1])
+    assert all(torch.equal(masks[0], mask) for mask in masks)
     assert 0 < masks[0].float().mean() < 1
     ZeroOrder(model, dropout=True).step(loss)
-    assert not torch.equal(masks[0], masks[2])  # another step, another mask
+    assert not torch.equal(masks[0], masks[-1])  # another step, another mask

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload_helpers import LAYERS, SOME, assert_equal, deep, make, train
+from offload_helpers import LAYERS, SOME, assert_equal, deep, in_memory, make, train
 
 from zo_core import ZeroOrder
 
@@ -22,7 +22,7 @@ def test_evicted_parameters_keep_shape_and_count_and_are_nan() -> None:
     assert {name: p.shape for name, p in model.named_parameters()} == shapes
     for block in zo.streaming.blocks:
         for holders in block.holders.values():
-            assert bool(holders[0].isnan().all())
+            assert bool(in_memory(holders[0]).isnan().all())
 
 
 def test_a_step_writes_each_block_once_and_reads_it_once() -> None:
@@ -34,7 +34,7 @@ def test_a_step_writes_each_block_once_and_reads_it_once() -> None:
     zo.flush()
     size = sum(block.nbytes for block in zo.streaming.blocks)
     assert zo.streaming.bytes_written == 3 * size
-    assert zo.streaming.bytes_read <= 4 * size
+    assert zo.streaming.bytes_read <= 5 * size  # the first step has a sweep more, and the flush
 
 
 @pytest.mark.parametrize("settings", [{"offload": "auto"}, {"offload": "cpu"}, {"offload": "disk"}], ids=str)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EVERY, FAMILIES, closure, tiny
+from models import EVERY, FAMILIES, Unseen, closure, tiny
 from probing import EPS, PLAIN, POINTS, counted, measure, moved
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ZeroOrder
 from zo_core.oracle import as_scalar
+
+Project = Callable[[Tensor, Tensor], Tensor]
+
+JIT = "ignore:.*torch.jit.*"  # TorchScript is deprecated; as long as torch has it, it should work
 
 
 @pytest.mark.parametrize(("name", "tied"), [(name, True) for name in EVERY] + [(name, False) for name in FAMILIES])
@@ -154,17 +163,59 @@ def test_a_forward_that_fails_and_is_caught_gives_its_copies_back() -> None:
 # Weights used where neither hooks nor torch functions show them
 
 
-def test_a_model_with_scripted_parts_says_once_that_it_needs_whole_copies(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny("scripted")
+def scripted(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+def in_torchscript(folder: Path) -> Project:
+    return torch.jit.script(scripted)
+
+
+def in_cpp(folder: Path) -> Project:
+    if shutil.which("c++") is None or not cpp_extension.is_ninja_available():
+        pytest.skip("needs a C++ compiler and ninja")
+    source = "at::Tensor project(at::Tensor x, at::Tensor weight) { return at::matmul(x, weight.t()); }"
+    return cpp_extension.load_inline("project", source, functions=["project"], build_directory=str(folder)).project
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        None,
+        pytest.param(in_torchscript, marks=pytest.mark.filterwarnings(JIT)),
+        pytest.param(in_cpp, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_with_unseen_parts_says_once_that_it_needs_whole_copies(
+    how: Callable[[Path], Project] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if how is not None:
+        monkeypatch.setattr(Unseen, "project", staticmethod(how(tmp_path)))
+    model, calls = tiny("unseen"), []
     zo = ZeroOrder(model, eps=EPS)
-    calls: list[int] = []
-    for _ in range(3):
-        zo.step(counted(closure("scripted", model), calls))
+    with torch.no_grad():
+        expected = [closure("unseen", moved(model, point))().item() for point in POINTS]
+    assert [loss.item() for loss in zo.oracle.losses(POINTS, counted(closure("unseen", model), calls))] == expected
     assert [r for r in caplog.messages if "cannot be observed" in r] == caplog.messages[:1] == caplog.messages
-    assert len(calls) == 1 + 2 * 3  # the first probe was repeated
+    assert len(calls) == 1 + len(POINTS)  # the first probe was repeated
+    for _ in range(2):
+        zo.step(counted(closure("unseen", model), calls))
+    assert len(calls) == 1 + len(POINTS) + 2 * 2
+    assert len(caplog.messages) == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_the_weights_that_a_custom_operator_is_given_are_seen() -> None:
+    model, calls = tiny("custom_op"), []
+    zo = ZeroOrder(model)
+    zo.step(counted(closure("custom_op", model), calls))
+    assert not zo.oracle.realisation.whole
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings(JIT)
 def test_a_script_module_is_perturbed_as_a_whole() -> None:
     layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
     plain = nn.Sequential(*layers)
@@ -176,7 +227,7 @@ def test_a_script_module_is_perturbed_as_a_whole() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings(JIT)
 def test_a_compiled_model_is_perturbed_as_a_whole() -> None:
     model = tiny("mlp")
     plain = measure(model, closure("mlp", model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,27 @@ def test_versions_agree() -> None:
     import zo_core
 
     assert zo_core.__version__ == PROJECT["version"]
+
+
+def test_ci_runs_on_the_oldest_versions_that_are_promised() -> None:
+    """All that users need has a lowest version, and each is what `.ci/oldest.py` has CI install."""
+    extras = PROJECT["optional-dependencies"]
+    promised = [
+        *PROJECT["dependencies"],
+        *(one for name in ("hf", "lightning", "int4", "torchao") for one in extras[name]),
+    ]
+    command = [sys.executable, str(ROOT / ".ci" / "oldest.py")]
+    pins = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {one.replace(">=", "==") for one in promised} <= set(pins)
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", pin) for pin in pins)
+    assert ".ci/oldest.py" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    """It finds them by these patterns, and would stop without a word about why if it did not."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    patterns = re.findall(r"grep -x '(.*)' README.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert [len(re.findall(f"^{pattern}$", readme, re.MULTILINE)) for pattern in patterns] == [1, 1]
 
 
 def run(code: str) -> str:

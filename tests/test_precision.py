@@ -38,7 +38,7 @@ def test_the_weight_cache_of_autocast_does_not_mix_the_probes(name: str, where: 
     assert projected_grad(cache_enabled=True) == projected_grad(cache_enabled=False) != 0.0
 
 
-@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "scripted"])
+@pytest.mark.parametrize("name", ["llama", "functional_tied_head", "unseen"])
 def test_forwards_between_measurements_and_steps_use_the_weights_of_their_time(name: str) -> None:
     def losses(cache_enabled: bool) -> list[float]:
         model = tiny(name)

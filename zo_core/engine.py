@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
-from .errors import LossError, ModelError, StateError
+from .errors import ConfigError, LossError, ModelError, StateError
 from .estimators import Estimate
+from .first_steps import FirstSteps
 from .homes import Homes, by_rule
 from .lazy import LazyUpdates
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .measured import Measured, mean, probes_from
 from .noise import Direction, direction_of, share_of
-from .offload import LockstepOracle, Streaming
-from .optimizer import TorchOptimizerFace, ZOOptimizer, check_checkpoint, param_groups
+from .offload import Carried, LockstepOracle, Streaming
+from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
-from .placement import check_streamable, offload_model, resolve, slots_of
+from .placement import check_streamable, offload_model, resolve, slots_of, trainable
 from .records import Point, Probe, StepRecord
-from .rules import Torch
-from .targets import Slot, keep_codes_plain
+from .rules import Torch, UpdateRule
+from .targets import Slot, Target, keep_codes_plain
 
 logger = logging.getLogger(__name__)
+
+#: Settings of a live engine that nothing would follow any more.
+FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule", "clip", "seed"}
 
 
 class ZeroOrder:
@@ -53,12 +60,18 @@ class ZeroOrder:
         optimizer: the `ZOOptimizer` to give to learning-rate schedulers.
         step_count: index of the next step; with the seed it determines the next directions.
         listeners: called with the `StepRecord` of every step.
+        followers: called when weights were frozen, unfrozen, added or replaced, before the next step.
+        regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
+            does nothing, and what that does not hold does not move.
+        lr, eps, weight_decay: of the first parameter group; setting one sets that of all groups.
         suggestion: with ``lr="auto"``, from the first step on: what the range test found.
 
     Raises:
         ConfigError: settings that cannot work; all of them are listed.
         ModelError: a model with nothing to train, or without values.
     """
+
+    _made = False
 
     def __init__(
         self,
@@ -72,34 +85,145 @@ class ZeroOrder:
             raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the closure calls")
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
-        foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
-        settings = resolve(self.config, optimizer)
+        settings = self._settings = resolve(self.config, optimizer)
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
-        self.eps, self.num_probes, self.backend = settings.eps, settings.num_probes, settings.backend
+        self.num_probes, self.backend = settings.num_probes, settings.backend
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
+        self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = 0
         self.listeners: list[Callable[[StepRecord], object]] = []
-        self.target = target = settings.target.chosen(model)
-        self.clip = target.default_clip if self.config.clip is None else self.config.clip
+        self.followers: list[Callable[[], object]] = []
+        self.carried: list[Carried] = []
+        self._target = settings.target.chosen(model)
+        self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         keep_codes_plain(model)
-        slots = target.slots(model)
+        slots = self.target.slots(model)
+        made = optimizer is None
         if optimizer is None:
             optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
-        if isinstance(optimizer, ZOOptimizer):
-            self.eps = float(self.optimizer.param_groups[0]["eps"])
-        self.slots = slots_of(self.optimizer, slots, target.name, foreign=foreign)
+        self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.streaming: Streaming | None = None
+        self._measured: Measured | None = None
+        self._followed: tuple[tuple[Probe, ...], float] | None = None
+        self._take(slots)
+        self.continuity = Continuity(self)
+        self.optimizer.engine = self
+        self._made = True
+
+    def _take(self, slots: list[Slot]) -> None:
+        """Makes everything that depends on which weights move."""
+        foreign = isinstance(self.optimizer, TorchOptimizerFace)
+        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=foreign)
         self.lazy = self._lazy()
         self.oracle = self._oracle()
         at_once = [slot for slot in self.slots if self.lazy is None or not self.lazy.takes(slot)]
         self.homes = Homes(at_once, self.optimizer, self.rule, self.streaming)
         self._group_of = self._groups()
-        self._measured: Measured | None = None
-        self._followed: tuple[tuple[Probe, ...], float] | None = None
-        self.optimizer.engine = self
+        self._trainable = trainable(self.model)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings that a live engine cannot change are not accepted and ignored, and neither are misspelt ones."""
+        if self._made:
+            if name in FIXED:
+                raise AttributeError(
+                    f"{name} is fixed once the engine is made; make another one: "
+                    f"ZeroOrder(model, zo.config.replace({name}={value!r}))"
+                )
+            if name == "rule" and not isinstance(value, UpdateRule):
+                raise AttributeError(f"rule={value!r} must be a rule itself, for example zo_core.Momentum(0.9)")
+            if not name.startswith("_") and not hasattr(self, name):
+                raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
+        super().__setattr__(name, value)
+
+    @property
+    def target(self) -> Target:
+        """What chose the slots; it may be another one once adapters were added."""
+        return self._target
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group; setting it sets that of all groups."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._set_in_groups("lr", value)
+
+    @property
+    def eps(self) -> float:
+        """The probe distance of the first parameter group; setting it sets that of all groups."""
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            return self._settings.eps  # what a torch optimizer calls eps is something else
+        return float(self.optimizer.param_groups[0]["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            raise AttributeError("eps is fixed where a torch optimizer does the updates; make another engine")
+        self._set_in_groups("eps", value)
+
+    @property
+    def weight_decay(self) -> float:
+        """The weight decay of the first parameter group; setting it sets that of all groups."""
+        return float(self.optimizer.param_groups[0].get("weight_decay", 0.0))
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._set_in_groups("weight_decay", value)
+
+    def _set_in_groups(self, name: str, value: float) -> None:
+        problems = group_problems({"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, name: value})
+        if problems:
+            raise ConfigError(problems)
+        if self._measured is not None and name == "eps":
+            raise StateError("eps cannot change while a step is being measured; set it between two steps")
+        for owner in (self.optimizer, getattr(self.optimizer, "inner", self.optimizer)):
+            for group in owner.param_groups:
+                if name in group:
+                    group[name] = value
+
+    def _follow_model(self) -> None:
+        """Trains what the model has now: weights may have been frozen, unfrozen, added or replaced.
+
+        Raises:
+            ModelError: nothing that moves is left.
+        """
+        now = trainable(self.model)
+        if len(now) == len(self._trainable) and all(map(operator.is_, now, self._trainable)):
+            return
+        before = {id(tensor): slot.key for slot in self.slots for tensor in slot.tensors}
+        if self.lazy is not None:
+            self.lazy.merge()
+        self.stop()
+        self.homes.bring_back()
+        kept = {tensor: dict(state) for tensor, state in self.optimizer.state.items()}
+        self._target = self._settings.target.chosen(self.model)
+        slots = self.target.slots(self.model)
+        self.regroup(slots)
+        old_slots = self.slots
+        self._take(slots)
+        self.optimizer.take_thresholds(dict(self.optimizer.thresholds), old_slots, self.slots)
+        self.optimizer.state.update(kept)
+        self.store_state()
+        after = {id(tensor): slot.key for slot in self.slots for tensor in slot.tensors}
+        outside = [slot.key for slot in slots if not any(id(tensor) in after for tensor in slot.tensors)]
+        logger.warning(
+            "the model's trainable weights have changed since the last step: %s",
+            "; ".join(
+                f"{words} ({len(names)}): {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+                for words, names in (
+                    ("no longer trained", [key for i, key in before.items() if i not in after]),
+                    ("trained from now on", [key for i, key in after.items() if i not in before]),
+                    ("trainable, but not in the optimizer", outside),
+                )
+                if names
+            ),
+        )
+        for follower in self.followers:
+            follower()
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
@@ -112,7 +236,8 @@ class ZeroOrder:
             return self._resident()
         self.streaming = streaming
         self.lazy = self._lazy()
-        return LockstepOracle(self.model, self.slots, self._perturbation, streaming, **self._how())
+        parts = self.model, self.slots, self._perturbation, streaming
+        return LockstepOracle(*parts, **self._how(), carried=self.carried)
 
     def _resident(self) -> ResidentOracle:
         oracle = StackedOracle if self.config.stack_probes else ResidentOracle
@@ -127,18 +252,21 @@ class ZeroOrder:
 
     def saved_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A slot's state with what a checkpoint needs of it: values that are streamed, weights that are behind."""
-        return self.homes.whole(state if self.lazy is None else self.lazy.saved(state))
+        with self.hidden():
+            return self.homes.whole(state if self.lazy is None else self.lazy.saved(state))
 
     def store_state(self) -> None:
         """Takes over what was loaded into the optimizer."""
-        if self.lazy is not None:
-            self.lazy.loaded(self.optimizer.state)
-        self.homes.store()
+        with self.hidden():
+            if self.lazy is not None:
+                self.lazy.loaded(self.optimizer.state)
+            self.homes.store()
 
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
         if self.streaming is not None:
-            self.streaming.flush()
+            with self.continuity.applying():
+                self.streaming.flush()
             self._forget()
 
     def stop(self) -> None:
@@ -169,7 +297,15 @@ class ZeroOrder:
         Forwards of the model's modules do by themselves; this is for code that computes with a parameter
         outside of them.
         """
-        return nullcontext() if self.lazy is None else self.lazy.mode()
+        stack = ExitStack()
+        if self.lazy is not None:
+            stack.enter_context(self.lazy.hidden())
+            stack.enter_context(self.lazy.mode())
+        return stack
+
+    def hidden(self) -> AbstractContextManager[Any]:
+        """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
+        return nullcontext() if self.lazy is None else self.lazy.hidden()
 
     def copy_whole(self) -> None:
         """From now on each probe copies all slots at once, for closures that run compiled code."""
@@ -183,7 +319,8 @@ class ZeroOrder:
 
         Args:
             closure: runs the model and returns the loss, one number. It is called once per probe
-                (twice, by default) and has to use the same batch each time.
+                (twice, by default; in the first step once more, to see that it returns the same loss at the
+                same weights) and has to use the same batch each time.
 
         Returns:
             What was done; as a float, the mean loss over the probes. The weights are final.
@@ -236,20 +373,43 @@ class ZeroOrder:
                 )
         if self.wants_lr:
             self.find_lr(closures)
+        found = self.losses(closures)
+        for losses in found:
+            self.add(losses)
+        return [torch.stack(losses).mean().to(torch.float32) for losses in found]
+
+    def losses(self, closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
+        """The losses of some micro-batches at the points of the step, for callers that `add` them themselves.
+
+        Returns:
+            For each closure one float64 tensor of shape ``[]`` per point.
+        """
         if self._measured is None:
+            self._follow_model()
             seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = Measured(seeds, self.estimator.points(seeds, self.eps))
             device = self.slots[0].tensor.device if self.streaming is None else self.streaming.device
             self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], device)
         self._group_of = self._groups()
+        points = self._measured.points
         try:
-            found = self.oracle.together(self._measured.points, closures)
+            with self.hidden():
+                return self._at(points, closures)
         except BaseException:
             self.discard()
             raise
-        for losses in found:
-            self._measured.add(losses)
-        return [torch.stack(losses).mean().to(torch.float32) for losses in found]
+
+    def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
+        first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
+        found = self.oracle.together(points, closures)
+        if self.first_steps is not None and first is not None:
+            self.first_steps.compare(first[1], found[0][first[0]], self.slots)
+        return found
+
+    def add(self, losses: Sequence[Tensor]) -> None:
+        """Counts the losses of a micro-batch, one per point, for the step in progress."""
+        assert self._measured is not None, "losses() comes first"
+        self._measured.add(list(losses))
 
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
@@ -278,11 +438,14 @@ class ZeroOrder:
             StateError: nothing was measured.
         """
         if self._followed is not None:
+            self._follow_model()
             return self._repeat(*self._followed)
         if self._measured is None:
             raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
         measured, self._measured = self._measured, None
         losses = measured.losses()
+        if self.first_steps is not None:
+            self.first_steps.see(losses, self.eps)
         estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, measured.seeds, losses)
         if estimate.skip is None:
             self._update(probes)
@@ -295,7 +458,7 @@ class ZeroOrder:
     def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
         self.discard()
         self._group_of = self._groups()
-        if probes:
+        if probes and self.step_count >= self.continuity.ahead:
             self._update(probes)
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
         two_sided = self.estimator.name == "spsa" and probes
@@ -315,7 +478,7 @@ class ZeroOrder:
         record = StepRecord(
             loss=loss,
             projected_grad=projected_grad,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=number(self.optimizer.param_groups[0], "lr", math.nan),
             step=self.step_count,
             seed=seed,
             probes=probes,
@@ -338,8 +501,9 @@ class ZeroOrder:
             logger.warning("%s%s", said, f" ({self._skips} steps skipped so far)" if self._skips > 1 else "")
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
+        self.optimizer.check_numbers()  # a scheduler may have been here since the probes were measured
         directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
-        with torch.no_grad():
+        with torch.no_grad(), self.hidden():
             if isinstance(self.rule, Torch):
                 assert isinstance(self.optimizer, TorchOptimizerFace)
                 pairs = ((slot.tensor, d) for slot, d in zip(self.slots, directions, strict=True) if not d.still)
@@ -393,10 +557,10 @@ class ZeroOrder:
         Raises:
             StateError: ``state`` is not what `state_dict` returned for such a model.
         """
-        check_checkpoint(state)
+        check_checkpoint(state, self)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
-        self.step_count, self.seed = state["step"], state["seed"]
+        resume_at(self, state)
         self.discard()

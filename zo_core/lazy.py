@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,12 +24,13 @@ from torch.overrides import _get_current_function_mode_stack
 from .noise import Direction, LowRank, LowRankDirection, Noise, is_matrix, unsampled
 from .noise.direction import float32
 from .noise.low_rank import basis, columns
-from .offload import Streaming
+from .offload import Block, Streaming
 from .oracle.function_mode import ProbeMode
 from .oracle.functional import FunctionalMode, Sight
 from .oracle.materialise import is_compiled
 from .oracle.scratch import ScratchPool
 from .rules import Momentum, Sgd, UpdateRule
+from .stand_ins import ordinary, same_bits, stand_in
 from .targets import Slot
 
 Terms = tuple[tuple[int, float], ...]
@@ -63,6 +65,8 @@ class LazyUpdates:
         self.streaming, self.stochastic = streaming, stochastic
         self.beta = rule.beta if isinstance(rule, Momentum) else None
         self.handles: list[Any] = []
+        if streaming is not None:
+            streaming.reader = self
         self._begin()
 
     def _begin(self) -> None:
@@ -70,11 +74,16 @@ class LazyUpdates:
         self.pool = ScratchPool()
         self.exported: weakref.WeakValueDictionary[Slot, Tensor] = weakref.WeakValueDictionary()
         self.entered: list[list[Any]] = []
+        self.inside = 0
+        #: What resident parameters pointed at before somebody read them.
+        self.read: dict[Slot, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model that is copied or pickled takes its hooks along, hence this object.
-        own = ("slots", "pool", "exported", "entered")
-        return {name: value for name, value in vars(self).items() if name not in own}
+        # A model that is copied or pickled takes its hooks along, hence this object; its parameters were read for
+        # the copy, so nothing waits there.
+        own = ("slots", "pool", "exported", "entered", "inside", "read", "shapes", "state", "streaming")
+        kept = {name: value for name, value in vars(self).items() if name not in own}
+        return {**kept, "shapes": {}, "state": {}, "streaming": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -111,7 +120,7 @@ class LazyUpdates:
         noise, compiled = unsampled(noise), any(map(is_compiled, model.modules()))
         if not isinstance(noise, LowRank) or not isinstance(rule, (Sgd, Momentum)) or compiled:
             return None
-        waiting = [slot for slot in slots if is_matrix(noise, slot.tensor.shape, slot.scaling)]
+        waiting = [slot for slot in slots if waits(noise, slot)]
         return cls(model, waiting, noise, rule, state, streaming, stochastic=stochastic)
 
     def takes(self, slot: Slot) -> bool:
@@ -198,7 +207,7 @@ class LazyUpdates:
 
         A run that goes on afterwards begins a new window, so its numbers differ from those without this.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self.hidden():
             for slot in self.shapes:
                 if (waiting := self.waiting(slot)) is not None:
                     self._write(slot, waiting)
@@ -215,6 +224,70 @@ class LazyUpdates:
         self.exported.pop(slot, None)
 
     # What others see
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """In this context the parameters show what is in memory; outside of it, who reads one sees W_eff."""
+        if not self.inside:
+            self._settle()
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            if not self.inside:
+                self._show()
+
+    def _show(self) -> None:
+        """Makes the parameters that are behind stand-ins."""
+        for slot in self.shapes:
+            if self._home(slot) is None and slot not in self.read and "factor" in self.state.get(slot.tensor, {}):
+                for tensor in slot.tensors:
+                    stand_in(tensor, partial(self._bring, slot))
+
+    def _bring(self, slot: Slot) -> None:
+        """Somebody reads a parameter: it points at W_eff until the next step."""
+        for tensor in slot.tensors:
+            ordinary(tensor)
+        waiting = self.waiting(slot)
+        if waiting is None:
+            return
+        kept = slot.tensor.data
+        self.read[slot] = kept
+        sum_ = waiting.add_to(kept, out=torch.empty_like(kept))
+        for tensor in slot.tensors:
+            tensor.data = sum_
+
+    def _settle(self) -> None:
+        """What was read shows the memory of the window again; what was written, too, is where it begins anew."""
+        with torch.no_grad(), torch.inference_mode(False):
+            for slot in self.shapes:
+                for tensor in slot.tensors:
+                    ordinary(tensor)
+            read, self.read = self.read, {}
+            for slot, kept in read.items():
+                now, waiting = slot.tensor.data, self.waiting(slot)
+                shown = None if waiting is None else waiting.add_to(kept, out=self.pool.take(kept))
+                if shown is None or not same_bits(now, shown):
+                    kept.copy_(now)
+                    self._forget(slot)
+                for tensor in slot.tensors:
+                    tensor.data = kept
+
+    def _home(self, slot: Slot) -> tuple[Block, str] | None:
+        return None if self.streaming is None else self.streaming.home(slot.tensors)
+
+    def corrected(self, tensor: Tensor, values: Tensor) -> Tensor:
+        """What a streamed parameter counts as, given its values in the store, which are changed in place."""
+        slot = self.slots.get(id(tensor))
+        waiting = None if slot is None else self.waiting(slot)
+        return values if waiting is None else waiting.add_to(values)
+
+    def overwritten(self, tensor: Tensor) -> None:
+        """A streamed parameter was given new values."""
+        slot = self.slots.get(id(tensor))
+        if slot is not None and "factor" in self.state.get(slot.tensor, {}):
+            self._forget(slot)
 
     def _attach(self) -> None:
         owners = {module for slot in self.shapes for module in slot.modules}
@@ -235,15 +308,16 @@ class LazyUpdates:
         if self.entered and self.entered[-1][0] is module:
             self.entered[-1][2] += 1
         elif not any(isinstance(mode, (FunctionalMode, ProbeMode)) for mode in _get_current_function_mode_stack()):
-            mode = self.mode()
-            mode.__enter__()
-            self.entered.append([module, mode, 1])
+            stack = ExitStack()
+            stack.enter_context(self.hidden())
+            stack.enter_context(self.mode())
+            self.entered.append([module, stack, 1])
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if self.entered and self.entered[-1][0] is module:
             self.entered[-1][2] -= 1
             if not self.entered[-1][2]:
-                self.entered.pop()[1].__exit__(None, None, None)
+                self.entered.pop()[1].close()
 
     def mode(self) -> FunctionalMode:
         """A mode in which torch functions that are given a parameter compute with W_eff."""
@@ -258,7 +332,7 @@ class LazyUpdates:
     def _export(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, slot in self._own(module):
             kept, waiting = state_dict.get(prefix + name), self.waiting(slot)
-            if kept is None or waiting is None:
+            if kept is None or waiting is None or slot in self.read:
                 continue
             copy = self.exported.get(slot)  # one copy for tied weights, which savers know by their memory
             if copy is None:
@@ -343,7 +417,12 @@ def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
 def changes_often(noise: Noise, slot: Slot) -> bool:
     """Whether a slot is written at every step while others are once in a window."""
     noise = unsampled(noise)
-    return isinstance(noise, LowRank) and not is_matrix(noise, slot.tensor.shape, slot.scaling)
+    return isinstance(noise, LowRank) and not waits(noise, slot)
+
+
+def waits(noise: Noise, slot: Slot) -> bool:
+    """Whether the updates of a slot can wait: of a matrix, which all of its tensors show alike."""
+    return is_matrix(noise, slot.tensor.shape, slot.scaling) and slot.region is None
 
 
 def _values(slot: Slot) -> Tensor:

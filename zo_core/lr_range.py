@@ -114,11 +114,12 @@ def range_test(engine: ZeroOrder, closures: Sequence[Closure], steps: int | None
         )
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ConfigError([f"steps={steps!r} must be a whole number of at least 1, or None"])
-    test = _Test(engine, closures, steps)
-    try:
-        return test.run()
-    finally:
-        test.before.restore()
+    with engine.hidden():
+        test = _Test(engine, closures, steps)
+        try:
+            return test.run()
+        finally:
+            test.before.restore()
 
 
 class Snapshot:
@@ -146,6 +147,7 @@ class Snapshot:
         self.state = {tensor: _copies(held) for tensor, held in engine.optimizer.state.items()}
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
+        self.first_steps = engine.first_steps
 
     def rewind(self) -> None:
         """Weights, rule state and random generators as they were."""
@@ -165,6 +167,7 @@ class Snapshot:
         """Everything as it was."""
         self.rewind()
         self.engine.step_count, self.engine.listeners = self.step, self.listeners
+        self.engine.first_steps = self.first_steps
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
 
@@ -179,8 +182,16 @@ def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The rate of each group as it is without a schedule."""
-    return [float(group.get("initial_lr", group["lr"])) for group in rate_groups(optimizer)]
+    """The rate of each group as it is without a schedule.
+
+    Raises:
+        ConfigError: the optimizer has none.
+    """
+    groups = rate_groups(optimizer)
+    if any(group.get("lr") is None for group in groups):
+        inner = type(getattr(optimizer, "inner", optimizer)).__name__
+        raise ConfigError([f"{inner} has no learning rate (lr=None) that could be looked for; give it a number"])
+    return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
 
 def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:
@@ -230,7 +241,7 @@ class _Test:
 
     def run(self) -> LrSuggestion:
         engine = self.engine
-        engine.listeners = []
+        engine.listeners, engine.first_steps = [], None
         self.start = self._losses()
         self.scale = _mean(map(abs, self.start))
         if not math.isfinite(self.scale):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,17 +13,17 @@ from torch import nn
 
 
 @contextmanager
-def eval_mode(model: nn.Module, *, keep_root: bool = False) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, keep: nn.Module | None = None) -> Iterator[None]:
     """Every submodule in eval mode, and on exit exactly as before.
 
     Only the ``training`` flags change: `nn.Module.eval` may be overridden with side effects.
 
     Args:
         model: the module.
-        keep_root: leave the flag of ``model`` itself, which some trainers read to tell training
-            metrics from evaluation metrics.
+        keep: the module whose own flag is left alone; some trainers read the model's to tell training metrics
+            from evaluation metrics.
     """
-    changed = [m for m in model.modules() if m.training and not (keep_root and m is model)]
+    changed = [m for m in model.modules() if m.training and m is not keep]
     for module in changed:
         module.training = False
     try:
@@ -31,6 +31,11 @@ def eval_mode(model: nn.Module, *, keep_root: bool = False) -> Iterator[None]:
     finally:
         for module in changed:
             module.training = True
+
+
+def probe_modes(model: nn.Module, *, dropout: bool, keep: nn.Module | None) -> AbstractContextManager[None]:
+    """The modes that probes run in: eval mode, or with ``dropout`` the model's own but for BatchNorm."""
+    return frozen_statistics(model) if dropout else eval_mode(model, keep=keep)
 
 
 @contextmanager

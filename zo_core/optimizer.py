@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checkpoint import check_state, marked, took_over
 from .errors import ConfigError, StateError
 from .estimators import Spsa
 from .targets import Slot
+from .writers import OWN, written_by
 
 if TYPE_CHECKING:
     from .engine import ZeroOrder
@@ -58,9 +60,38 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def groups_of(self, slots: Iterable[Slot]) -> dict[Slot, dict[str, Any]]:
-        """The group of each slot; to be looked up anew when a state was loaded, which replaces groups."""
+        """The group of each slot; to be looked up anew when a state was loaded, which replaces groups.
+
+        Raises:
+            ConfigError: a group has a hyperparameter that is not a number.
+        """
+        self.check_numbers()
         by_tensor = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
+
+    def cover(self, slots: Iterable[Slot], alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
+        """Holds all of ``slots``.
+
+        Args:
+            slots: those that are new go to the first group that is ``alike``, or else to the first.
+            alike: whether a slot belongs into a group; None goes by the values that the slot has of its own.
+        """
+        held = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        for slot in slots:
+            if not any(id(tensor) in held for tensor in slot.tensors):
+                fits = [group for group in self.param_groups if (alike or _has_values_of)(slot, group)]
+                (fits or self.param_groups)[0]["params"].append(slot.tensor)
+
+    def check_numbers(self) -> None:
+        """Raises `ConfigError` if somebody has set what is no number, which is to be noticed before anything moves."""
+        problems = [
+            f"{name}={group.get(name)!r} in the optimizer's param_groups is not a finite number"
+            for group in self.param_groups
+            for name in ("lr", "eps", "weight_decay")
+            if not math.isfinite(number(group, name, math.nan))
+        ]
+        if problems:
+            raise ConfigError(problems)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Applies what was measured since the last step; with a closure, measures it first.
@@ -78,7 +109,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         if closure is not None:
             self.engine.measure(closure)
-        return self.engine.apply()
+        with self.engine.continuity.applying():
+            return self.engine.apply()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do where nothing was differentiated; gradients that others made are dropped."""
@@ -88,8 +120,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         """As any optimizer's, but state keeps its own dtype: momentum of bf16 weights is float32.
 
         Raises:
+            StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.
             ValueError: the state does not fit; nothing was loaded.
         """
+        check_state(state_dict, self.engine, OWN, {key for group in self.param_groups for key in group})
         self._check_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         self._load_thresholds(state_dict)
@@ -103,6 +137,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 self.state[tensor][name] = value
         if self.engine is not None:
             self.engine.store_state()
+            took_over(state_dict, self.engine)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -125,15 +160,16 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError("; ".join(problems))
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, after the updates that wait for their block."""
+        """As any optimizer's, after the updates that wait for their block, and with our mark."""
         if self.engine is None:
-            return self._with_thresholds(super().state_dict())
+            return self._marked(super().state_dict())
         self.engine.flush()
         result = super().state_dict()
         result["state"] = {index: self.engine.saved_state(kept) for index, kept in result["state"].items()}
-        return self._with_thresholds(result)
+        return self._marked(result)
 
-    def _with_thresholds(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _marked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = marked(state_dict, self.engine)
         return {**state_dict, "thresholds": dict(self.thresholds)} if self.thresholds else state_dict
 
     def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
@@ -149,6 +185,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds}
 
 
+def _has_values_of(slot: Slot, group: dict[str, Any]) -> bool:
+    return all(group[name] == value for name, value in slot.own.items())
+
+
 def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
     """Groups for a `ZOOptimizer`: one, and another for each set of values that slots have of their own."""
     groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
@@ -156,6 +196,14 @@ def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
         group = groups.setdefault(tuple(sorted(slot.own.items())), {"params": [], **slot.own})
         group["params"].append(slot.tensor)
     return list(groups.values())
+
+
+def number(group: dict[str, Any], name: str, otherwise: float) -> float:
+    """A hyperparameter; ``otherwise`` where an optimizer has none, as Adafactor with ``lr=None``."""
+    value = group.get(name)
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else otherwise
+    return float(value) if isinstance(value, (int, float)) else otherwise
 
 
 def group_problems(group: dict[str, Any]) -> list[str]:
@@ -174,22 +222,40 @@ def group_problems(group: dict[str, Any]) -> list[str]:
     return problems
 
 
+#: Optimizers that no estimate of the gradient in ``.grad`` can serve.
+UNUSABLE = {
+    torch.optim.LBFGS: "calls the closure itself and needs exact gradients",
+    torch.optim.SparseAdam: "takes sparse gradients alone, and the estimate is dense",
+}
+
+
 def check_optimizer(optimizer: object) -> None:
     """Raises `ConfigError` for what cannot be the optimizer of an engine; None can."""
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             [
                 f"optimizer={optimizer!r} is not an optimizer; pass an object, for example "
                 "optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4), or leave it out"
             ]
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError(
-            [
-                "optimizer=LBFGS(...) calls the closure itself and needs exact gradients; "
-                "pass one that steps on .grad, for example torch.optim.AdamW"
-            ]
-        )
+    problems = [
+        f"optimizer={type(optimizer).__name__}(...) {why}; pass one that steps on .grad, for example torch.optim.AdamW"
+        for unusable, why in UNUSABLE.items()
+        if isinstance(optimizer, unusable)
+    ]
+    groups = optimizer.param_groups if type(optimizer).__module__.startswith("torch.optim.") else ()
+    for group in groups:
+        if not math.isfinite(number(group, "lr", math.nan)):
+            problems.append(f"lr={group.get('lr')!r} of {type(optimizer).__name__} must be a number, for example 1e-4")
+        if group.get("differentiable"):
+            problems.append(
+                f"differentiable=True of {type(optimizer).__name__} is for differentiating through its step, which "
+                "weights that are trained do not allow; leave it out"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 class TorchOptimizerFace(ZOOptimizer):
@@ -205,6 +271,9 @@ class TorchOptimizerFace(ZOOptimizer):
         self.state = self.inner.state
         self.defaults = self.inner.defaults
 
+    def check_numbers(self) -> None:
+        """Nothing to do: what its hyperparameters may be is for the torch optimizer to say."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "param_groups", None) is self.inner.param_groups:
             self.inner.add_param_group(param_group)
@@ -212,23 +281,16 @@ class TorchOptimizerFace(ZOOptimizer):
             super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._with_thresholds(self.inner.state_dict())
+        return self._marked(self.inner.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the torch optimizer's; one that it wrote in a run with backpropagation is taken, too."""
+        check_state(state_dict, self.engine, written_by({"param_groups": self.param_groups, "state": self.state}))
         self.inner.load_state_dict(state_dict)
         self._load_thresholds(state_dict)
         self._share()
+        if self.engine is not None:
+            took_over(state_dict, self.engine)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}
-
-
-def check_checkpoint(state: Any) -> None:
-    """Raises `StateError` for what is not a checkpoint of an engine."""
-    missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise StateError(f"this is not a checkpoint of ZeroOrder: {', '.join(missing)} missing")
-    if not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["seed"], int):
-        raise StateError(
-            f"this checkpoint is damaged: step={state['step']!r}, seed={state['seed']!r} are not whole numbers"
-        )

@@ -86,13 +86,26 @@ def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *
             ]
         )
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    chosen = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.tensors)]
+    chosen = [slot.led_by(held) for slot in slots if any(id(tensor) in held for tensor in slot.leads)]
+    for slot in slots:
+        other = next((t for t in slot.tensors[len(slot.leads) :] if t.requires_grad and id(t) in held), None)
+        if other is not None and not any(id(tensor) in held for tensor in slot.leads):
+            raise ModelError(
+                f"the optimizer holds a parameter of shape {list(other.shape)} that shows the memory of {slot.key!r}, "
+                f"of shape {list(slot.tensor.shape)}, in another order, and does not hold that one, by which the slot "
+                "moves; give it both"
+            )
     if not chosen:
         raise ModelError(
             "none of the optimizer's tensors is a trainable parameter of the model; build the optimizer from "
             "this model's parameters (after moving or wrapping the model), or leave it out"
         )
     return chosen
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient at the moment."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def offload_model(
@@ -107,7 +120,7 @@ def offload_model(
         config.offload_dir,
         config.blocks,
         {id(tensor) for slot in slots for tensor in slot.tensors},
-        {id(tensor) for slot in slots if changes_often(noise, slot) for tensor in slot.tensors},
+        {id(tensor) for slot in slots if slot.region or changes_often(noise, slot) for tensor in slot.tensors},
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
     )

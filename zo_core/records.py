@@ -42,7 +42,8 @@ class StepRecord(float):
         loss: mean loss over the probes, summed over the micro-batches of the step.
         projected_grad: mean over the directions of the directional derivative along ``z``, in loss
             per unit of ``z`` (MeZO, arXiv 2305.17333, eq. 2); before clipping.
-        lr: learning rate of the first parameter group.
+        lr: learning rate of the first parameter group; NaN if its optimizer has none and sets its own steps, as
+            Adafactor does with ``lr=None``. (A seed log has 0.0 for it.)
         step: index of the step, from 0.
         seed: seed of the first direction.
         probes: the directions as they were applied; empty if the step was skipped.
@@ -58,6 +59,11 @@ class StepRecord(float):
     probes: tuple[Probe, ...] = ()
     clipped: int = 0
     skipped: str | None = None
+
+    @property
+    def without_signal(self) -> bool:
+        """Whether the losses on both sides of the weights agreed exactly, so that nothing was learnt."""
+        return bool(self.probes) and not any(probe.coefficient for probe in self.probes)
 
     def __new__(cls, loss: float, *args: Any, **kwargs: Any) -> StepRecord:
         return float.__new__(cls, loss)

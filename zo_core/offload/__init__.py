@@ -2,12 +2,13 @@
 
 from .blocks import find_blocks
 from .build import describe, offload
-from .oracle import LockstepOracle
+from .oracle import Carried, LockstepOracle
 from .store import DiskStore, Piece, read_header
 from .streaming import Block, Streaming
 
 __all__ = [
     "Block",
+    "Carried",
     "DiskStore",
     "LockstepOracle",
     "Piece",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..oracle.materialise import is_compiled
-from ..targets import memory_of, plain_parameters
+from ..targets import check_values, in_several_ways, memory_of, plain_parameters
 from .blocks import find_blocks
 from .store import DiskStore, RamStore
 from .streaming import ARENA_SLOTS, Block, Streaming
@@ -53,6 +53,7 @@ def offload(
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
+    check_values(model, frozen=True)
     wrapped = set(map(id, model.parameters())) - {id(tensor) for _, tensor in plain_parameters(model)}
     if wrapped:
         name, weight = next((name, p) for name, p in model.named_parameters() if id(p) in wrapped)
@@ -95,6 +96,7 @@ def plan(
 ) -> list[Block]:
     """The blocks of a model with the parameters that can be streamed; see `offload`."""
     modules = find_blocks(model, names)
+    staying = {*staying, *in_several_ways(model)}
     holders: dict[tuple[object, ...], list[tuple[nn.Module, Tensor]]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -1,12 +1,14 @@
 """Several closures as coroutines: one runs at a time, and hands over where it is told to.
 
 A user's closure cannot be cut in half, but it can be a thread that only runs when it has the turn.
-Each thread sees the caller's grad mode, autocast, context variables and function modes.
+Each thread sees the caller's grad mode, autocast, context variables and function modes, and computes with as
+many threads of its own as the caller: matrix products of some shapes round differently on one core and on two.
 """
 
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -144,7 +146,13 @@ def _stop(workers: list[_Worker]) -> None:
 
 
 def _ambient() -> Callable[[Callable[[], Any]], Any]:
-    """Runs a function under what is thread-local in torch, as it is in this thread now."""
+    """Runs a function under what is thread-local in torch, as it is in this thread now.
+
+    The number of threads for matrix products is among it: a new thread begins with all cores, whatever
+    `torch.set_num_threads` has said, until some operation other than a product reads the setting, and
+    a thread that is already there never hears of a change.
+    """
+    threads, flushing = torch.get_num_threads(), _flushes_denormals()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
@@ -154,6 +162,8 @@ def _ambient() -> Callable[[Callable[[], Any]], Any]:
     variables = contextvars.copy_context()
 
     def run(function: Callable[[], Any]) -> Any:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushing)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(inference))
             stack.enter_context(torch.set_grad_enabled(grad))
@@ -166,3 +176,8 @@ def _ambient() -> Callable[[Callable[[], Any]], Any]:
             return variables.copy().run(function)
 
     return run
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread takes denormals for zero; `torch.set_flush_denormal` has no question to go with it."""
+    return sys.float_info.min / 2 == 0.0

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..cache import trim_heaps
 from ..errors import ConfigError
-from ..modes import eval_mode, frozen_statistics, modes, rng_state, same_rng, set_modes, set_rng_state
+from ..forward_state import ForwardState
+from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
 from ..oracle.materialise import Materialised, Originals, ProbeView, restore
 from ..oracle.resident import Closure, as_scalar
@@ -26,6 +27,9 @@ from .lockstep import Lockstep
 from .streaming import Block, Streaming
 
 logger = logging.getLogger(__name__)
+
+#: What belongs to the process and a closure may change: a function that gets it, and one that sets it.
+Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
 #: Where a block has as many bytes, the end of a probe gives back what the heap of its thread has kept of logits
 #: and the like: the other probes have theirs. It takes about a millisecond.
@@ -42,10 +46,13 @@ class LockstepOracle:
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
         realisation: how the model comes to compute with the perturbed weights.
+        carried: what each probe finds as it left it, besides random states, the modes of the modules and what
+            else forwards change.
 
     Attributes:
-        carried: what belongs to the process and a closure may change, as pairs of functions that get
-            and set it: each probe finds it as it left it. Random states and the modes of the modules.
+        quiet: whether no sweep so far has left a trace in random states or in the model; None before the first.
+        keep_mode: the module whose ``training`` flag probes leave alone; None for none.
+        state: what forwards may change besides the weights.
     """
 
     def __init__(
@@ -57,47 +64,82 @@ class LockstepOracle:
         *,
         dropout: bool,
         realisation: type[Materialised] = Materialised,
+        carried: Sequence[Carried] = (),
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
         self.realisation = realisation(model, slots, direction)
         self.lockstep = Lockstep(self._leave, self._enter)
         self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
         self.resident = [slot for slot in slots if slot not in self.home]
-        moving = set(self.home.values())
-        self.frozen = {b: [name for name in b.holders if (b, name) not in moving] for b in streaming.blocks}
-        self._checked, self._share = False, True
+        trained = set(self.home.values())
+        self.frozen = {b: [name for name in b.holders if (b, name) not in trained] for b in streaming.blocks}
+        self._checked = False
+        # The first sweep looks at the model's state at every hand-over, later ones at their end.
+        self._looking, self._seen = True, False
+        self.quiet: bool | None = None
+        self.keep_mode: nn.Module | None = None
+        held = [tensor for block in streaming.blocks for tensors in block.holders.values() for tensor in tensors]
+        moving = [id(tensor) for tensor in (*held, *(tensor for slot in slots for tensor in slot.tensors))]
+        self.state = ForwardState(model, moving)
         self.trims = streaming.device.type == "cpu" and max(b.nbytes for b in streaming.blocks) >= TRIM_BYTES
         self.views: list[ProbeView] = []
         self.states: list[list[Any]] = []
-        self.carried: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
+        self._more = carried
+        self._own: list[Carried] = [
             (rng_state, set_rng_state),
             (lambda: modes(model), lambda flags: set_modes(model, flags)),
+            (self.state.get, self.state.put),
         ]
         self.originals: Originals = {}
+
+    @property
+    def carried(self) -> list[Carried]:
+        """What each probe finds as it left it; random states come first."""
+        return [*self._own, *self._more]
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
         return self._sweep(points, [closure])
 
     def together(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[list[Tensor]]:
-        """As `ResidentOracle.together`, in one sweep, unless the closures draw random numbers.
+        """As `ResidentOracle.together`, in one sweep, unless a closure leaves something for the next one.
 
-        One after the other they would draw different ones; then each has a sweep of its own from now on.
+        Random numbers that it draws, or a buffer that it changes; then each has a sweep of its own from now on.
         """
-        if self._share and len(closures) > 1:
+        if self.quiet is not False and len(closures) > 1:
             start = [get() for get, _ in self.carried]
             found = self._sweep(points, closures)
-            if same_rng(start[0], rng_state()):
+            if self.quiet:
                 return [found[at : at + len(points)] for at in range(0, len(found), len(points))]
-            self._share = False
             self._carry(start)
+            self.state.rewind()
         return [self.losses(points, closure) for closure in closures]
 
     def _sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         """The losses of the first closure at all points, then of the second, and so on."""
+        start = [get() for get, _ in self.carried]
+        while True:
+            try:
+                losses = self._one_sweep(points, closures)
+            except Exception:
+                if not self._seen:  # what nobody kept apart was seen by the other probes
+                    raise
+            else:
+                self._seen |= self.state.share()
+            if not self._seen:
+                break
+            self._seen = False
+            self._carry(start)
+            self.state.rewind()
+        self._looking = False
+        silent = same_rng(start[0], rng_state()) and not self.state.shared
+        self.quiet = silent and self.quiet is not False
+        return losses
+
+    def _one_sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
+            stack.enter_context(probe_modes(self.model, dropout=self.dropout, keep=self.keep_mode))
             stack.callback(self._end)
             self._begin([point for _ in closures for point in points], stack)
             wanted = [closure for closure in closures for _ in points]
@@ -117,13 +159,14 @@ class LockstepOracle:
         raise ConfigError(["a compiled model cannot be streamed, its blocks are out of reach; leave out torch_compile"])
 
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
+        self.state.begin()
+        stack.enter_context(self.streaming.sweep())
         self.states = [[get() for get, _ in self.carried]] * len(points)
         self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
         self.views = [self.realisation.view(point, self._original) for point in points]
         for view in self.views:
             for slot in self.realisation.slots:
                 view.release(slot)
-        self.streaming.sweeping = True
         self.realisation.hook(lambda: self.views[self.lockstep.current], stack)
         for block in self.streaming.blocks:
             # Registered after the hooks above: prepended, so first before the forward, and last after it.
@@ -159,6 +202,8 @@ class LockstepOracle:
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
+        if self._looking:
+            self._seen |= self.state.share()
         self.states[index] = [get() for get, _ in self.carried]
         self.views[index].suspend()
 
@@ -171,10 +216,8 @@ class LockstepOracle:
             put(value)
 
     def _end(self) -> None:
-        self.streaming.sweeping = False
+        self.realisation.used |= any(view.used for view in self.views)
         restore(self.originals)
-        for block in self.streaming.blocks:
-            self.streaming.evict_view(block)
         if self.states:
             self._carry(self.states[-1])
         self.views, self.states, self.originals = [], [], {}

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..noise.hashing import used_once
-from ..oracle.scratch import nan
+from ..oracle.scratch import ALONE, nan
+from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment
 from .store import DiskStore, RamStore, Tensors
 
@@ -60,6 +62,14 @@ class Block:
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.specs.values())
 
 
+class Reader(Protocol):
+    """Knows more about the values of streamed parameters than the store."""
+
+    def corrected(self, tensor: Tensor, values: Tensor) -> Tensor: ...
+
+    def overwritten(self, tensor: Tensor) -> None: ...
+
+
 class Streaming:
     """Keeps the blocks of a model in a store, and brings each to the device when it is needed.
 
@@ -83,6 +93,9 @@ class Streaming:
         self.bytes_read = self.bytes_written = 0
         self.handles: list[Any] = []
         self.sweeping = False
+        self.reader: Reader | None = None
+        #: Parameters that somebody has read outside of a forward, with the values that they show since.
+        self.read: OrderedDict[tuple[Block, str], Tensor] = OrderedDict()
         self.pinned: dict[Block, int] = {}
         self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
         # Each has memory of its own, so that parameters which share none do not seem to be tied.
@@ -139,6 +152,7 @@ class Streaming:
         ]
 
     def _show_whole(self, block: Block, to_read: bool) -> None:
+        self.settle(block)
         if block.pending:
             self.values(block)
         self._finish(block)
@@ -175,6 +189,7 @@ class Streaming:
 
     def values(self, block: Block) -> Tensors:
         """The block's tensors on the device, up to date; fetched if they are not there."""
+        self.settle(block)
         if block not in self.loaded:
             self._start_fetch(block)
         self.loaded.move_to_end(block)
@@ -212,15 +227,76 @@ class Streaming:
         """Lets the parameters show ``tensors``."""
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
+                ordinary(holder)
                 holder.data = tensors[name]
         torch.clear_autocast_cache()
 
     def evict_view(self, block: Block, only: Iterable[str] | None = None) -> None:
-        """Lets the parameters show NaN."""
+        """Lets the parameters show NaN, and between steps their values to whoever reads them."""
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
+                ordinary(holder)
                 holder.data = self._absent[block, name]
+                if not self.sweeping:
+                    stand_in(holder, partial(self._bring, block, name))
         torch.clear_autocast_cache()
+
+    # Parameters that are read outside of forwards
+
+    @contextmanager
+    def sweep(self) -> Iterator[None]:
+        """In this context parameters outside of their block's forward are NaN, whoever looks."""
+        for block in self.blocks:
+            self.settle(block)
+        self.sweeping = True
+        for block in self.blocks:
+            self.evict_view(block)
+        try:
+            yield
+        finally:
+            self.sweeping = False
+            for block in self.blocks:
+                self.evict_view(block)
+
+    def _bring(self, block: Block, name: str) -> None:
+        """Somebody reads a parameter: it has its values until its block comes by, or the memory is needed."""
+        if block.pending:
+            self.values(block)
+        self._finish(block)
+        self._make_room(block)
+        values = self._stored(block, name)
+        self.read[block, name] = values
+        for holder in block.holders[name]:
+            ordinary(holder)
+            holder.data = values
+
+    def _stored(self, block: Block, name: str) -> Tensor:
+        """A parameter's values in memory of their own."""
+        values = self.store.mapped(block.name)[name].to(self.device, copy=True)
+        return values if self.reader is None else self.reader.corrected(block.holders[name][0], values)
+
+    def _make_room(self, block: Block) -> None:
+        """Lets go of parameters of other blocks that were read, as far as nobody holds on to what was read."""
+        for key, values in list(self.read.items()):
+            holders = key[0].holders[key[1]]
+            alone = ALONE + len(holders) + 1  # the parameters, this object, and the question itself
+            if key[0] is not block and torch._C._storage_Use_Count(values.untyped_storage()._cdata) <= alone:
+                self._settle(*key)
+
+    def settle(self, block: Block) -> None:
+        """Takes back what was read of a block; values that were changed since go to the store."""
+        for key in [key for key in self.read if key[0] is block]:
+            self._settle(*key)
+
+    def _settle(self, block: Block, name: str) -> None:
+        del self.read[block, name]
+        with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
+            now = block.holders[name][0].data
+            if not same_bits(now, self._stored(block, name)):
+                if self.reader is not None:
+                    self.reader.overwritten(block.holders[name][0])
+                self.load_state(block, {name: now})
+            self.evict_view(block, [name])
 
     # Movement
 
@@ -281,6 +357,7 @@ class Streaming:
         self.flush()
         device = self.device if device is None else device
         for block in self.blocks:
+            self.settle(block)
             self.point(block, {name: tensor.to(device) for name, tensor in self.store.whole(block.name).items()})
             del self.attached[id(block.module)]
         self.copies.close()

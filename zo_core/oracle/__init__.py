@@ -2,6 +2,6 @@
 
 from .functional import realisation
 from .resident import ResidentOracle, as_scalar
-from .stacked_oracle import StackedOracle
+from .stacked_oracle import StackedOracle, difference
 
-__all__ = ["ResidentOracle", "StackedOracle", "as_scalar", "realisation"]
+__all__ = ["ResidentOracle", "StackedOracle", "as_scalar", "difference", "realisation"]

@@ -50,6 +50,7 @@ class Sight:
         pool: ScratchPool,
     ):
         self.slots = {id(tensor): slot for slot in slots for tensor in slot.tensors}
+        self.used = False
         self.values, self.direction, self.pool = values, direction, pool
         self.known: dict[tuple[Slot, torch.dtype], tuple[Tensor, Tensor, float] | None] = {}
         self.copies: OrderedDict[Slot, Tensor] = OrderedDict()
@@ -57,11 +58,16 @@ class Sight:
         self.room = max((slot.tensor.numel() * slot.tensor.element_size() for slot in slots), default=0)
 
     def factors(self, slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0."""
+        """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0.
+
+        Neither has a slot whose tensors differ: what its transpose is used for would need other factors.
+        """
+        self.used = True
         if (slot, dtype) not in self.known:
             direction = self.direction(slot)
             found = None
-            if isinstance(direction, LowRankDirection) and len(direction.shape) == 2 and not direction.still:
+            alike = slot.region is None
+            if alike and isinstance(direction, LowRankDirection) and len(direction.shape) == 2 and not direction.still:
                 left, right = direction.factors_in(dtype, self.values(slot).device)
                 found = left, right, float32(direction.decay)
             self.known[slot, dtype] = found
@@ -69,12 +75,13 @@ class Sight:
 
     def copy(self, slot: Slot) -> Tensor:
         """The sum itself; the values, if nothing is added to them."""
+        self.used = True
         copy = self.copies.get(slot)
         if copy is None:
             values, direction = self.values(slot).detach(), self.direction(slot)
             if direction.still:
                 return values
-            copy = direction.add_to(values, out=self.pool.take(values))
+            copy = direction.add_to(values, out=slot.room(values, self.pool.take))
             self.copies[slot] = copy
             while len(self.copies) > 1 and sum(c.numel() * c.element_size() for c in self.copies.values()) > self.room:
                 self.copies.popitem(last=False)
@@ -129,7 +136,7 @@ class FunctionalMode(TorchFunctionMode):
         """The value, with copies for the parameters in it."""
         if isinstance(value, Tensor):
             slot = self.slots.get(id(value))
-            return value if slot is None else self.sight.copy(slot)
+            return value if slot is None else slot.seen_by(value, self.sight.copy(slot))
         if type(value) in (tuple, list):
             return type(value)(self.replaced(entry) for entry in value)
         return value
@@ -204,6 +211,10 @@ class FunctionalView(ProbeView):
         super().__init__(owner, point, original)
         self.sight = Sight(owner.slots, original, lambda slot: owner.direction(slot, point), owner.pool)
 
+    @property
+    def used(self) -> bool:
+        return self.given or self.sight.used
+
     def mode(self) -> TorchFunctionMode:
         if self.owner.whole:
             return ProbeMode(self.absent, self.serve)
@@ -213,4 +224,4 @@ class FunctionalView(ProbeView):
         """The parameters show NaN to every probe."""
 
     def resume(self) -> None:
-        """As before."""
+        """The parameters still show NaN."""

@@ -34,6 +34,7 @@ class Materialised:
     Attributes:
         whole: copy everything at the start of the probe instead of layer by layer; needs memory for
             a second set of the slots, and works for modules whose insides Python cannot see.
+        used: whether any probe so far has used a slot.
     """
 
     def __init__(self, model: nn.Module, slots: list[Slot], direction: Callable[[Slot, Point], Direction]):
@@ -41,6 +42,7 @@ class Materialised:
         self.slots = slots
         self.direction = direction
         self.whole = any(is_compiled(module) for module in model.modules())
+        self.used = False
         self.pool = ScratchPool()
 
     @contextmanager
@@ -61,6 +63,7 @@ class Materialised:
                 self.hook(lambda: view, stack)
             stack.enter_context(view.mode())
             yield
+            self.used |= view.used
 
     def moves(self, point: Point) -> bool:
         """Whether the weights at a point differ from those in memory."""
@@ -98,9 +101,15 @@ class ProbeView:
 
     def __init__(self, owner: Materialised, point: Point, original: Callable[[Slot], Tensor]):
         self.owner, self.point, self.original = owner, point, original
+        self.given = False
         self.absent: dict[int, Slot] = {}
         self.present: dict[Slot, Tensor] = {}
         self.frames: list[list[Slot]] = [[]]
+
+    @property
+    def used(self) -> bool:
+        """Whether the probe has used any slot so far."""
+        return self.given
 
     def mode(self) -> TorchFunctionMode:
         """Is to be active while the probe runs."""
@@ -128,16 +137,17 @@ class ProbeView:
 
     def materialise(self, slot: Slot) -> None:
         """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
+        self.given = True
         with torch._C.DisableTorchFunction():
             original = self.original(slot)
             scratch = original
             if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
-                scratch = self.owner.pool.take(original)
+                scratch = slot.room(original, self.owner.pool.take)
                 direction.add_to(original, out=scratch)
             self.present[slot] = scratch
-            for tensor in slot.tensors:
+            for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
                 self.absent.pop(id(tensor))
-                tensor.data = scratch
+                tensor.data = shown
         # Autocast caches casts by parameter object, and the object has just changed its values.
         torch.clear_autocast_cache()
 
@@ -162,8 +172,8 @@ class ProbeView:
         """This probe has the turn again."""
         with torch._C.DisableTorchFunction():
             for slot, scratch in self.present.items():
-                for tensor in slot.tensors:
-                    tensor.data = scratch
+                for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
+                    tensor.data = shown
         torch.clear_autocast_cache()
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LossError
-from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..forward_state import ForwardState
+from ..modes import probe_modes, rng_state, set_rng_state
 from ..noise import Direction
 from ..records import Point
 from ..targets import Slot
@@ -33,6 +34,10 @@ class ResidentOracle:
         direction: the perturbation of one slot at one point.
         dropout: run the probes with the model's own modes, dropout included, instead of eval mode.
         realisation: how the model comes to compute with the perturbed weights.
+
+    Attributes:
+        keep_mode: the module whose ``training`` flag probes leave alone; None for none.
+        state: what forwards may change besides the weights.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class ResidentOracle:
     ):
         self.model = model
         self.dropout = dropout
+        self.keep_mode: nn.Module | None = None
+        self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors])
         self.realisation = realisation(model, slots, direction)
         self._checked = self.realisation.whole
         self._warned_half = False
@@ -57,9 +64,9 @@ class ResidentOracle:
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """The loss at each point.
 
-        Every probe sees the same state of the global random generators, and afterwards they have
-        advanced by what one forward draws. An exception from the closure passes through; weights,
-        modes and hooks are restored first.
+        Every probe begins with the same state of the global random generators and of the model (its
+        buffers, say), and afterwards both are as one forward leaves them. An exception from the closure
+        passes through; weights, modes and hooks are restored first.
 
         Args:
             points: where to measure.
@@ -74,14 +81,19 @@ class ResidentOracle:
         """
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
+            stack.enter_context(probe_modes(self.model, dropout=self.dropout, keep=self.keep_mode))
             start = rng_state()
+            self.state.begin()
             results = []
             for index, point in enumerate(points):
                 if index:
-                    set_rng_state(start)
+                    self._rewind(start)
                 results.append(self._loss(point, closure, start))
             return results
+
+    def _rewind(self, start: dict[str, Any]) -> None:
+        set_rng_state(start)
+        self.state.rewind()
 
     def together(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[list[Tensor]]:
         """The losses of several closures, the micro-batches of one step, at the same points."""
@@ -96,7 +108,7 @@ class ResidentOracle:
             return value
         # NaN may be the model's own, or come from a weight used where no hook or torch function
         # shows it. Copies of all weights at once tell the two apart.
-        set_rng_state(start)
+        self._rewind(start)
         self.realisation.whole = True
         whole = self._run(point, closure)
         if math.isfinite(whole.item()):

@@ -71,7 +71,9 @@ class StackedSight(Sight):
     def low_rank(self, slot: Slot) -> LowRankDirection | None:
         """The directions of a matrix; None if they are of full rank."""
         direction = self.direction(slot)
-        return direction if isinstance(direction, LowRankDirection) and len(direction.shape) == 2 else None
+        if slot.region is not None or not isinstance(direction, LowRankDirection) or len(direction.shape) != 2:
+            return None
+        return direction
 
     def lefts(self, direction: LowRankDirection, like: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``left_c`` as ``[copies, m, K]``, and ``right`` ``[K, columns]``.
@@ -94,7 +96,9 @@ class StackedSight(Sight):
             direction = self.direction(slot)
             if slot.scaling is not None or isinstance(direction, LowRankDirection):
                 raise _Matrix(slot.key)
-            self.stacks[slot] = stacked_values(self.values(slot).detach(), direction)
+            values = self.values(slot).detach()
+            stack = stacked_values(values, direction)
+            self.stacks[slot] = stack if slot.region is None else slot.region.spread(values, stack)
         return self.stacks[slot]
 
 
@@ -131,7 +135,7 @@ class StackedMode(FunctionalMode):
         """The value, with those of all copies for the parameters in it."""
         if isinstance(value, Tensor):
             slot = self.slots.get(id(value))
-            return value if slot is None else self.wrap(self.sight.stack(slot))
+            return value if slot is None else self.wrap(slot.seen_by(value, self.sight.stack(slot)))
         return super().replaced(value)
 
     def wrap(self, stack: Tensor) -> Tensor:
@@ -261,9 +265,14 @@ class StackedMode(FunctionalMode):
         return self.wrap(torch.stack(losses))
 
 
+def is_stack(value: Any) -> bool:
+    """Whether a value stands for one in each of the copies that a closure runs on."""
+    return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
+
+
 def copies(value: Any) -> list[Any]:
     """What a value is in each of the copies that a closure runs on; outside of stacked probes it is one."""
-    if isinstance(value, Tensor) and _functorch.is_batchedtensor(value):
+    if is_stack(value):
         return list(_functorch.get_unwrapped(value).movedim(_functorch.maybe_get_bdim(value), 0).unbind())
     return [value]
 

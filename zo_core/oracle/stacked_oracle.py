@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modes import eval_mode, frozen_statistics, rng_state, set_rng_state
+from ..modes import probe_modes, rng_state, set_rng_state
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Originals, restore
 from .resident import Closure, ResidentOracle
 from .scratch import nan_like
-from .stacked import NotStackable, StackedMode, StackedSight
+from .stacked import NotStackable, StackedMode, StackedSight, is_stack
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,17 @@ class StackedOracle(ResidentOracle):
             self._stop("the model runs compiled code")
             return super().losses(points, closure)
         start = rng_state()
+        self.state.begin()
         try:
             found = self._stacked(points, closure)
-            problem = None
+            problem = self._kept_copies()
         except Exception as error:  # the closure's own comes again below
             text = str(error).strip().splitlines() or [""]
             problem = text[0] if isinstance(error, NotStackable) else f"{type(error).__name__}: {text[0]}"
         if problem is None and self._compared:
             return found
         after = rng_state()
-        set_rng_state(start)
+        self._rewind(start)
         separate = super().losses(points, closure)
         if problem is None:
             problem = difference(found, separate, self.realisation.slots)
@@ -60,6 +61,13 @@ class StackedOracle(ResidentOracle):
         self._compared = all(math.isfinite(loss.item()) for loss in separate)
         set_rng_state(after)
         return found  # as all steps to come, so that a resumed run, whose first step is another, has these numbers
+
+    def _kept_copies(self) -> str | None:
+        """Says if the model has kept a value of every probe, which is of no use once the forward has ended."""
+        for part in self.state.changed():
+            if any(is_stack(value) for value in part.found()):
+                return f"a forward keeps what it computes in {part.name}"
+        return None
 
     def _stop(self, problem: str) -> None:
         self.stacking = False
@@ -79,7 +87,7 @@ class StackedOracle(ResidentOracle):
 
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context((frozen_statistics if self.dropout else eval_mode)(self.model))
+            stack.enter_context(probe_modes(self.model, dropout=self.dropout, keep=self.keep_mode))
             stack.callback(restore, originals)
             for slot in slots:
                 originals[slot] = [tensor.data for tensor in slot.tensors]

@@ -68,6 +68,7 @@ def _gradient(tensor: Tensor, direction: Direction) -> Tensor:
 
 
 def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    # A hook would run once per parameter instead of once per step.
-    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    """Whether there are hooks that would run once per parameter instead of once per step, and do not say they may."""
+    own = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    strict = any(not getattr(hook, "per_parameter", False) for hook in own)
+    return bool(strict or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)

@@ -5,6 +5,7 @@ from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
 from .log import FILE_NAME, SeedLog, SeedLogWriter
 from .replay import engine_for, replay
+from .stopped import Stopped
 
 __all__ = [
     "FILE_NAME",
@@ -12,6 +13,7 @@ __all__ = [
     "SeedLog",
     "SeedLogWriter",
     "Settings",
+    "Stopped",
     "engine_for",
     "fingerprint",
     "load_adapter",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
-from ..targets import memory_of, plain_parameters
+from ..targets import elsewhere, memory_of, plain_parameters
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
@@ -37,7 +37,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
-    """What identifies the weights as they are now.
+    """What identifies the weights in memory as they are now, without updates that wait for the end of a window.
 
     Streamed blocks are read one at a time.
 
@@ -46,7 +46,8 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
         of all other parameters; ``digest``: of all of it.
     """
     engine.flush()
-    digests = _digests(engine)
+    with engine.hidden():
+        digests = _digests(engine)
     slots = {
         slot.key: [list(slot.tensor.shape), str(slot.tensor.dtype).removeprefix("torch."), digests[id(slot.tensor)][1]]
         for slot in engine.slots
@@ -67,6 +68,8 @@ def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
         for ids, blocks in _streamed(engine):
             for each, result in zip(ids, pool.map(_described, blocks), strict=True):
                 found.update(dict.fromkeys(each, result))
+        for _, stand_in, read in elsewhere(engine.model):
+            found[id(stand_in)] = _described(read())
         resident = {key: tensor for key, tensor in tensors.items() if key not in found}
         shared: dict[tuple[object, ...], list[int]] = {}
         for key, tensor in resident.items():

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint import check_settings
 from ..errors import StateError
 from ..estimators import ESTIMATORS
 from ..noise import NOISES
+from ..optimizer import number
 from ..rules import RULES
 from ..targets import TARGETS, WRAPPERS
 from ..version import __version__
@@ -21,21 +23,53 @@ if TYPE_CHECKING:
     from .log import SeedLog
 
 
-def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True) -> None:
-    """Raises `StateError`, naming both sides, unless an engine is one of the run that a log is of.
+#: Settings that decide what a run measures. Doing its steps again does not depend on them.
+MEASURING = ("estimator", "eps", "clip", "dropout")
 
-    The weights are compared if they are those of the log's first step; later ones are not in the log.
+
+def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
+    """Raises `StateError`, naming both sides, unless an engine goes on with the run that a log is of.
+
+    That takes all settings of that run, besides what `check_run` asks. An engine without a seed takes the log's.
+    """
+    logged = next((entry.settings for entry in log.steps if entry.step >= engine.step_count), log.parsed.settings)
+    theirs = {name: log.header[name] for name in (*_facts(engine), *MEASURING) if name in log.header}
+    eps = theirs.pop("eps")  # of the first group; the others are ratios, and compared in each step
+    if eps != engine.continuity.given["eps"][0]:
+        theirs["eps"] = [eps * ratio for ratio in log.header["settings"]["eps"]]
+    if RULES.resolve(theirs["rule"]).name == engine.rule.name and _varies(log):
+        del theirs["rule"]
+    check_settings(engine, theirs, f"the seed log {log.path}")
+    if engine.config.seed is not None and engine.seed != logged.seed:
+        said = engine.continuity.front.said
+        raise StateError(
+            f"the seed log {log.path} is of a run with {said({'seed': logged.seed})}, and this one has "
+            f"{said({'seed': engine.seed})}; continue with the settings of that run, or "
+            f"{engine.continuity.front.weights_alone}"
+        )
+    check_run(engine, log, engine.step_count)
+    engine.seed = logged.seed
+
+
+def _varies(log: SeedLog) -> bool:
+    """Whether the rule changes from step to step: a scheduler cycles its momentum. Then its name has to agree."""
+    return any(entry.rule != log.header["rule"] for entry in log.steps)
+
+
+def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True) -> None:
+    """Raises `StateError`, naming both sides, unless an engine can do the steps of a log.
+
+    The weights are compared if they are those of the log's first step; later ones are not in the log, and those
+    of a run that was interrupted are ahead of it.
     """
     name = f"the seed log {log.path}"
     now = _facts(engine)
-    # Where the rule changes from step to step (a scheduler cycles its momentum), its name has to agree.
-    varies = any(entry.rule != log.header["rule"] for entry in log.steps)
-    if varies and RULES.resolve(log.header["rule"]).name == engine.rule.name:
+    if _varies(log) and RULES.resolve(log.header["rule"]).name == engine.rule.name:
         del now["rule"]
     for key, value in now.items():
         if log.header[key] != value:
             raise StateError(f"{name} is of a run with {key}={log.header[key]!r}, and this one has {key}={value!r}")
-    if step == log.first_step:
+    if step == log.first_step and engine.continuity.ahead <= step:
         check_base(log.header["base"], fingerprint(engine), name, frozen=frozen)
     else:
         shapes = {s.key: [list(s.tensor.shape), str(s.tensor.dtype).removeprefix("torch.")] for s in engine.slots}
@@ -85,7 +119,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "first_step": engine.step_count,
         **_facts(engine),
         "estimator": ESTIMATORS.describe(engine.estimator),
-        "eps": engine.eps,
+        "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
         "limits": limits,
@@ -99,7 +133,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
 def _prefix(engine: ZeroOrder) -> str:
     """What the names of the parameters have in front of their slot keys, without wrappers."""
     slot = engine.slots[0]
-    held = {id(tensor) for tensor in slot.tensors}
+    held = {id(tensor) for tensor in slot.leads}
     name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
     plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     return plain.removesuffix(slot.key)
@@ -117,7 +151,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(engine._group_of[slot])] for slot in engine.slots)
     relative = {group_of[i]: engine._relative_eps(slot) for i, slot in enumerate(engine.slots)}
-    lrs = tuple(float(group["lr"]) for group in groups)
+    lrs = tuple(number(group, "lr", 0.0) for group in groups)
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):
         distinct = list(dict.fromkeys(lrs))
@@ -126,7 +160,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
         engine.seed,
         group_of,
         tuple(relative.get(i, 1.0) for i in range(len(groups))),
-        tuple(float(group.get("weight_decay", 0.0)) for group in groups),
+        tuple(number(group, "weight_decay", 0.0) for group in groups),
         kept,
     )
     return settings, lrs
@@ -137,14 +171,13 @@ def _fit(columns: tuple[int, ...], lrs: tuple[float, ...]) -> bool:
     return len(columns) == len(lrs) and len(set(zip(columns, lrs, strict=True))) == len(set(columns))
 
 
-def same_updates(a: Settings, b: Settings) -> bool:
-    """Whether two settings mean the same updates; the columns are a matter of writing."""
-    return (a.seed, a.group_of, a.eps, a.weight_decay) == (b.seed, b.group_of, b.eps, b.weight_decay)
-
-
-def shown(settings: Settings, lrs: tuple[float, ...], rule: Any) -> str:
-    """What `current` returned, and the rule, for messages."""
-    return (
-        f"seed={settings.seed}, lr={list(lrs)}, weight_decay={list(settings.weight_decay)}, "
-        f"eps ratios={list(settings.eps)}, rule={rule}"
-    )
+def updates(settings: Settings, lrs: tuple[float, ...], rule: Any) -> dict[str, Any]:
+    """What decides an update besides its probes; the columns are a matter of writing."""
+    return {
+        "lr": lrs,
+        "weight_decay": settings.weight_decay,
+        "eps ratios": settings.eps,
+        "seed": settings.seed,
+        "rule": rule,
+        "groups": settings.group_of,
+    }

@@ -21,7 +21,7 @@ from ..modes import rng_state, same_rng
 from ..records import StepRecord
 from ..rules import RULES
 from .format import LoggedStep, Parsed, encode_change, encode_header, encode_step, parse
-from .header import check_run, current, make_header, same_updates, shown
+from .header import check_continued, current, make_header, updates
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
@@ -103,6 +103,18 @@ class SeedLogWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._drew = False
         engine.listeners.append(self._on_step)
+        engine.followers.append(self._begin_again)
+
+    def _begin_again(self) -> None:
+        """Other weights move from here on: the log so far is kept under another name, and a new one begins."""
+        self.sync()
+        os.close(self._file)
+        set_aside(self.path)
+        _write(self.path, encode_header(make_header(self.engine)))
+        parsed = SeedLog.read(self.path).parsed
+        self.next_step, self.chain, self._logged = parsed.next_step, parsed.chain, {}
+        self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     @classmethod
     def attach(cls, engine: ZeroOrder, path: str | os.PathLike[str], *, follow: bool = False) -> SeedLogWriter:
@@ -112,11 +124,11 @@ class SeedLogWriter:
             engine: with its weights and optimizer state as they are before that step.
             path: of the file; its folder is made if it is missing.
             follow: continue the log that is there, which must have come at least to this step; `logged`
-                then returns the steps that it has beyond. Without it a new log begins, and one that is
-                there is kept under another name.
+                then returns the steps that it has beyond. An engine without a seed of its own takes the log's.
+                Without ``follow`` a new log begins, and one that is there is kept under another name.
 
         Raises:
-            StateError: with ``follow``, the log is not one of such a run.
+            StateError: with ``follow``, the log is not one of such a run, or it is of one with other settings.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +151,7 @@ class SeedLogWriter:
         try:
             log = SeedLog.read(path)
             log.since(engine.step_count)
-            check_run(engine, log, engine.step_count)
+            check_continued(engine, log)
         except StateError:
             return cls.attach(engine, path)
         if log.next_step > engine.step_count:
@@ -156,13 +168,15 @@ class SeedLogWriter:
         """
         entry = self._logged.get(self.engine.step_count)
         if entry is not None:
-            settings, lrs = current(self.engine)
-            rule = RULES.describe(self.engine.rule)
-            if lrs != entry.lrs or rule != entry.rule or not same_updates(settings, entry.settings):
+            mine = updates(*current(self.engine), RULES.describe(self.engine.rule))
+            logged = updates(entry.settings, entry.lrs, entry.rule)
+            names = [name for name, value in mine.items() if value != logged[name]]
+            if names:
+                said = self.engine.continuity.front.said
                 raise StateError(
-                    f"{self.path} has step {entry.step} with {shown(entry.settings, entry.lrs, entry.rule)}, and this "
-                    f"run has {shown(settings, lrs, rule)}; continue with the arguments of that run, or start from a "
-                    "checkpoint by its name, which leaves the rest of the log aside"
+                    f"{self.path} has step {entry.step} with {said({name: logged[name] for name in names})}, and this "
+                    f"run has {said({name: mine[name] for name in names})}; continue with the arguments of that run, "
+                    "or start from a checkpoint by its name, which leaves the rest of the log aside"
                 )
         return entry
 
@@ -236,6 +250,7 @@ class SeedLogWriter:
         """Syncs and stops logging. Calling it again does nothing."""
         if self._on_step in self.engine.listeners:
             self.engine.listeners.remove(self._on_step)
+            self.engine.followers.remove(self._begin_again)
             self.sync()
             os.close(self._file)
 
@@ -270,7 +285,7 @@ def _write(path: Path, data: bytes) -> None:
 def _continued(engine: ZeroOrder, path: Path) -> Parsed:
     """The log at ``path`` without a torn tail, after checking that it is of this run."""
     log = SeedLog.read(path)
-    check_run(engine, log, engine.step_count)
+    check_continued(engine, log)
     parsed = log.parsed
     if parsed.corrupt is None or not parsed.followed:
         damaged = path.stat().st_size - parsed.end

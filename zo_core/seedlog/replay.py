@@ -176,7 +176,7 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     position = {key: index for index, key in enumerate(keys)}
     bar = Bar(len(steps) * sum(slot.tensor.numel() for slot in engine.slots)) if progress else None
     advance: Advance = (lambda amount: None) if bar is None else bar.advance
-    with torch.no_grad():
+    with torch.no_grad(), engine.hidden():
         for slot in engine.slots:
             if engine.lazy is not None and engine.lazy.takes(slot):
                 for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps, advance):

@@ -2,7 +2,9 @@
 
 from .auto import Auto
 from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, slot_keys
+from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain
+from .memory import in_several_ways
 from .scales import Scales
 from .torchao import TorchaoScales
 from .trainable import Trainable
@@ -18,6 +20,9 @@ __all__ = [
     "TorchaoScales",
     "Trainable",
     "check_tensor",
+    "check_values",
+    "elsewhere",
+    "in_several_ways",
     "keep_codes_plain",
     "memory_of",
     "plain_parameters",

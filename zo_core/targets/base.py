@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..errors import ModelError
 from ..noise.direction import FLOAT_DTYPES, Scaling
 from ..registry import Registry
+from .memory import Region, as_it_lies, shows_twice
 
 WRAPPERS = ("module", "_orig_mod")
 
@@ -30,6 +31,7 @@ class Slot:
         scaling: how quantisation scales move; None for ordinary weights.
         own: values of this slot for the optimizer's group (``lr``, ``eps``), where they differ from
             those of the run.
+        region: how the tensors show the memory, where they do not all show it alike.
     """
 
     key: str
@@ -37,15 +39,38 @@ class Slot:
     modules: tuple[nn.Module, ...]
     scaling: Scaling | None = None
     own: Mapping[str, float] = field(default_factory=dict)
+    region: Region | None = None
 
     @property
     def tensor(self) -> Tensor:
         return self.tensors[0]
 
+    @property
+    def leads(self) -> tuple[Tensor, ...]:
+        """Those of the tensors that show the slot as the noise counts its elements."""
+        return self.tensors if self.region is None else self.tensors[: self.region.leads]
+
     def led_by(self, ids: Container[int]) -> Slot:
         """The same slot, its first tensor one whose ``id`` is in ``ids``: the one an optimizer knows."""
-        first = sorted(self.tensors, key=lambda tensor: id(tensor) not in ids)
-        return replace(self, tensors=tuple(first))
+        first = sorted(self.leads, key=lambda tensor: id(tensor) not in ids)
+        return replace(self, tensors=(*first, *self.tensors[len(first) :]))
+
+    def seen(self, values: Tensor) -> list[Tensor]:
+        """What each of the tensors shows if the first one has ``values``, which are in memory or from `room`."""
+        if self.region is None:
+            return [values] * len(self.tensors)
+        return [self.region.seen(index, values) for index in range(len(self.tensors))]
+
+    def seen_by(self, tensor: Tensor, values: Tensor) -> Tensor:
+        """As `seen`, for one of the tensors."""
+        if self.region is None:
+            return values
+        index = next(index for index, held in enumerate(self.tensors) if held is tensor)
+        return self.region.seen(index, values)
+
+    def room(self, values: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
+        """Memory for other values of the first tensor; ``take`` makes a tensor like another one."""
+        return take(values) if self.region is None else self.region.room(values, take)
 
 
 @dataclass(frozen=True)
@@ -102,6 +127,7 @@ def slot_keys(names: Iterable[str]) -> list[str]:
     return keys
 
 
+@as_it_lies
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raises `ModelError` for a tensor that cannot be moved."""
     if tensor.is_meta:
@@ -120,8 +146,20 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"parameter {name!r} is a {type(tensor.data).__name__}, whose values are not one plain tensor; "
             "requires_grad_(False) leaves it alone"
         )
+    if shows_twice(tensor) and not _stands_for(tensor):
+        raise ModelError(
+            f"parameter {name!r} of shape {list(tensor.shape)} shows several elements at one place in memory (its "
+            f"strides are {list(tensor.stride())}, as after expand), so they cannot move by themselves; make the "
+            "parameter of the tensor before it was expanded, or of tensor.clone()"
+        )
 
 
+def _stands_for(tensor: Tensor) -> bool:
+    """Whether a tensor only has the place of one that is streamed: a single NaN, expanded."""
+    return tensor.untyped_storage().nbytes() == tensor.element_size() and bool(tensor.detach().flatten()[0].isnan())
+
+
+@as_it_lies
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two tensors exactly if they show the same elements in the same order."""
     if tensor.numel() == 0 or tensor.is_meta:  # which have no memory: on meta, only a tensor itself is tied

@@ -76,7 +76,7 @@ class Scales(Target):
         own = {"lr": self.others_lr, "eps": self.others_eps}
         given = {name: value for name, value in own.items() if value is not None}
         for key, (_, slot) in zip(keys[len(scales) :], others, strict=True):
-            result.append(Slot(key, slot.tensors, slot.modules, own=given))
+            result.append(Slot(key, slot.tensors, slot.modules, own=given, region=slot.region))
         return result
 
 

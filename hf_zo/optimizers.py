@@ -1,0 +1,131 @@
+"""Which weights a trainer trains, in which groups and by which optimizer: what its user said, in any of the ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from zo_core import ConfigError, Slot, ZOConfig, ZOOptimizer
+from zo_core.config import AUTO
+from zo_core.optimizer import param_groups
+
+from .checks import default
+
+
+def chosen_by_user(trainer: Trainer, built: torch.optim.Optimizer) -> str | None:
+    """How the user chose an optimizer; None if the trainer built the one that it builds for everybody.
+
+    Args:
+        trainer: the trainer.
+        built: what its ``create_optimizer`` has made.
+    """
+    if trainer.optimizer_cls_and_kwargs is not None:
+        return "optimizer_cls_and_kwargs"
+    owners = [cls for cls in type(trainer).__mro__ if "create_optimizer" in vars(cls)]
+    if any(cls is not Trainer and not cls.__module__.startswith("hf_zo.") for cls in owners):
+        return "create_optimizer"
+    for name in ("optim", "optim_args", "optim_target_modules"):
+        value = getattr(trainer.args, name, None)
+        usual = default(trainer.args, name)
+        if value != (OptimizerNames(usual) if name == "optim" else usual):
+            return f"{name}={str(getattr(value, 'value', value))!r}"
+    usual_class = Trainer.get_optimizer_cls_and_kwargs(trainer.args)[0]
+    return None if type(built) is usual_class else "get_optimizer_cls_and_kwargs"
+
+
+@contextmanager
+def numbers_of(args: TrainingArguments, config: ZOConfig) -> Iterator[None]:
+    """In this context the arguments have the learning rate and the weight decay of ``config``, if it has any."""
+    before = args.learning_rate, args.weight_decay
+    if config.lr not in (None, AUTO):
+        args.learning_rate = float(config.lr)
+    args.weight_decay = config.weight_decay or args.weight_decay
+    try:
+        yield
+    finally:
+        args.learning_rate, args.weight_decay = before
+
+
+def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: float) -> ZOOptimizer:
+    """An optimizer over the slots that ``like`` holds, in groups like its own.
+
+    Args:
+        slots: those of the model. Quantisation scales, which no other optimizer holds, have a group without decay.
+        like: has the learning rate and the weight decay of each parameter.
+        lr: where that has none.
+        eps: distance of the probes.
+    """
+    held = {id(tensor): group for group in like.param_groups for tensor in group["params"]}
+    sets: dict[tuple[float, float], list[Slot]] = {}
+    without: dict[str, Any] = {}
+    for group in [*like.param_groups, without]:
+        sets.setdefault(_numbers(group, lr), [])
+    for slot in slots:
+        group = next((held[id(tensor)] for tensor in slot.tensors if id(tensor) in held), without)
+        if group is not without or slot.scaling is not None:
+            sets[_numbers(group, lr)].append(slot)
+    groups = [
+        {"lr": rate, **group, "weight_decay": decay}
+        for (rate, decay), members in sets.items()
+        for group in param_groups(members)
+    ]
+    if slots[0].scaling is not None:
+        # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
+        groups.sort(key=lambda group: group["params"][0] is not slots[0].tensor)
+    return ZOOptimizer(groups, lr=lr, eps=eps)
+
+
+def _numbers(group: dict[str, Any], lr: float) -> tuple[float, float]:
+    rate = group.get("lr")
+    return lr if rate is None else float(rate), float(group.get("weight_decay") or 0.0)
+
+
+def whole(trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """The module that has all the weights which are trained: the model, or with others that belong to the trainer.
+
+    A loss may have weights of its own, as the classifier in a loss of sentence-transformers.
+
+    Raises:
+        ConfigError: the optimizer holds a weight that is in no module of the trainer.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known and p.requires_grad]
+    if not others or isinstance(optimizer, ZOOptimizer):
+        return model
+    parts: dict[str, nn.Module] = {"model": model}
+    for name, value in vars(trainer).items():
+        for key, module in _modules(name, value):
+            if any(parameter is other for parameter in module.parameters() for other in others):
+                parts[key] = module
+    found = {id(parameter) for module in parts.values() for parameter in module.parameters()}
+    missing = [list(other.shape) for other in others if id(other) not in found]
+    if missing:
+        raise ConfigError(
+            [
+                f"the optimizer of {type(trainer).__name__} holds {len(missing)} tensors (the first of shape "
+                f"{missing[0]}) that are neither in its model nor in another module that is an attribute of the "
+                "trainer, so no probe could reach them; make them part of the model"
+            ]
+        )
+    return nn.ModuleDict(parts)
+
+
+def _modules(name: str, value: Any) -> Iterable[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, dict):
+        yield from (
+            (f"{name}_{key}".replace(".", "_"), part) for key, part in value.items() if isinstance(part, nn.Module)
+        )
+
+
+def by_decay(trainer: Trainer, model: nn.Module, slot: Slot, group: dict[str, Any]) -> bool:
+    """Whether a slot that has become trainable belongs into a group with this weight decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return bool(group["weight_decay"]) == (names.get(id(slot.tensor)) in trainer.get_decay_parameter_names(model))

@@ -1,0 +1,270 @@
+"""What a run that goes on has to have in common with the one before: the mark in checkpoints, and settings that agree.
+
+The state of an optimizer carries one entry of ours, ``"zo"``. It tells our checkpoints from those of other
+optimizers, whose hyperparameters may have the same names and mean something else: Adam's ``eps`` is no distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import StateError
+from .estimators import ESTIMATORS
+from .noise import NOISES
+from .noise.hashing import derive_seed
+from .rules import RULES
+from .targets import TARGETS
+from .writers import OWN, is_own, written_by
+
+if TYPE_CHECKING:
+    from .engine import ZeroOrder
+
+MARK = "zo"
+#: Of the mark; a newer one may mean something that this version does not know.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """How the users of a front end call things, for messages.
+
+    Attributes:
+        names: what they write for a setting, where that is not the setting's own name.
+        weights_alone: how they begin a new run with the weights of a checkpoint.
+        same_optimizer: how they train with the optimizer that wrote one.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    weights_alone: str = "begin a new run from its weights: load them into the model, and leave the rest of it out"
+    same_optimizer: str = "pass that optimizer as optimizer=..., which makes the rule 'torch'"
+
+    def said(self, settings: Mapping[str, Any]) -> str:
+        """Settings as the user writes them; a value that all groups share is shown once."""
+        return ", ".join(f"{self.names.get(name, name)}={_shown(value)}" for name, value in settings.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0] if all(each == value[0] for each in value) else list(value)
+    return repr(value)
+
+
+class Continuity:
+    """What an engine knows about the run that it is part of.
+
+    Attributes:
+        given: the settings as they were when the engine was made. Those of a group may change in mid-run.
+        front: the front end that made the engine.
+        ahead: the weights have the steps below this one already, because a run in this process was interrupted:
+            repeating those steps moves nothing.
+        whole: False during an update, and after one that was interrupted.
+    """
+
+    def __init__(self, engine: ZeroOrder):
+        self.given = settings_of(engine)
+        self.front = FrontEnd()
+        self.ahead = 0
+        self.whole = True
+
+    @contextmanager
+    def applying(self) -> Iterator[None]:
+        """Around whatever moves weights; an interrupt in there leaves some moved and others not."""
+        before, self.whole = self.whole, False
+        try:
+            yield
+        except StateError:  # nothing was measured, or the log could not be written: no weight is half moved
+            self.whole = before
+            raise
+        self.whole = before
+
+    def differences(self, other: Mapping[str, Any], *, seed: int | None) -> list[str]:
+        """Names of the settings in which the other side differs.
+
+        Args:
+            other: settings, or some of them.
+            seed: the one that the user has set; None takes any.
+        """
+        return [name for name in self.given if name in other and not self._agrees(name, other[name], seed)]
+
+    def _agrees(self, name: str, value: Any, seed: int | None) -> bool:
+        mine = self.given[name]
+        if name == "seed":
+            return seed is None or mine == value
+        if name in ("eps", "weight_decay"):
+            if len(mine) != len(value):  # other groups: an error of their own
+                return True
+            # A weight decay of 0 is what nobody asked for, and then the checkpoint's counts.
+            return all(
+                own == each or (name == "weight_decay" and own == 0) for own, each in zip(mine, value, strict=True)
+            )
+        return bool(mine == value)
+
+
+def settings_of(engine: ZeroOrder) -> dict[str, Any]:
+    """The settings that a run which goes on has to share, as plain values; rates may change, so none is among them."""
+    groups = engine.optimizer.param_groups
+    torch_rule = engine.rule.wants_optimizer
+    settings = {
+        "estimator": ESTIMATORS.describe(engine.estimator),
+        "noise": NOISES.describe(engine.noise),
+        "rule": RULES.describe(engine.rule),
+        "target": TARGETS.describe(engine.target),
+        "num_probes": engine.num_probes,
+        "eps": [engine.eps] if torch_rule else [float(group["eps"]) for group in groups],
+        "clip": engine.config.clip,
+        "dropout": engine.config.dropout,
+        "stochastic_rounding": engine.config.stochastic_rounding,
+        "weight_decay": [] if torch_rule else [float(group["weight_decay"]) for group in groups],
+        "seed": engine.seed,
+    }
+    return {name: _plain(value) for name, value in settings.items()}
+
+
+def _plain(value: Any) -> Any:
+    """What ``torch.load(weights_only=True)`` reads; other objects, of components of one's own, as their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def marked(state: dict[str, Any], engine: ZeroOrder | None) -> dict[str, Any]:
+    """A state of an optimizer with our mark in it."""
+    mark: dict[str, Any] = {"version": VERSION, "settings": {}}
+    if engine is not None:
+        mark["settings"] = dict(engine.continuity.given)
+        mark["drawn"] = engine.seed  # of the directions: a second run with one trainer has another than the given one
+    return {**state, MARK: mark}
+
+
+def check_state(state: Any, engine: ZeroOrder | None, own: str | None, extra: Collection[str] = ()) -> None:
+    """Raises `StateError` for a state of another optimizer, or of a run with other settings.
+
+    Args:
+        state: of an optimizer, with our mark or without.
+        engine: whose run would go on with it; None checks the writer alone.
+        own: who writes such states in this run; None if that is not known.
+        extra: keys that this run's groups have besides.
+    """
+    front = FrontEnd() if engine is None else engine.continuity.front
+    if not isinstance(state, Mapping) or "param_groups" not in state or "state" not in state:
+        return  # whoever loads it says what is missing
+    mark = state.get(MARK)
+    if mark is not None:
+        if not isinstance(mark, Mapping) or not isinstance(mark.get("version"), int):
+            raise StateError(f"this checkpoint is damaged: its mark is {mark!r}")
+        if mark["version"] > VERSION:
+            raise StateError(
+                f"this checkpoint was written by a newer version (its mark has version {mark['version']}, and this one "
+                f"reads {VERSION}); update zo-trainer"
+            )
+    if engine is not None:
+        check_settings(engine, _known(state, own, extra), "this checkpoint")
+    writer = OWN if own == OWN and is_own(state, extra) else written_by(state)
+    if own == OWN:
+        if writer != OWN and (mark is None or writer is not None):
+            raise StateError(_foreign(state, writer, OWN, front))
+    elif own is not None and writer is not None and writer != own:
+        raise StateError(_foreign(state, writer, own, front))
+
+
+def _known(state: Mapping[str, Any], own: str | None, extra: Collection[str]) -> Mapping[str, Any]:
+    """What a state says about the settings of its run; version 0.1 left no more than the groups."""
+    if MARK in state:
+        settings: Mapping[str, Any] = state[MARK].get("settings", {})
+        return settings
+    if own != OWN or not is_own(state, extra):
+        return {}
+    return {name: [float(group[name]) for group in state["param_groups"]] for name in ("eps", "weight_decay")}
+
+
+def check_settings(engine: ZeroOrder, other: Mapping[str, Any], whose: str) -> None:
+    """Raises `StateError`, naming both sides, unless the settings of an engine are those of another side.
+
+    Args:
+        engine: of the run that goes on.
+        other: settings, or some of them.
+        whose: what has them, for the message.
+    """
+    continuity = engine.continuity
+    names = continuity.differences(other, seed=engine.config.seed)
+    if names:
+        theirs, mine = ({name: side[name] for name in names} for side in (other, continuity.given))
+        raise StateError(
+            f"{whose} is of a run with {continuity.front.said(theirs)}, and this one has "
+            f"{continuity.front.said(mine)}; continue with the settings of that run, or "
+            f"{continuity.front.weights_alone}"
+        )
+
+
+def took_over(state: Mapping[str, Any], engine: ZeroOrder) -> None:
+    """Goes on with what a state that was loaded says, where this run says nothing: the seed, the weight decay."""
+    mark = state.get(MARK, {})
+    given = engine.continuity.given
+    given.update(
+        {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
+    )
+    engine.seed = mark.get("drawn", given["seed"])
+    engine.continuity.ahead, engine.continuity.whole = 0, True
+
+
+def _foreign(state: Mapping[str, Any], writer: str | None, own: str, front: FrontEnd) -> str:
+    keys = ", ".join(sorted({key for group in state["param_groups"] for key in group if key != "params"}))
+    by = writer or f"an optimizer whose groups have {keys}"
+    mine = "zeroth-order training has a ZOOptimizer" if own == OWN else f"this run has {own}"
+    way = f"; or {front.same_optimizer}" if own == OWN and writer != OWN else ""
+    return f"the optimizer state of this checkpoint was written by {by}, and {mine}; {front.weights_alone}{way}"
+
+
+def check_checkpoint(state: Any, engine: ZeroOrder) -> None:
+    """Raises `StateError` for what is not a checkpoint of an engine, or one with another seed than the user's."""
+    missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
+    if missing:
+        is_state = isinstance(state, dict) and {"state", "param_groups"} <= state.keys()
+        by = f"; it is the state of an optimizer, {written_by(state) or OWN}" if is_state else ""
+        raise StateError(f"this is not a checkpoint of ZeroOrder: {', '.join(missing)} missing{by}")
+    if not isinstance(state["step"], int) or state["step"] < 0 or not isinstance(state["seed"], int):
+        raise StateError(
+            f"this checkpoint is damaged: step={state['step']!r}, seed={state['seed']!r} are not whole numbers"
+        )
+    if not isinstance(state["optimizer"], Mapping) or MARK not in state["optimizer"]:
+        check_settings(engine, {"seed": state["seed"]}, "this checkpoint")
+
+
+def resume_at(engine: ZeroOrder, state: Mapping[str, Any]) -> None:
+    """Takes over the step and the seed of a checkpoint whose optimizer state was loaded."""
+    if MARK not in state["optimizer"]:
+        engine.continuity.given["seed"] = state["seed"]
+    engine.step_count, engine.seed = state["step"], state["seed"]
+
+
+def next_seed(seed: int) -> int:
+    """The seed of a second run after one with this seed."""
+    return derive_seed(seed, 0, -1)  # no direction has this index
+
+
+def begin_again(engine: ZeroOrder) -> None:
+    """A new run, from step 0, over weights that this engine has moved.
+
+    It draws directions of its own. All else begins anew as well, so its log replays on the weights that it began
+    with; a torch optimizer keeps its state.
+    """
+    continuity = engine.continuity
+    if not engine.step_count and not continuity.ahead:
+        return
+    engine.discard()
+    if engine.lazy is not None:
+        engine.lazy.merge()
+    engine.flush()
+    engine.optimizer.thresholds.clear()
+    if not engine.rule.wants_optimizer:
+        for state in engine.optimizer.state.values():
+            state.clear()
+        engine.store_state()
+    engine.seed = next_seed(engine.seed)
+    engine.step_count = continuity.ahead = 0
+    continuity.whole = True

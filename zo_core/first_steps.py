@@ -1,0 +1,80 @@
+"""What the first steps tell about a closure: faults that would let a run go on for ever and learn nothing."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .modes import rng_state, set_rng_state
+from .offload import LockstepOracle
+from .oracle import ResidentOracle, difference
+from .records import Point
+from .targets import Slot
+
+logger = logging.getLogger(__name__)
+
+
+class FirstSteps:
+    """Looks at the first steps of an engine, and warns once of each thing that it finds."""
+
+    def __init__(self) -> None:
+        self.looked = False
+        self._without_signal: int | None = 0
+
+    def look(
+        self, oracle: ResidentOracle | LockstepOracle, points: Sequence[Point], closure: Callable[[], Any]
+    ) -> tuple[int, Tensor] | None:
+        """Before anything else, measures one of the points of a step; generators and buffers are as before afterwards.
+
+        Returns:
+            The index of the point and its loss, for `compare`; None if this has been done before.
+        """
+        if self.looked:
+            return None
+        self.looked = True
+        start = rng_state()
+        index = next((index for index, point in enumerate(points) if point.scale), 0)
+        loss = oracle.losses((points[index],), closure)[0]
+        set_rng_state(start)
+        oracle.state.rewind()
+        if not oracle.realisation.used:
+            logger.warning(
+                "the closure ran without any of the trained weights, so nothing will be learnt: it has to compute the "
+                "loss with the model that is trained (or with what wraps it), and to do so each time that it is called"
+            )
+        return index, loss
+
+    def compare(self, first: Tensor, again: Tensor, slots: Sequence[Slot]) -> None:
+        """Warns of a closure whose loss is another one each time that it is called at the same weights."""
+        if difference([first], [again], slots) is not None:
+            logger.warning(
+                "the closure returned the losses %.7g and %.7g at the same weights and with the same random numbers; "
+                "differences between probes are then noise. Draw the batch before the closure, so that every probe has "
+                "the same one (batch = next(batches); zo.step(lambda: loss_of(batch))), and draw random numbers from "
+                "torch's, numpy's or Python's global generators, which are the same for all probes",
+                first.item(),
+                again.item(),
+            )
+
+    def see(self, losses: Sequence[float], eps: float) -> None:
+        """Warns of losses that do not depend on the weights, while no step had others."""
+        if self._without_signal is None or not all(map(math.isfinite, losses)):
+            return
+        if len(set(losses)) > 1:
+            self._without_signal = None
+            return
+        self._without_signal += 1
+        if self._without_signal == 2:
+            logger.warning(
+                "all losses of the first two steps agree exactly (%.7g in all probes of the last one), so nothing is "
+                "learnt. Forward-only training sees values alone. Either the loss has the same value whatever the "
+                "weights are (a loss that defines a gradient by detach(), as in GRPO with one iteration; then train on "
+                "the reward itself), or the model does not take part in it, or it moves in steps (an accuracy) that "
+                "are wider than probes with eps=%g can see: take a larger eps, more rows or more directions",
+                losses[0],
+                eps,
+            )

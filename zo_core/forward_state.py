@@ -1,0 +1,287 @@
+"""What a forward may change besides the trained weights: buffers, and what modules keep as attributes.
+
+A running centre, a queue of negatives, a counter, a momentum encoder: what one probe's forward does to them must not
+be seen by the next probe, and a step leaves what one forward leaves. So all probes of a step begin with the same
+state, as they do with the state of the random generators. Tensors are compared by memory and version, so nothing is
+copied while nothing changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+#: Attributes that every module has; `modes` takes care of the ``training`` flags.
+INTERNAL = frozenset(vars(nn.Module()))
+
+#: Containers whose entries are followed, up to `MAX_ENTRIES` of them.
+CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
+MAX_ENTRIES = 1 << 12
+
+#: Bytes of which copies are made in advance, smallest tensors first; others are copied once they have changed.
+IN_ADVANCE = 64 << 20
+
+_MISSING = object()
+
+
+class _Entry:
+    """An attribute or a buffer: a place in the dict of a module."""
+
+    def __init__(self, owner: dict[str, Any], name: str, start: Any):
+        self.owner, self.name, self.start = owner, name, start
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.owner), self.name
+
+    def take(self) -> Any:
+        return self.owner.get(self.name, _MISSING)
+
+    def found(self) -> list[Any]:
+        return [self.take()]
+
+    def put(self, value: Any) -> None:
+        if value is _MISSING:
+            self.owner.pop(self.name, None)
+        else:
+            self.owner[self.name] = value
+
+
+class _Contents:
+    """The entries of a list, dict, set or deque that a module has as an attribute."""
+
+    def __init__(self, name: str, container: Any):
+        self.name, self.container, self.start = name, container, container.copy()
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.container), self.name
+
+    @property
+    def moved(self) -> bool:
+        now, start = self.container, self.start
+        if len(now) != len(start):
+            return True
+        if isinstance(now, set):
+            return bool(now != start)
+        return not all(a is b for a, b in zip(_entries(now), _entries(start), strict=True))
+
+    def take(self) -> Any:
+        return self.container.copy()
+
+    def found(self) -> list[Any]:
+        return list(_entries(self.container))
+
+    def put(self, value: Any) -> None:
+        self.container.clear()
+        (self.container.update if isinstance(value, (dict, set)) else self.container.extend)(value)
+
+
+class _Values:
+    """The values of a tensor that is no trained weight."""
+
+    def __init__(self, name: str, tensor: Tensor, copied: bool):
+        self.name, self.tensor, self.silent = name, tensor, False
+        self.start: tuple[Tensor, Tensor | None]
+        self.begin(copied)
+
+    def begin(self, copied: bool) -> None:
+        """The values as they are now are those to go back to."""
+        self.pointer, self.version = self.tensor.data_ptr(), self.tensor._version
+        self.start = self.tensor.data, self.tensor.data.clone() if copied else None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.tensor), ""
+
+    @property
+    def moved(self) -> bool:
+        if self.tensor._version != self.version or self.tensor.data_ptr() != self.pointer:
+            return True
+        return self.silent and self.differs
+
+    @property
+    def differs(self) -> bool:
+        """Whether the values are others, by their bits; False if there is no copy to compare with."""
+        copy = self.start[1]
+        return copy is not None and not torch.equal(_bits(self.tensor), _bits(copy))
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        return self.tensor.data, self.tensor.data.clone()
+
+    def found(self) -> list[Any]:
+        return [self.tensor]
+
+    def put(self, value: tuple[Tensor, Tensor | None]) -> None:
+        memory, copy = value
+        if memory.data_ptr() != self.tensor.data_ptr():
+            self.tensor.data = memory
+        if copy is not None:
+            memory.copy_(copy)
+
+
+_Part = _Entry | _Contents | _Values
+
+
+class ForwardState:
+    """The state of a model that the probes of a step begin with, and what each of them makes of it.
+
+    Args:
+        model: the module whose forwards are measured.
+        moving: tensors that probes and streaming point at other memory, by ``id``.
+    """
+
+    def __init__(self, model: nn.Module, moving: Collection[int]):
+        self.model, self.moving = model, frozenset(moving)
+        self.places: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.contents: list[_Contents] = []
+        self.values: dict[int, _Values] = {}
+        self._looked_closely = False
+        #: What differs between probes that take turns, by key.
+        self.shared: dict[tuple[int, str], _Part] = {}
+
+    def begin(self) -> None:
+        """Takes the state as it is now for the one that every probe begins with."""
+        self.places, self.contents = [], []
+        before, self.values = self.values, {}
+        found: dict[int, tuple[str, Tensor]] = {}
+        for path, module in self.model.named_modules():
+            own = vars(module)
+            self._remember(path, own, {k: v for k, v in own.items() if k not in INTERNAL}, found)
+            if module._buffers:
+                self._remember(path, module._buffers, dict(module._buffers), found)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in self.moving and _is_followed(parameter):
+                    found[id(parameter)] = f"{path}.{name}", parameter
+        room = IN_ADVANCE
+        for name, tensor in sorted(found.values(), key=lambda one: _nbytes(one[1])):
+            known = before.get(id(tensor))
+            weight = isinstance(tensor, nn.Parameter)
+            room -= 0 if weight else _nbytes(tensor)
+            if known is None or known.tensor is not tensor:
+                known = _Values(name, tensor, copied=room >= 0 and not weight)
+            elif known.moved:
+                known.begin(copied=True)
+            self.values[id(tensor)] = known
+        self._begin_shared()
+
+    def _remember(
+        self, path: str, owner: dict[str, Any], values: dict[str, Any], found: dict[int, tuple[str, Tensor]]
+    ) -> None:
+        self.places.append((owner, values))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                entries = [value]
+            elif type(value) in CONTAINERS and len(value) <= MAX_ENTRIES:
+                self.contents.append(_Contents(f"{path}.{name}", value))
+                entries = [entry for entry in _entries(value) if isinstance(entry, Tensor)]
+            else:
+                continue
+            for tensor in entries:
+                known = isinstance(tensor, nn.Parameter) or id(tensor) in self.moving
+                if not known and _is_followed(tensor):
+                    found[id(tensor)] = f"{path}.{name}", tensor
+
+    def changed(self) -> list[_Part]:
+        """What differs from the state at the beginning."""
+        parts: list[_Part] = []
+        for owner, start in self.places:
+            for name, value in owner.items():
+                if name not in INTERNAL and start.get(name, _MISSING) is not value:
+                    parts.append(_Entry(owner, name, start.get(name, _MISSING)))
+            parts += [_Entry(owner, name, value) for name, value in start.items() if name not in owner]
+        parts += [part for part in self.contents if part.moved]
+        if not self._looked_closely:  # who writes through ``.data`` leaves the version as it is
+            self._looked_closely = True
+            for part in self.values.values():
+                part.silent = not part.moved and part.differs
+        parts += [part for part in self.values.values() if part.moved]
+        return parts
+
+    def rewind(self) -> bool:
+        """Goes back to the state at the beginning.
+
+        Returns:
+            Whether anything had changed.
+        """
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            parts = self.changed()
+            for part in parts:
+                part.put(part.start)
+                if isinstance(part, _Values):
+                    if part.start[1] is None and part.tensor.data_ptr() == part.pointer:
+                        logger.warning(
+                            "%s was written by a forward for the first time, and is too large to keep a copy of it in "
+                            "advance: this step's probes see it change; from the next step on they do not",
+                            part.name.lstrip("."),
+                        )
+                    part.version = part.tensor._version
+        return bool(parts)
+
+    # Probes that take turns
+
+    def share(self) -> bool:
+        """Notes what a sweep has changed, so that `get` and `put` keep it apart for each probe.
+
+        Returns:
+            Whether there was anything new: then the probes have seen each other's state.
+        """
+        with torch._C.DisableTorchFunction():
+            found: dict[tuple[int, str], _Part] = {part.key: part for part in self.changed()}
+        new = found.keys() - self.shared.keys()
+        self.shared.update(found)
+        return bool(new)
+
+    def _begin_shared(self) -> None:
+        places = {id(owner): (owner, start) for owner, start in self.places}
+        now: dict[tuple[int, str], _Part] = {part.key: part for part in (*self.contents, *self.values.values())}
+        shared: dict[tuple[int, str], _Part] = {}
+        for key, part in self.shared.items():
+            if isinstance(part, _Entry):
+                if key[0] in places:
+                    owner, start = places[key[0]]
+                    shared[key] = _Entry(owner, key[1], start.get(key[1], _MISSING))
+            elif key in now:
+                shared[key] = now[key]
+        self.shared = shared
+
+    def get(self) -> list[tuple[_Part, Any]]:
+        """What the probe that has the turn has made of the state."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return [(part, part.take()) for part in self.shared.values()]
+
+    def put(self, state: list[tuple[_Part, Any]]) -> None:
+        """Puts back what `get` returned."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for part, value in state:
+                part.put(value)
+
+
+def _entries(container: Any) -> Iterator[Any]:
+    """Everything in a container, the keys of a dict included."""
+    if isinstance(container, dict):
+        for pair in container.items():
+            yield from pair
+    else:
+        yield from container
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    """Whether a tensor has memory and a version of its own."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_inference())
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

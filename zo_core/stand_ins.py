@@ -1,0 +1,114 @@
+"""Parameters whose values are somewhere else for the moment: in a store, or in the factors of a window.
+
+Between two steps anybody may read a model's parameters: callbacks, averages of weights, code that copies a model. A
+parameter that does not have its values then is made a stand-in, which is the same object with another class. The
+first torch function that reads it brings the values, and it is an ordinary parameter again. Its shape, dtype and
+device can be asked for without that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from types import GetSetDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .oracle.function_mode import METADATA
+
+#: Functions that need no values: questions about the object, and statements that replace or ignore them.
+WITHOUT_VALUES = (
+    METADATA
+    | {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")}
+    | {
+        getattr(Tensor, name).__get__
+        for name in dir(Tensor)
+        if name.startswith("is_") and isinstance(getattr(Tensor, name), GetSetDescriptorType)
+    }
+    | {
+        torch._has_compatible_shallow_copy_type,
+        Tensor.requires_grad_,
+        Tensor.nelement,
+        Tensor.ndimension,
+        Tensor.element_size,
+        Tensor.get_device,
+    }
+    | {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
+)
+
+#: Functions that return the tensor itself where it is already what they are asked for.
+MOVES = frozenset({Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.contiguous})
+
+Bring = Callable[[], object]
+
+
+class StandIn:
+    """The first base of every class of stand-ins; the second is the class that the parameter really has."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in MOVES and isinstance(args[0], StandIn):
+            with torch._C.DisableTorchFunctionSubclass():
+                if func(*args, **kwargs) is args[0]:
+                    return args[0]
+        if func not in WITHOUT_VALUES:
+            _bring(args)
+            _bring(kwargs.values())
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        _bring([self])
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _bring([self])
+        return self.__reduce_ex__(protocol)
+
+
+@lru_cache(maxsize=64)
+def _class_of(cls: type) -> type:
+    return type(cls)("StandIn", (StandIn, cls), {})
+
+
+def stand_in(parameter: Tensor, bring: Bring) -> None:
+    """Makes a parameter a stand-in.
+
+    Args:
+        parameter: any; one that is a stand-in already gets the new ``bring``.
+        bring: called when its values are needed; points it at them.
+    """
+    vars(parameter)["_zo_bring"] = bring
+    if not isinstance(parameter, StandIn):
+        parameter.__class__ = _class_of(type(parameter))
+
+
+def ordinary(parameter: Tensor) -> None:
+    """Takes back `stand_in`."""
+    if isinstance(parameter, StandIn):
+        parameter.__class__ = type(parameter).__mro__[2]
+        del vars(parameter)["_zo_bring"]
+
+
+def _bring(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, StandIn):
+            bring = vars(value)["_zo_bring"]
+            with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
+                bring()
+            assert not isinstance(value, StandIn), "who brings the values makes the parameter an ordinary one"
+        elif isinstance(value, (list, tuple)):
+            _bring(value)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bits, NaN included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (a, b)))

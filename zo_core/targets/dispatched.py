@@ -1,0 +1,54 @@
+"""Models of which accelerate keeps layers on disk or in host memory, and brings them for their forward.
+
+Between forwards such weights are on ``meta``. Accelerate is not imported: its hooks are known by what they look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+
+def elsewhere(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
+    """The parameters that a hook brings: the name of each, what stands for it, and a function that reads it."""
+    for prefix, module in model.named_modules():
+        for hook in _hooks(module):
+            for name, parameter in module.named_parameters(recurse=bool(getattr(hook, "place_submodules", False))):
+                if parameter.is_meta:
+                    yield f"{prefix}.{name}".lstrip("."), parameter, partial(_read, hook, name, parameter)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those hooks of accelerate on a module that bring weights."""
+    hook = getattr(module, "_hf_hook", None)
+    return [each for each in getattr(hook, "hooks", [hook]) if getattr(each, "offload", False)]
+
+
+def _read(hook: Any, name: str, parameter: Tensor) -> Tensor:
+    value: Tensor = hook.weights_map[name]
+    return value.to(parameter.dtype)
+
+
+def check_values(model: nn.Module, *, frozen: bool = False) -> None:
+    """Raises `ModelError` if accelerate keeps layers elsewhere, and parameters that are to move have no values.
+
+    Args:
+        model: any.
+        frozen: whether those that do not move need values, too.
+    """
+    if not any(True for _ in elsewhere(model)):
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and (frozen or parameter.requires_grad):
+            raise ModelError(
+                f"parameter {name!r} has no values: accelerate keeps layers of this model on disk or in host memory "
+                "(device_map, cpu_offload, disk_offload) and lends them for each forward, where no step could change "
+                "them; open the checkpoint with hf_zo.from_pretrained_offloaded(AutoModelForCausalLM, name), or load "
+                "it without device_map and set offload='cpu' or 'disk' (in ZOConfig, or zo_offload), which streams "
+                "what is trained, too"
+            )
