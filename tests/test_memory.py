@@ -132,6 +132,7 @@ def test_nothing_of_a_step_is_kept_when_it_ends(noise: str, offload: str | None)
         zo.measure(run)
         assert kept_per_step() > 0 or noise == "sampled"  # which may draw nothing
         zo.optimizer.step()
+        zo.flush()
         assert kept_per_step() == 0
     zo.measure(run)
     zo.discard()
@@ -139,6 +140,20 @@ def test_nothing_of_a_step_is_kept_when_it_ends(noise: str, offload: str | None)
     record = zo.step(run)
     zo.follow(record.probes, record.loss)
     zo.optimizer.step()
+    zo.close()
+    assert kept_per_step() == 0
+
+
+@pytest.mark.usefixtures("cold_caches")
+def test_words_wait_for_streamed_updates_and_no_longer() -> None:
+    model = tiny("llama")
+    zo = ZeroOrder(model, lr=1e-3, offload="cpu")
+    sizes = []
+    for _ in range(6):
+        zo.step(closure("llama", model))
+        sizes.append(kept_per_step())
+    assert sizes[0] > 0
+    assert len(set(sizes)) == 1
     zo.close()
     assert kept_per_step() == 0
 
