@@ -2,9 +2,9 @@
 
 Each process trains the same checkpoint for a few steps, resident or from disk, and samples its anonymous
 memory (RssAnon) every 5 ms. What counts is the peak above the same process with everything imported, and
-a model of a few kilobytes trained, but nothing opened. glibc keeps freed memory for reuse, in a heap per thread;
-each run is measured as it is, and with MALLOC_MMAP_THRESHOLD_=65536, which makes it give large pieces back. The
-estimate is of memory in use, so it is to be compared with the second.
+a model of a few kilobytes trained, but nothing opened. Each run is measured as processes are by default, and, to tell
+what glibc keeps of freed memory, with MALLOC_MMAP_THRESHOLD_=65536, which makes it give large pieces back. The estimate
+is to be compared with the first.
 
     python -m benchmarks.estimate --save
     python -m benchmarks.estimate --hidden 1024 --layers 32 --vocabulary 4096 --steps 3 --places "from disk" --save
@@ -140,14 +140,14 @@ def main() -> None:
             said = sum(predicted(path, case, args.tokens).values())
             used, kept = (measured(path, case, args.tokens, args.steps, keep) for keep in (False, True))
             rows.append(
-                [case.name, f"{said / 1e6:.0f}", f"{used / 1e6:.0f}", f"{said / used:.3f}", f"{kept / 1e6:.0f}"]
+                [case.name, f"{said / 1e6:.0f}", f"{kept / 1e6:.0f}", f"{said / kept:.3f}", f"{used / 1e6:.0f}"]
             )
         size = sum(file.stat().st_size for file in path.glob("*.safetensors")) / 1e6
     save(
         f"estimate-{size:.0f}mb",
         f"`zo-estimate` and peaks of RssAnon above the imports, MB; a checkpoint of {size:.0f} MB in float32, "
         f"{args.layers} layers, {args.tokens} tokens, {args.steps} steps",
-        ["", "estimate", "measured", "estimate ÷ measured", "measured, glibc keeps"],
+        ["", "estimate", "measured", "estimate ÷ measured", "measured, glibc keeps nothing"],
         rows,
         torch.device("cpu"),
         write=args.save,

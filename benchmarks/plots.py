@@ -93,6 +93,25 @@ def loss() -> Path | None:
     return finish(figure, axes, result, "loss")
 
 
+def memory_over_steps() -> Path | None:
+    """Memory of a process over many steps."""
+    result = newest("memory-over-steps-base")
+    if result is None:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    rows = [row for row in result["rows"] if row[0].isdigit()]
+    for index, name in enumerate(result["columns"][1:]):
+        points = [(int(row[0]), float(row[index + 1])) for row in rows if row[index + 1]]
+        style = "-" if name.startswith("llama") else "--"
+        axes.plot(*zip(*points, strict=True), style, color=COLOURS[index % 3], label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("MB above the imports")
+    axes.set_title(result["title"].split(";")[1].strip(), fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
+    return finish(figure, axes, result, "memory-over-steps")
+
+
 def draw() -> list[Path]:
     """Draws all plots for which there are results."""
-    return [path for path in (step_time(), memory(), loss()) if path is not None]
+    return [path for path in (step_time(), memory(), loss(), memory_over_steps()) if path is not None]

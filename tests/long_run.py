@@ -115,7 +115,7 @@ def lightning(model: Model, config: ZOConfig, rule: str, steps: int, after: Call
             default_root_dir=folder,
             max_steps=steps,
             accelerator="cpu",
-            strategy=ZOStrategy(config.replace(rule=None) if rule in ("torch", "momentum", "sgd") else config),
+            strategy=ZOStrategy(config),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -130,7 +130,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = Model(asked.get("size", "small"))
     rule = asked["rule"]
-    settings = {"rule": rule} if rule != "torch" else {}
+    named = rule != "torch" and asked["front"] != "lightning"  # which takes it from its optimizer
+    settings = {"rule": rule} if named else {}
     lr = {"lr": 1e-4} if asked["front"] == "bare" and rule != "torch" else {}
     config = ZOConfig(noise=asked["noise"], offload=asked["offload"], **settings, **lr)
     seen: list[float] = []

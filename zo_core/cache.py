@@ -47,6 +47,7 @@ class ByteCache(Generic[T]):
         self.nbytes = 0
         self._entries: OrderedDict[Hashable, T] = OrderedDict()
         self._users: dict[int, int] = {}  # of each storage
+        self._fresh: set[Hashable] = set()  # put since the last step ended
         self._lock = threading.Lock()
         _caches.add(self)
 
@@ -73,6 +74,7 @@ class ByteCache(Generic[T]):
             if ENTRY_BYTES + sum({s._cdata: s.nbytes() for s in _storages(value)}.values()) > self.max_bytes:
                 return value
             self._entries[name] = value
+            self._fresh.add(name)
             self.nbytes += ENTRY_BYTES
             for storage in _storages(value):
                 users = self._users[storage._cdata] = self._users.get(storage._cdata, 0) + 1
@@ -92,10 +94,17 @@ class ByteCache(Generic[T]):
         with self._lock:
             self._entries.clear()
             self._users.clear()
+            self._fresh.clear()
             self.nbytes = 0
+
+    def end_step(self, late: bool) -> None:
+        """Lets go of what was kept for the step, or with ``late`` of what was kept for the one before it."""
+        self.keep(self._fresh.copy().__contains__ if late else lambda name: False)
+        self._fresh.clear()
 
     def _remove(self, name: Hashable) -> None:
         value = self._entries.pop(name)
+        self._fresh.discard(name)
         self.nbytes -= ENTRY_BYTES
         for storage in _storages(value):
             self._users[storage._cdata] -= 1
@@ -163,11 +172,15 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return found
 
 
-def end_step() -> None:
-    """Lets go of everything that was kept for a step."""
+def end_step(late: bool = False) -> None:
+    """Lets go of everything that was kept for a step.
+
+    Args:
+        late: updates of this step are yet to be applied, in the course of the next; what it kept goes with that one.
+    """
     for cache in list(_caches):
         if cache.per_step:
-            cache.clear()
+            cache.end_step(late)
 
 
 def clear_caches() -> None:

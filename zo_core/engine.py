@@ -440,8 +440,10 @@ class ZeroOrder:
         self._forget()
 
     def _forget(self) -> None:
-        """A step is over, and with it the use of what its directions were made of."""
-        self.noise.forget([self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes)])
+        """A step is over, and with it the use of what its directions were made of, but for updates that wait."""
+        seeds = [self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes)]
+        late = self.streaming is not None and any(block.pending for block in self.streaming.blocks)
+        self.noise.forget(seeds, late)
 
     def follow(self, probes: tuple[Probe, ...], loss: float) -> None:
         """The next `apply` repeats a step that was measured before, instead of one that is measured now.

@@ -13,7 +13,7 @@ from ..noise.rounding import DROPPED_BITS
 from ..targets import Slot
 
 
-def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: int) -> int:
+def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: int, streamed: bool) -> int:
     """What is kept of a step's directions, and the buffers in which they are made.
 
     Args:
@@ -21,6 +21,7 @@ def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: i
         slots: that move.
         directions: per step.
         threads: that run probes.
+        streamed: updates of a step are applied in the next, so words of two steps are kept.
     """
     noise = unsampled(noise)
     words = left = right = 0
@@ -32,6 +33,7 @@ def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: i
         else:
             count = -(-shape.numel() // noise.values_per_word)
             words += 4 * count + -(-count // BATCH_WORDS) * ENTRY_BYTES
+    words *= 1 + streamed
     kept = [(words, WORD_BYTES), (left, LEFT_BYTES), (right, RIGHT_BYTES)]
     half = any(slot.tensor.dtype in DROPPED_BITS for slot in slots)
     largest = max((slot.tensor.numel() for slot in slots), default=0)

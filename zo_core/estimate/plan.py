@@ -188,7 +188,9 @@ def _row(
         "arena": min(ARENA_SLOTS, len(blocks)) * max(in_arena, default=0),
         "copies": scratch.copies,
         "activations": scratch.activations,
-        "noise": noise_bytes(settings.noise, slots, settings.num_probes, points if blocks else 1) if on_cpu else 0,
+        "noise": noise_bytes(settings.noise, slots, settings.num_probes, points if blocks else 1, bool(blocks))
+        if on_cpu
+        else 0,
     }
     # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0

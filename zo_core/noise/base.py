@@ -56,12 +56,12 @@ class Noise:
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         """Computes in advance what is cheaper for many slots together; it changes no value."""
 
-    def forget(self, seeds: Sequence[int]) -> None:
+    def forget(self, seeds: Sequence[int], late: bool = False) -> None:
         """Lets go of what was kept for the step of these directions, and changes no value.
 
-        What later steps of a window need as well stays.
+        What later steps of a window need as well stays; with ``late``, what updates in the next sweep need, too.
         """
-        end_step()
+        end_step(late)
 
     def values(
         self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0

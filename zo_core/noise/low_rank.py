@@ -104,8 +104,8 @@ class LowRank(Rademacher):
             shape = name[2]
             _lefts.put(name, piece[: shape[0] * shape[1]].view(shape))
 
-    def forget(self, seeds: Sequence[int]) -> None:
-        super().forget(seeds)
+    def forget(self, seeds: Sequence[int], late: bool = False) -> None:
+        super().forget(seeds, late)
         window = {basis(seed) for seed in seeds}
         _rights.keep(lambda name: window.issuperset(name[0]))
 

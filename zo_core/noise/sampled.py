@@ -85,8 +85,8 @@ class Sampled(Wrapping):
             drawn = [(key, shape) for key, shape in slots if self.draws(seeds[0], key)]
             super().prepare([_inner(seed) for seed in seeds], drawn, device)
 
-    def forget(self, seeds: Sequence[int]) -> None:
-        super().forget([_inner(seed) for seed in seeds])
+    def forget(self, seeds: Sequence[int], late: bool = False) -> None:
+        super().forget([_inner(seed) for seed in seeds], late)
 
 
 def _inner(seed: int) -> int:

@@ -48,8 +48,8 @@ class Wrapping(Noise):
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         self.wrapped.prepare(seeds, slots, device)
 
-    def forget(self, seeds: Sequence[int]) -> None:
-        self.wrapped.forget(seeds)
+    def forget(self, seeds: Sequence[int], late: bool = False) -> None:
+        self.wrapped.forget(seeds, late)
 
 
 def check_part(name: str, value: object, meaning: str) -> None:
