@@ -279,7 +279,7 @@ class Streaming:
         """Lets go of parameters of other blocks that were read, as far as nobody holds on to what was read."""
         for key, values in list(self.read.items()):
             holders = key[0].holders[key[1]]
-            alone = ALONE + len(holders) + 1  # the parameters, this object, and the question itself
+            alone = ALONE + len(holders)  # the parameters, this object, and the question itself
             if key[0] is not block and torch._C._storage_Use_Count(values.untyped_storage()._cdata) <= alone:
                 self._settle(*key)
 
@@ -289,7 +289,8 @@ class Streaming:
             self._settle(*key)
 
     def _settle(self, block: Block, name: str) -> None:
-        del self.read[block, name]
+        if self.read.pop((block, name), None) is None:  # to store another one of the block has settled all
+            return
         with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
             now = block.holders[name][0].data
             if not same_bits(now, self._stored(block, name)):
