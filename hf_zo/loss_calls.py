@@ -114,15 +114,20 @@ class LossCalls:
         for call in self.calls:  # of a ``loss.backward()``
             call.scale += 0.0 if call.value.grad is None else call.value.grad.item()
         if not any(call.scale for call in self.calls):
-            raise ConfigError(
-                [
-                    f"training_step of {type(trainer).__name__} does not train on what its compute_loss returns, and "
-                    "only that can be measured with other weights; compute the loss in compute_loss(model, inputs)"
-                ]
-            )
+            raise self._elsewhere()
+
+    def _elsewhere(self) -> ConfigError:
+        return ConfigError(
+            [
+                f"training_step of {type(self.trainer).__name__} does not train on what its compute_loss returns, and "
+                "only that can be measured with other weights; compute the loss in compute_loss(model, inputs)"
+            ]
+        )
 
     def _receive(self, loss: Tensor, **_: Any) -> None:
         """Stands in for ``Accelerator.backward``: learns the scale of each loss."""
+        if not self.calls:
+            raise self._elsewhere()
         values = [call.value for call in self.calls]
         grads: tuple[Tensor | None, ...] = ()
         if isinstance(loss, Tensor) and loss.requires_grad and values:
