@@ -300,3 +300,41 @@ def test_probes_in_turns_do_not_see_each_other_s_changes() -> None:
         record = zo.step(lambda step=step: model(data(step)))
         assert record.as_dict() == reference.step(lambda step=step: resident(data(step))).as_dict()
     assert model.scale == 1.0
+
+
+class SetsUp(Stateful):
+    """Installs hooks in its first forward, and notes that it has (transformers' recorders of hidden states)."""
+
+    def start(self) -> None:
+        self.ready = False
+        self.seen_by_hooks: Any = Seen()
+
+    def seen(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            for block in self.blocks:
+                block.register_forward_hook(lambda *_: self.seen_by_hooks.note())
+            self.ready = True
+        return x
+
+
+class Seen:
+    """No state of the module."""
+
+    count = 0
+
+    def note(self) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("place", PLACES[:2], ids=str)
+def test_a_forward_that_sets_the_model_up_does_it_once(place: dict[str, Any]) -> None:
+    model = SetsUp()
+    zo = ZeroOrder(model, lr=1e-2, **place)
+    for step in range(3):
+        zo.step(lambda step=step: model(data(step)))
+    zo.close()
+    assert model.ready
+    assert [len(block._forward_hooks) for block in model.blocks] == [1, 1]
+    before = model.seen_by_hooks.count
+    model(data(0))
+    assert model.seen_by_hooks.count == before + 2

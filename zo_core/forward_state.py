@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 #: Attributes that every module has; `modes` takes care of the ``training`` flags.
 INTERNAL = frozenset(vars(nn.Module()))
 
+#: The dicts with the hooks of a module.
+HOOKS = tuple(name for name in sorted(INTERNAL) if "forward" in name and "hooks" in name)
+
 #: Containers whose entries are followed, up to `MAX_ENTRIES` of them.
 CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 MAX_ENTRIES = 1 << 12
@@ -144,23 +147,29 @@ class ForwardState:
         self.places: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.contents: list[_Contents] = []
         self.values: dict[int, _Values] = {}
+        self.hooks: list[dict[Any, Any]] = []
+        self.count = 0
+        #: How many hooks an oracle has put on the modules since the beginning.
+        self.own_hooks = 0
         self._looked_closely = False
         #: What differs between probes that take turns, by key.
         self.shared: dict[tuple[int, str], _Part] = {}
 
     def begin(self) -> None:
         """Takes the state as it is now for the one that every probe begins with."""
-        self.places, self.contents = [], []
+        self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
         found: dict[int, tuple[str, Tensor]] = {}
         for path, module in self.model.named_modules():
             own = vars(module)
+            self.hooks += [own[name] for name in HOOKS]
             self._remember(path, own, {k: v for k, v in own.items() if k not in INTERNAL}, found)
             if module._buffers:
                 self._remember(path, module._buffers, dict(module._buffers), found)
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in self.moving and _is_followed(parameter):
                     found[id(parameter)] = f"{path}.{name}", parameter
+        self.count = self._hooked()
         room = IN_ADVANCE
         for name, tensor in sorted(found.values(), key=lambda one: _nbytes(one[1])):
             known = before.get(id(tensor))
@@ -193,7 +202,11 @@ class ForwardState:
     def changed(self) -> list[_Part]:
         """What differs from the state at the beginning."""
         parts: list[_Part] = []
+        # A forward that installs hooks sets the model up for all that follow, and notes that it has.
+        sets_up = self._hooked() != self.count + self.own_hooks
         for owner, start in self.places:
+            if sets_up and owner.keys() >= INTERNAL:
+                continue
             for name, value in owner.items():
                 if name not in INTERNAL and start.get(name, _MISSING) is not value:
                     parts.append(_Entry(owner, name, start.get(name, _MISSING)))
@@ -205,6 +218,13 @@ class ForwardState:
                 part.silent = not part.moved and part.differs
         parts += [part for part in self.values.values() if part.moved]
         return parts
+
+    def _hooked(self) -> int:
+        return sum(map(len, self.hooks))
+
+    def note_own_hooks(self) -> None:
+        """The hooks that have come since the beginning are those of an oracle, and go again."""
+        self.own_hooks = self._hooked() - self.count
 
     def rewind(self) -> bool:
         """Goes back to the state at the beginning.

@@ -176,6 +176,7 @@ class LockstepOracle:
                 block.module.register_forward_hook(lambda *_: self.lockstep.rendezvous()),
             ):
                 stack.callback(handle.remove)
+        self.state.note_own_hooks()
 
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -216,6 +217,7 @@ class LockstepOracle:
             put(value)
 
     def _end(self) -> None:
+        self.state.own_hooks = 0
         self.realisation.used |= any(view.used for view in self.views)
         restore(self.originals)
         if self.states:
