@@ -4,7 +4,7 @@ Each process trains the same checkpoint for a few steps, resident or from disk, 
 memory (RssAnon) every 5 ms. What counts is the peak above the same process with everything imported, and
 a model of a few kilobytes trained, but nothing opened. Each run is measured as processes are by default, and, to tell
 what glibc keeps of freed memory, with MALLOC_MMAP_THRESHOLD_=65536, which makes it give large pieces back. The estimate
-is to be compared with the first.
+counts what is in use and what heaps keep within a block.
 
     python -m benchmarks.estimate --save
     python -m benchmarks.estimate --hidden 1024 --layers 32 --vocabulary 4096 --steps 3 --places "from disk" --save

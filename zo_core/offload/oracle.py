@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 #: What belongs to the process and a closure may change: a function that gets it, and one that sets it.
 Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
-#: Where a block has as many bytes, the end of a probe gives back what the heap of its thread has kept of logits
-#: and the like: the other probes have theirs. It takes about a millisecond.
-TRIM_BYTES = 4 << 20
+#: Where a block has as many bytes, a probe that hands over gives back what the heap of its thread has kept: the
+#: next one has a heap of its own. It takes about a millisecond, and such a block much longer.
+TRIM_BYTES = 8 << 20
 
 
 class LockstepOracle:
@@ -181,10 +181,7 @@ class LockstepOracle:
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with view.mode():
-                loss = as_scalar(closure())
-            if self.trims:
-                trim_heaps()
-            return loss
+                return as_scalar(closure())
 
         return run
 
@@ -207,6 +204,8 @@ class LockstepOracle:
             self._seen |= self.state.share()
         self.states[index] = [get() for get, _ in self.carried]
         self.views[index].suspend()
+        if self.trims:
+            trim_heaps()
 
     def _enter(self, index: int) -> None:
         self._carry(self.states[index])
