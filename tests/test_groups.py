@@ -48,6 +48,7 @@ def test_groups_have_their_own_learning_rate_eps_and_weight_decay() -> None:
     record = ZeroOrder(model, optimizer=grouped(model)).step(loss)
     for handle in handles:
         handle.remove()
+    del seen[0], losses[0]  # the first step measures one point twice
 
     def z(name: str) -> Tensor:
         values = NOISES.resolve("rademacher").z(record.seed, name, 0, start[name].numel())

@@ -180,6 +180,7 @@ def test_probes_and_update_of_a_step_have_the_same_mask(of: str, num_probes: int
     for _ in range(5):
         before = model.weight.detach().clone()
         record = zo.step(loss)
+        del seen[: len(seen) % 2]  # the first step measures one point twice
         z = [(plus - minus) / 2e-2 for plus, minus in zip(seen[::2], seen[1::2], strict=True)]
         moved = sum(-1e-2 * probe.coefficient * one for probe, one in zip(record.probes, z, strict=True))
         assert torch.allclose(model.weight - before, moved, atol=1e-6)

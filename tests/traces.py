@@ -12,12 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zo_core.stand_ins import StandIn
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of parameters and buffers."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def memory(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """The parameter objects, and what those point at that have their values; to be had before anybody reads them."""
+    return {
+        name: (id(p), p.requires_grad, None if isinstance(p, StandIn) else (p.data_ptr(), p.stride()))
+        for name, p in model.named_parameters()
+    }
+
+
+def same_memory(a: dict[str, tuple[Any, ...]], b: dict[str, tuple[Any, ...]]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name][:2] == b[name][:2] and (None in (a[name][2], b[name][2]) or a[name][2] == b[name][2]) for name in a
+    )
 
 
 def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -34,15 +50,14 @@ def generators() -> list[bytes]:
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Asserts on exit, also by an exception, that weights, buffers, modes, hooks and objects are what they were."""
+    objects = memory(model)
     values = weights(model)
-    objects = {name: (id(p), p.data_ptr(), p.stride(), p.requires_grad) for name, p in model.named_parameters()}
     modes = [module.training for module in model.modules()]
     hooks = [len(getattr(module, kind)) for module in model.modules() for kind in HOOKS]
     try:
         yield
     finally:
+        assert same_memory(memory(model), objects)
         assert same_bits(weights(model), values)
-        found = {name: (id(p), p.data_ptr(), p.stride(), p.requires_grad) for name, p in model.named_parameters()}
-        assert found == objects
         assert [module.training for module in model.modules()] == modes
         assert [len(getattr(module, kind)) for module in model.modules() for kind in HOOKS] == hooks

@@ -34,7 +34,36 @@ IN_ADVANCE = 64 << 20
 _MISSING = object()
 
 
-class _Entry:
+class _Part:
+    """Something that a forward may change.
+
+    Attributes:
+        name: for messages.
+        start: what it was when the step began.
+    """
+
+    name: str
+    start: Any
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Tells it from all other parts."""
+        raise NotImplementedError
+
+    def take(self) -> Any:
+        """What it is now, for `put`."""
+        raise NotImplementedError
+
+    def put(self, value: Any) -> None:
+        """Puts back what `take` returned."""
+        raise NotImplementedError
+
+    def found(self) -> list[Any]:
+        """The objects that it consists of now."""
+        raise NotImplementedError
+
+
+class _Entry(_Part):
     """An attribute or a buffer: a place in the dict of a module."""
 
     def __init__(self, owner: dict[str, Any], name: str, start: Any):
@@ -57,7 +86,7 @@ class _Entry:
             self.owner[self.name] = value
 
 
-class _Contents:
+class _Contents(_Part):
     """The entries of a list, dict, set or deque that a module has as an attribute."""
 
     def __init__(self, name: str, container: Any):
@@ -87,7 +116,7 @@ class _Contents:
         (self.container.update if isinstance(value, (dict, set)) else self.container.extend)(value)
 
 
-class _Values:
+class _Values(_Part):
     """The values of a tensor that is no trained weight."""
 
     def __init__(self, name: str, tensor: Tensor, copied: bool):
@@ -129,9 +158,6 @@ class _Values:
             self.tensor.data = memory
         if copy is not None:
             memory.copy_(copy)
-
-
-_Part = _Entry | _Contents | _Values
 
 
 class ForwardState:

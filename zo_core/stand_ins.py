@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .oracle.function_mode import METADATA
+#: Questions about a tensor that its values do not answer.
+METADATA = {
+    getattr(Tensor, name).__get__
+    for name in (
+        *("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "layout", "is_meta"),
+        *("is_leaf", "grad", "grad_fn", "is_quantized", "is_sparse", "itemsize", "nbytes", "is_nested"),
+    )
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
 #: Functions that need no values: questions about the object, and statements that replace or ignore them.
 WITHOUT_VALUES = (

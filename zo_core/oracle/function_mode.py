@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..stand_ins import METADATA
+
 #: Functions whose half-precision inputs are upcast. Near 0.7 one unit in the last place of bf16 is
 #: 0.004: a difference of two bf16 losses is noise, or exactly 0.
 LOSS_FUNCTIONS = {
@@ -42,15 +44,6 @@ LOSS_FUNCTIONS = {
     Tensor.log_softmax,
     Tensor.logsumexp,
 }
-
-#: Questions about a tensor that its values do not answer.
-METADATA = {
-    getattr(Tensor, name).__get__
-    for name in (
-        *("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "layout", "is_meta"),
-        *("is_leaf", "grad", "grad_fn", "is_quantized", "is_sparse", "itemsize", "nbytes", "is_nested"),
-    )
-} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
 HALF = (torch.bfloat16, torch.float16)
 

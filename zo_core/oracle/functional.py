@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from ..noise import Direction, LowRank, LowRankDirection, Noise, unsampled
 from ..noise.direction import float32
 from ..records import Point
+from ..stand_ins import METADATA
 from ..targets import Slot
-from .function_mode import LOSS_FUNCTIONS, METADATA, ProbeMode, upcast
+from .function_mode import LOSS_FUNCTIONS, ProbeMode, upcast
 from .materialise import Materialised, ProbeView
 from .scratch import ScratchPool
 

@@ -25,8 +25,9 @@ from torch.overrides import resolve_name
 from ..noise import Direction, LowRankDirection, stacked_factors, stacked_values
 from ..noise.direction import float32
 from ..records import Point
+from ..stand_ins import METADATA
 from ..targets import Slot
-from .function_mode import HALF, LOSS_FUNCTIONS, METADATA, upcast
+from .function_mode import HALF, LOSS_FUNCTIONS, upcast
 from .functional import FunctionalMode, Sight
 from .scratch import ScratchPool
 
