@@ -38,6 +38,8 @@ RANKS = {
     "optimizer": 6,
     "lr_range": 6,
     "first_steps": 6,
+    "live": 7,
+    "following": 7,
     "gradient_check": 6,
     "engine": 8,
     "estimate": 9,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -16,30 +14,29 @@ from torch import Tensor, nn
 
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
-from .errors import ConfigError, LossError, ModelError, StateError
+from .errors import LossError, ModelError, StateError
 from .estimators import Estimate
 from .first_steps import FirstSteps
+from .following import follow_model, trainable
 from .gradient_check import GradientCheck, check_gradient
 from .homes import Homes, by_rule
 from .lazy import LazyUpdates
+from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .measured import Measured, mean, probes_from
 from .noise import Direction, direction_of, share_of
 from .offload import Carried, LockstepOracle, Streaming
-from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems, number, param_groups
+from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
-from .placement import check_streamable, offload_model, resolve, slots_of, trainable
+from .placement import check_streamable, offload_model, resolve, slots_of
 from .records import Point, Probe, StepRecord
-from .rules import Torch, UpdateRule
+from .rules import Torch
 from .targets import Slot, Target, keep_codes_plain
 
 logger = logging.getLogger(__name__)
 
-#: Settings of a live engine that nothing would follow any more.
-FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule", "clip", "seed"}
 
-
-class ZeroOrder:
+class ZeroOrder(LiveSettings):
     """Trains a model with forward passes only.
 
         zo = ZeroOrder(model, lr=1e-6, eps=1e-3)
@@ -72,8 +69,6 @@ class ZeroOrder:
         ModelError: a model with nothing to train, or without values.
     """
 
-    _made = False
-
     def __init__(
         self,
         model: nn.Module,
@@ -97,10 +92,9 @@ class ZeroOrder:
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
         self.carried: list[Carried] = []
-        self._target = settings.target.chosen(model)
-        self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         keep_codes_plain(model)
-        slots = self.target.slots(model)
+        slots = self.choose()
+        self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         made = optimizer is None
         if optimizer is None:
             optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
@@ -109,12 +103,17 @@ class ZeroOrder:
         self.streaming: Streaming | None = None
         self._measured: Measured | None = None
         self._followed: tuple[tuple[Probe, ...], float] | None = None
-        self._take(slots)
+        self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
         self._made = True
 
-    def _take(self, slots: list[Slot]) -> None:
+    def choose(self) -> list[Slot]:
+        """The slots of the model as it is now; once adapters were added, another target may find them."""
+        self._target = self._settings.target.chosen(self.model)
+        return self._target.slots(self.model)
+
+    def take(self, slots: list[Slot]) -> None:
         """Makes everything that depends on which weights move."""
         foreign = isinstance(self.optimizer, TorchOptimizerFace)
         self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=foreign)
@@ -123,108 +122,12 @@ class ZeroOrder:
         at_once = [slot for slot in self.slots if self.lazy is None or not self.lazy.takes(slot)]
         self.homes = Homes(at_once, self.optimizer, self.rule, self.streaming)
         self._group_of = self._groups()
-        self._trainable = trainable(self.model)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Settings that a live engine cannot change are not accepted and ignored, and neither are misspelt ones."""
-        if self._made:
-            if name in FIXED:
-                raise AttributeError(
-                    f"{name} is fixed once the engine is made; make another one: "
-                    f"ZeroOrder(model, zo.config.replace({name}={value!r}))"
-                )
-            if name == "rule" and not isinstance(value, UpdateRule):
-                raise AttributeError(f"rule={value!r} must be a rule itself, for example zo_core.Momentum(0.9)")
-            if not name.startswith("_") and not hasattr(self, name):
-                raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
-        super().__setattr__(name, value)
+        self.trainable = trainable(self.model)
 
     @property
     def target(self) -> Target:
         """What chose the slots; it may be another one once adapters were added."""
         return self._target
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the first parameter group; setting it sets that of all groups."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self._set_in_groups("lr", value)
-
-    @property
-    def eps(self) -> float:
-        """The probe distance of the first parameter group; setting it sets that of all groups."""
-        if isinstance(self.optimizer, TorchOptimizerFace):
-            return self._settings.eps  # what a torch optimizer calls eps is something else
-        return float(self.optimizer.param_groups[0]["eps"])
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        if isinstance(self.optimizer, TorchOptimizerFace):
-            raise AttributeError("eps is fixed where a torch optimizer does the updates; make another engine")
-        self._set_in_groups("eps", value)
-
-    @property
-    def weight_decay(self) -> float:
-        """The weight decay of the first parameter group; setting it sets that of all groups."""
-        return float(self.optimizer.param_groups[0].get("weight_decay", 0.0))
-
-    @weight_decay.setter
-    def weight_decay(self, value: float) -> None:
-        self._set_in_groups("weight_decay", value)
-
-    def _set_in_groups(self, name: str, value: float) -> None:
-        problems = group_problems({"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, name: value})
-        if problems:
-            raise ConfigError(problems)
-        if self._measured is not None and name == "eps":
-            raise StateError("eps cannot change while a step is being measured; set it between two steps")
-        for owner in (self.optimizer, getattr(self.optimizer, "inner", self.optimizer)):
-            for group in owner.param_groups:
-                if name in group:
-                    group[name] = value
-
-    def _follow_model(self) -> None:
-        """Trains what the model has now: weights may have been frozen, unfrozen, added or replaced.
-
-        Raises:
-            ModelError: nothing that moves is left.
-        """
-        now = trainable(self.model)
-        if len(now) == len(self._trainable) and all(map(operator.is_, now, self._trainable)):
-            return
-        before = {id(tensor): slot.key for slot in self.slots for tensor in slot.tensors}
-        if self.lazy is not None:
-            self.lazy.merge()
-        self.stop()
-        self.homes.bring_back()
-        kept = {tensor: dict(state) for tensor, state in self.optimizer.state.items()}
-        self._target = self._settings.target.chosen(self.model)
-        slots = self.target.slots(self.model)
-        self.regroup(slots)
-        old_slots = self.slots
-        self._take(slots)
-        self.optimizer.take_thresholds(dict(self.optimizer.thresholds), old_slots, self.slots)
-        self.optimizer.state.update(kept)
-        self.store_state()
-        after = {id(tensor): slot.key for slot in self.slots for tensor in slot.tensors}
-        outside = [slot.key for slot in slots if not any(id(tensor) in after for tensor in slot.tensors)]
-        logger.warning(
-            "the model's trainable weights have changed since the last step: %s",
-            "; ".join(
-                f"{words} ({len(names)}): {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-                for words, names in (
-                    ("no longer trained", [key for i, key in before.items() if i not in after]),
-                    ("trained from now on", [key for i, key in after.items() if i not in before]),
-                    ("trainable, but not in the optimizer", outside),
-                )
-                if names
-            ),
-        )
-        for follower in self.followers:
-            follower()
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
@@ -408,7 +311,7 @@ class ZeroOrder:
             For each closure one float64 tensor of shape ``[]`` per point.
         """
         if self._measured is None:
-            self._follow_model()
+            follow_model(self)
             seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
             self._measured = Measured(seeds, self.estimator.points(seeds, self.eps))
             device = self.slots[0].tensor.device if self.streaming is None else self.streaming.device
@@ -463,7 +366,7 @@ class ZeroOrder:
             StateError: nothing was measured.
         """
         if self._followed is not None:
-            self._follow_model()
+            follow_model(self)
             return self._repeat(*self._followed)
         if self._measured is None:
             raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")

@@ -103,11 +103,6 @@ def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *
     return chosen
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient at the moment."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def offload_model(
     model: nn.Module, config: ZOConfig, slots: list[Slot], device: torch.device | None = None
 ) -> Streaming | None:

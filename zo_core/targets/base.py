@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..errors import ModelError
 from ..noise.direction import FLOAT_DTYPES, Scaling
 from ..registry import Registry
-from ..stand_ins import StandIn
 from .memory import Region, as_it_lies, shows_twice
 
 WRAPPERS = ("module", "_orig_mod")
@@ -128,18 +127,9 @@ def slot_keys(names: Iterable[str]) -> list[str]:
     return keys
 
 
+@as_it_lies
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raises `ModelError` for a tensor that cannot be moved."""
-    if not isinstance(tensor, StandIn) and type(tensor.data) is not torch.Tensor:
-        raise ModelError(
-            f"parameter {name!r} is a {type(tensor.data).__name__}, whose values are not one plain tensor; "
-            "requires_grad_(False) leaves it alone"
-        )
-    _check_plain(name, tensor)
-
-
-@as_it_lies
-def _check_plain(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ModelError(
             f"parameter {name!r} is on the meta device and has no values; load the weights before training, "
@@ -150,6 +140,11 @@ def _check_plain(name: str, tensor: Tensor) -> None:
         raise ModelError(
             f"parameter {name!r} has dtype {tensor.dtype}, which cannot be moved; use one of {known}, "
             "or requires_grad_(False) to leave it alone"
+        )
+    if type(tensor) is not torch.Tensor and nn.Parameter not in type(tensor).__mro__:
+        raise ModelError(
+            f"parameter {name!r} is a {type(tensor).__name__}, whose values are not one plain tensor; "
+            "requires_grad_(False) leaves it alone"
         )
     if shows_twice(tensor) and not _stands_for(tensor):
         raise ModelError(

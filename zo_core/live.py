@@ -1,0 +1,80 @@
+"""The settings of a live engine: those that can be set, and errors for those that nothing would follow any more."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from .config import Resolved, ZOConfig
+from .errors import ConfigError, StateError
+from .measured import Measured
+from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems
+from .rules import UpdateRule
+
+#: Settings of a live engine that nothing would follow any more.
+FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule", "clip", "seed"}
+
+
+class LiveSettings:
+    """The first base of the engine: its attributes that are settings."""
+
+    optimizer: ZOOptimizer
+    _settings: Resolved
+    _measured: Measured | None
+    _made = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings that a live engine cannot change are not accepted and ignored, and neither are misspelt ones."""
+        if self._made:
+            if name in FIXED:
+                raise AttributeError(
+                    f"{name} is fixed once the engine is made; make another one: "
+                    f"ZeroOrder(model, zo.config.replace({name}={value!r}))"
+                )
+            if name == "rule" and not isinstance(value, UpdateRule):
+                raise AttributeError(f"rule={value!r} must be a rule itself, for example zo_core.Momentum(0.9)")
+            if not name.startswith("_") and not hasattr(self, name):
+                raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
+        super().__setattr__(name, value)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group; setting it sets that of all groups."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._set_in_groups("lr", value)
+
+    @property
+    def eps(self) -> float:
+        """The probe distance of the first parameter group; setting it sets that of all groups."""
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            return self._settings.eps  # what a torch optimizer calls eps is something else
+        return float(self.optimizer.param_groups[0]["eps"])
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            raise AttributeError("eps is fixed where a torch optimizer does the updates; make another engine")
+        self._set_in_groups("eps", value)
+
+    @property
+    def weight_decay(self) -> float:
+        """The weight decay of the first parameter group; setting it sets that of all groups."""
+        return float(self.optimizer.param_groups[0].get("weight_decay", 0.0))
+
+    @weight_decay.setter
+    def weight_decay(self, value: float) -> None:
+        self._set_in_groups("weight_decay", value)
+
+    def _set_in_groups(self, name: str, value: float) -> None:
+        problems = group_problems({"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, name: value})
+        if problems:
+            raise ConfigError(problems)
+        if self._measured is not None and name == "eps":
+            raise StateError("eps cannot change while a step is being measured; set it between two steps")
+        for owner in (self.optimizer, getattr(self.optimizer, "inner", self.optimizer)):
+            for group in owner.param_groups:
+                if name in group:
+                    group[name] = value
