@@ -192,6 +192,8 @@ class ZeroOrder(LiveSettings):
             self.homes.bring_back()
             self.streaming.close(device)
             self.streaming = None
+            if self.lazy is not None:
+                self.lazy.streaming = None
             self.oracle = self._resident()
         self._forget()
 

@@ -63,7 +63,6 @@ class LazyUpdates:
         self.shapes = {slot: slot.tensor.shape for slot in slots}
         self.model, self.noise, self.rule, self.state = model, noise, rule, state
         self.streaming, self.stochastic = streaming, stochastic
-        self.beta = rule.beta if isinstance(rule, Momentum) else None
         self.handles: list[Any] = []
         if streaming is not None:
             streaming.reader = self
@@ -122,6 +121,11 @@ class LazyUpdates:
             return None
         waiting = [slot for slot in slots if waits(noise, slot)]
         return cls(model, waiting, noise, rule, state, streaming, stochastic=stochastic)
+
+    @property
+    def beta(self) -> float | None:
+        """The momentum of the rule as it is now; a scheduler may cycle it."""
+        return self.rule.beta if isinstance(self.rule, Momentum) else None
 
     def takes(self, slot: Slot) -> bool:
         """Whether the updates of a slot wait here."""

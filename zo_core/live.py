@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import Resolved, ZOConfig
 from .errors import ConfigError, StateError
+from .lazy import LazyUpdates
 from .measured import Measured
 from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems
 from .rules import UpdateRule
@@ -19,6 +20,7 @@ class LiveSettings:
     """The first base of the engine: its attributes that are settings."""
 
     optimizer: ZOOptimizer
+    lazy: LazyUpdates | None
     _settings: Resolved
     _measured: Measured | None
     _made = False
@@ -36,6 +38,8 @@ class LiveSettings:
             if not name.startswith("_") and not hasattr(self, name):
                 raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
         super().__setattr__(name, value)
+        if name == "rule" and self._made and self.lazy is not None:
+            self.lazy.rule = value
 
     @property
     def lr(self) -> float:

@@ -60,6 +60,8 @@ def suggest_lr(
     """
     closures = [closure] if callable(closure) else list(closure)
     engine = None if optimizer is None else getattr(optimizer, "engine", None)
+    if engine is not None and engine.model is model and config is None and not overrides:
+        return engine.suggest_lr(closures, steps)
     came_streamed = Streaming.of(model) is not None
     zo = ZeroOrder(model, config, optimizer=optimizer, **{**overrides, "lr": None})
     try:

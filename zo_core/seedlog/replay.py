@@ -179,7 +179,8 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     with torch.no_grad(), engine.hidden():
         for slot in engine.slots:
             if engine.lazy is not None and engine.lazy.takes(slot):
-                for _, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps, advance):
+                for rule, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps, advance):
+                    engine.rule = rule
                     engine.lazy.update(slot, direction.terms, lr, weight_decay, direction.rounding_seed)
                     advance(slot.tensor.numel())
             else:
