@@ -18,7 +18,7 @@ RANKS = {
     "errors": 0,
     "registry": 0,
     "cache": 0,
-    "forward_state": 0,
+    "forward_state": 1,
     "stand_ins": 0,
     "modes": 0,
     "version": 0,

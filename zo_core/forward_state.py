@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .stand_ins import same_bits
+
 logger = logging.getLogger(__name__)
 
 #: Attributes that every module has; `modes` takes care of the ``training`` flags.
@@ -144,7 +146,7 @@ class _Values(_Part):
     def differs(self) -> bool:
         """Whether the values are others, by their bits; False if there is no copy to compare with."""
         copy = self.start[1]
-        return copy is not None and not torch.equal(_bits(self.tensor), _bits(copy))
+        return copy is not None and not same_bits(self.tensor, copy)
 
     def take(self) -> tuple[Tensor, Tensor | None]:
         return self.tensor.data, self.tensor.data.clone()
@@ -319,10 +321,6 @@ def _entries(container: Any) -> Iterator[Any]:
             yield from pair
     else:
         yield from container
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _is_followed(tensor: Tensor) -> bool:
