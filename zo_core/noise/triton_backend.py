@@ -168,7 +168,8 @@ def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor
         decay: a float32 value.
         out: where the result goes; ``theta`` itself, or no memory of it.
     """
-    source, target = flat(theta), flat_target(theta, out)
+    # The kernel counts in elements from the first address, so a flat view with gaps is copied.
+    source, target = flat(theta).contiguous(), flat_target(theta, out)
     rounding_key = direction.rounding_key(theta.dtype)
     levels = table(theta.device) if isinstance(direction.noise, Gaussian) else None
     keys = direction.keys()
