@@ -42,7 +42,7 @@ def save(
     print(f"{title}\n{facts['hardware']}, torch {facts['torch']}\n" + "\n".join(lines))
     if write:
         RESULTS.mkdir(exist_ok=True)
-        stem = RESULTS / f"{name}-{device.type}-{facts['date']}"
+        stem = f"{name}-{device.type}-{facts['date']}"
         about = f"{facts['hardware']}, torch {facts['torch']}, {facts['date']}: `{command}`"
-        stem.with_suffix(".md").write_text(f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n")
-        stem.with_suffix(".json").write_text(json.dumps({**facts, "columns": columns, "rows": rows}, indent=1) + "\n")
+        (RESULTS / f"{stem}.md").write_text(f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n")
+        (RESULTS / f"{stem}.json").write_text(json.dumps({**facts, "columns": columns, "rows": rows}, indent=1) + "\n")

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one go: for one H100 or H200, under eight minutes.
+#
+#     benchmarks/gpu_check.sh FOLDER              # what each part printed goes to FOLDER as it goes
+#     benchmarks/gpu_check.sh FOLDER --dry-run    # the same parts, small, on the CPU: does the script work?
+#
+# It needs torch, triton, transformers, accelerate, lightning and pytest, and nothing installed of this project. A part
+# that fails or takes too long does not stop the others; the last lines say how each of them ended.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+folder=$(realpath "${1:?say where the results go: benchmarks/gpu_check.sh FOLDER [--dry-run]}")
+dry=${2:-}
+mkdir -p "$folder"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+[ "$dry" ] && export CUDA_VISIBLE_DEVICES=
+python=${PYTHON:-python3}
+: > "$folder/summary"
+
+part() { # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 start=$SECONDS code
+    shift 2
+    timeout "$limit" "$@" > "$folder/$name.log" 2>&1
+    code=$?
+    printf '%-18s %4d s  %s\n' "$name" $((SECONDS - start)) "$([ $code = 0 ] && echo right || echo "exit status $code")" |
+        tee -a "$folder/summary"
+}
+
+tests() { # Warnings of other versions of torch and transformers than CI's are no failures here.
+    $python -m pytest -q -p no:cacheprovider -o filterwarnings=default -m gpu "$@"
+    local code=$?
+    [ "$dry" ] && [ $code = 5 ] && code=0
+    return $code
+}
+export -f tests
+export python dry
+
+if [ "$dry" ]; then
+    steps=(--sizes tiny --tokens 16 --rounds 1) overhead=(--tokens 8 --rounds 1 --backends eager) megabytes=1
+    big=(tiny) short=(--tokens 16 --rounds 1)
+else
+    steps=(--sizes 1.3b 6.7b --profile --save) overhead=(--backends eager triton --rounds 5 --save) megabytes=512
+    big=(13b) short=(--rounds 3 --save)
+    part device 20 nvidia-smi
+fi
+part versions 60 $python -c "
+import accelerate, lightning, torch, transformers
+for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)"
+part tests-kernels 150 bash -c 'tests -n 8 tests/test_triton.py' &
+part tests-offload 150 bash -c 'tests tests/test_offload_cuda.py'
+wait
+part link 30 $python -m benchmarks.link --megabytes $megabytes
+part overhead-float32 60 $python -m benchmarks.step_overhead --dtype float32 "${overhead[@]}"
+part overhead-bfloat16 60 $python -m benchmarks.step_overhead --dtype bfloat16 "${overhead[@]}"
+part opt 120 $python -m benchmarks.opt_streamed "${steps[@]}"
+part opt-large 120 $python -m benchmarks.opt_streamed --sizes "${big[@]}" "${short[@]}"
+[ "$dry" ] || part quickstart 90 $python examples/quickstart.py
+part momentum 60 $python -m benchmarks.opt_streamed --sizes "${big[@]}" --layers 4 --rule momentum "${short[@]}"
+cat "$folder/summary"
+! grep -qv 'right$' "$folder/summary"
