@@ -1,6 +1,6 @@
 """How fast do bytes move between host memory and the device, one way and both ways at once?
 
-    python -m benchmarks.link --save
+python -m benchmarks.link --save
 """
 
 from __future__ import annotations

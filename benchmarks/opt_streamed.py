@@ -15,6 +15,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,13 +102,8 @@ def measure(size: str, device: torch.device, args: Any) -> list[list[str]]:
         memory[name] = peak_gb(run, device)
 
     contend("two forwards, resident", two_forwards)
-    zo = ZeroOrder(model, lr=1e-7, rule=args.rule, noise=args.noise)
-    contend("zo step, resident", lambda: zo.step(loss))
-    zo.close()
-    del zo
-    mezo = PublishedMezo(model)
-    contend("MeZO as published, resident", lambda: mezo.step(loss))
-    del mezo
+    contend("zo step, resident", partial(ZeroOrder(model, lr=1e-7, rule=args.rule, noise=args.noise).step, loss))
+    contend("MeZO as published, resident", partial(PublishedMezo(model).step, loss))
     model.to("cpu")
     gc.collect()
     if device.type == "cuda":
@@ -142,7 +138,7 @@ def profile(run: Callable[[], object], size: str) -> None:
     with profiled(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)) as seen:
         run()
     averages = seen.key_averages()
-    for key in ("self_cuda_time_total", "self_cpu_time_total") if torch.cuda.is_available() else ("self_cpu_time_total",):
+    for key in [f"self_{activity.name.lower()}_time_total" for activity in activities]:
         print(f"{size}, one streamed step by {key}:")
         print(averages.table(sort_by=key, row_limit=20, max_name_column_width=60))
 

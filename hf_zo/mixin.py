@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zo_core import RULES, ConfigError, Point, StepRecord, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.checkpoint import begin_again
 from zo_core.config import AUTO
 from zo_core.modes import rng_state, set_rng_state
@@ -38,6 +37,7 @@ from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
 from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
 from .quantised import quantised_training
+from .summary import Summary
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -77,7 +77,7 @@ class ZOTrainerMixin(_Trainer):
         self._zo_waiting: list[tuple[LossCall, list[Tensor] | None]] = []
         self._zo_losses: list[Tensor] = []
         self._zo_journal: Journal | None = None
-        self._zo_records: deque[StepRecord] = deque(maxlen=10_000)
+        self._zo_summary = Summary()
         with quantised_training(args, kwargs, zo_config):
             super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
@@ -194,7 +194,7 @@ class ZOTrainerMixin(_Trainer):
 
     def _zo_engine(self, model: nn.Module, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """An engine for this optimizer, unless it has one; returns what Trainer is to step."""
-        self._zo_records.clear()  # a run before this one may have stopped between two logs
+        self._zo_summary = Summary()  # a run before this one may have stopped between two logs
         if self._zo_journal is not None:
             self._zo_journal.end()  # this run may be another attempt, with a smaller batch
         self._zo_waiting, self._zo_losses = [], []
@@ -209,7 +209,7 @@ class ZOTrainerMixin(_Trainer):
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
         self.zo = ZeroOrder(root, config, optimizer=given)
         self.zo.continuity.front = front_end(self.args, self._zo_given)
-        self.zo.listeners.append(self._zo_records.append)
+        self.zo.listeners.append(lambda record: self._zo_summary.add(record))
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
             self.zo.regroup = partial(self.zo.optimizer.cover, alike=partial(by_decay, self, root))
         self.zo.carried.append((lambda: counters(self), vars(self).update))
@@ -338,9 +338,9 @@ class ZOTrainerMixin(_Trainer):
         return None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._zo_records:
-            logs.update(summary(self._zo_records))
-            self._zo_records.clear()
+        if "loss" in logs and self._zo_summary.steps:
+            logs.update(self._zo_summary.numbers())
+            self._zo_summary = Summary()
             if not math.isfinite(logs["loss"]):
                 self._tr_loss.zero_()  # Trainer subtracts the sum from itself, and NaN would stay for all later logs
         super().log(logs, *args, **kwargs)
@@ -350,15 +350,3 @@ def _sum(calls: list[LossCall], factor: float) -> Tensor:
     """The loss of a step: of its micro-batches, as the trainer scales them."""
     losses = [as_scalar(call.loss()) * call.scale for call in calls]
     return torch.stack(losses).sum() * factor
-
-
-def summary(records: Collection[StepRecord]) -> dict[str, float]:
-    """The steps since the last log, in numbers."""
-    grads = [record.projected_grad for record in records if math.isfinite(record.projected_grad)]
-    directions = sum(len(record.probes) for record in records)
-    result = {
-        "projected_grad": math.sqrt(math.fsum(g * g for g in grads) / len(grads)) if grads else float("nan"),
-        "zo_clip_rate": sum(record.clipped for record in records) / directions if directions else 0.0,
-    }
-    skipped = sum(record.skipped is not None or record.without_signal for record in records)
-    return {**result, "zo_skipped_steps": float(skipped)} if skipped else result

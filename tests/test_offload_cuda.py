@@ -26,13 +26,13 @@ def model(dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def train(
-    dtype: torch.dtype, device: str, **settings: Any
+    dtype: torch.dtype, place: str, **settings: Any
 ) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], int]:
     """Losses and projected gradients, final weights, and the peak of device memory above what was there before."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    net = model(dtype).to(device)
+    net = model(dtype).to(place)
     zo = ZeroOrder(net, lr=1e-4, rule="momentum", num_probes=2, **settings)
     ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1)).cuda()
     records = [zo.step(lambda: net(input_ids=ids, labels=ids).loss) for _ in range(10)]
