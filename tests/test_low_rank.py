@@ -247,9 +247,9 @@ def test_the_same_step_comes_out_whatever_the_threads_and_the_backend() -> None:
             model.weight.copy_(torch.linspace(-1, 1, 60_000).view(200, 300))
         zo = ZeroOrder(model, noise={"name": "low_rank", "refresh": 1}, backend=backend, lr=1e-2)
         for loss in (2.0, 1.0, 3.0, 0.5, 1.0, 1.5):
-            zo._measured = None
+            zo._plan = None
             zo.measure(lambda loss=loss: loss)
-            zo._measured.sums = [torch.tensor(loss).double(), torch.tensor(1.0).double()]
+            zo._plan.sums = [torch.tensor(loss).double(), torch.tensor(1.0).double()]
             zo.optimizer.step()
         zo.close()
         found.append(copy.deepcopy(model.weight.data))

@@ -219,7 +219,7 @@ def test_with_dropout_all_copies_have_the_mask_of_separate_probes(name: str) -> 
     zo.oracle.stacking = False
     zo.measure(loss)
     after = torch.get_rng_state()
-    other = [x.item() for x in zo._measured.sums]
+    other = [x.item() for x in zo._plan.sums]
     assert one == pytest.approx(other, rel=4 * U)
     torch.manual_seed(3)
     zo.oracle.stacking, zo.oracle._compared = True, True
@@ -245,7 +245,7 @@ def test_an_exception_passes_through_and_leaves_the_weights() -> None:
         zo.measure(fails)
     assert zo.oracle.stacking
     assert same_bits(weights(model), before)
-    assert zo._measured is None
+    assert zo._plan is None
 
 
 @pytest.mark.parametrize("returned", [None, torch.zeros(2), "loss"])
@@ -290,7 +290,7 @@ def test_micro_batches_of_a_step_are_measured_along_the_same_directions() -> Non
     for one in (zo, other):
         one.measure_all(losses[:2])
         one.measure(losses[2])
-        sums.append([x.item() for x in one._measured.sums])
+        sums.append([x.item() for x in one._plan.sums])
     assert sums[0] == pytest.approx(sums[1], rel=4 * U)
 
 
@@ -427,8 +427,8 @@ def test_updates_that_wait_are_not_lost_beside_eps_in_16_bit_factors(dtype: torc
     zo = engine(tiny("mlp", dtype=dtype), lr=1e-6)
     zo.step(closure("mlp", zo.model))
     (slot, *_) = (slot for slot in zo.slots if slot.tensor.ndim == 2)
-    assert zo.lazy is not None
-    waiting = zo.lazy.waiting(slot)
+    assert zo.updaters.windows.of
+    waiting = zo.updaters.waiting(slot)
     assert waiting is not None
     left, right = waiting.factors(CPU)
     seed = zo.noise.seed(zo.seed, 1, 0)

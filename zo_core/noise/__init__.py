@@ -4,7 +4,7 @@ from .base import NOISES, Noise
 from .direction import Direction, stacked_values
 from .gaussian import Gaussian
 from .hashing import derive_seed
-from .low_rank import LowRank, LowRankDirection, is_matrix, stacked_factors
+from .low_rank import FactorDirection, LowRank, LowRankDirection, is_matrix, stacked_factors
 from .of_slot import direction_of
 from .rademacher import Rademacher
 from .sampled import Sampled, share_of, unsampled
@@ -13,6 +13,7 @@ from .sparse import Sparse
 __all__ = [
     "NOISES",
     "Direction",
+    "FactorDirection",
     "Gaussian",
     "LowRank",
     "LowRankDirection",

@@ -238,6 +238,23 @@ class LowRankDirection(Direction):
         return False
 
 
+@dataclass(frozen=True)
+class FactorDirection(Direction):
+    """The same direction as the factor of a window moves along it: ``round(c / sqrt(r)) U`` for each term.
+
+    Attributes:
+        shape: of the slot; the factor is ``[m, len(terms) * r]``.
+    """
+
+    shape: torch.Size = field(default_factory=torch.Size)
+
+    def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        noise = self.noise
+        assert isinstance(noise, LowRank)
+        left = noise.lefts(tuple(seed for seed, _ in self.terms), self.slot, self.shape, device)
+        yield 0, numel, (left * columns(tuple(c for _, c in self.terms), noise.rank, device)).view(-1)
+
+
 def stacked_factors(
     direction: LowRankDirection, device: torch.device, rows: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor, Tensor]:

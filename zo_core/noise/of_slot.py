@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 
 from .base import Noise
@@ -19,7 +21,7 @@ def direction_of(
     rounding_seed: int | None = None,
     backend: str = "eager",
     scaling: Scaling | None = None,
-    thresholds: dict[str, float] | None = None,
+    thresholds: MutableMapping[str, float] | None = None,
 ) -> Direction:
     """The `Direction` of a slot of this shape; it has no terms where the slot's block is not drawn.
 

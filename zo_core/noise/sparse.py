@@ -8,7 +8,7 @@ anything is added to them, so the mask is computed from them on the way, and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -74,7 +74,7 @@ class SparseDirection(Direction):
     """
 
     quantile: float = 1.0
-    thresholds: dict[str, float] = field(default_factory=dict)
+    thresholds: MutableMapping[str, float] = field(default_factory=dict)
 
     def mask(self, theta: Tensor) -> Callable[[Tensor], Tensor] | None:
         if self.slot not in self.thresholds:
