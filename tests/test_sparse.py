@@ -28,7 +28,7 @@ from zo_core import (
     ZOConfig,
     derive_seed,
 )
-from zo_core.noise import direction_of, sparse
+from zo_core.noise import sparse
 from zo_core.noise.sparse import threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -175,7 +175,7 @@ def test_a_probe_perturbs_the_small_weights_as_the_other_noise_does_and_no_other
     handle.remove()
     moving = {name: w.abs() <= threshold(w.flatten(), 0.25) for name, w in weights(model).items()}
     for point, weight in zip(points, seen, strict=True):
-        dense = direction_of(Rademacher(), "inner.3.weight", weight.shape, ((7, point.scale),))
+        dense = Rademacher().direction("inner.3.weight", weight.shape, ((7, point.scale),))
         whole = dense.add_to(layer.weight.detach(), out=torch.empty_like(weight))
         mask = moving["inner.3.weight"]
         assert torch.equal(weight, torch.where(mask, whole, layer.weight.detach()))
@@ -273,7 +273,7 @@ def test_the_second_moment_counts_the_moving_elements(noise: Noise, num_probes: 
     thresholds: dict[str, float] = {}
 
     def z(seed: int) -> Tensor:
-        return direction_of(masked, "w", w.shape, ((seed, 1.0),), thresholds=thresholds).gradient(w).double()
+        return masked.direction("w", w.shape, ((seed, 1.0),), thresholds=thresholds).gradient(w).double()
 
     samples = torch.stack([torch.stack([z(derive_seed(0, sample, i)) for i in range(n)]) for sample in range(1500)])
     found = ((samples @ gradient).unsqueeze(2) * samples).mean(1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ConfigError, LossError, LowRank, Point, SeedLogWriter, ZeroOrder, ZOConfig, replay
-from zo_core.noise import direction_of, stacked_factors, stacked_values
+from zo_core.noise import stacked_factors, stacked_values
 from zo_core.noise.direction import FLOAT_DTYPES
 
 CPU = torch.device("cpu")
@@ -97,9 +97,9 @@ def test_runs_agree_up_to_rounding(name: str, dtype: torch.dtype) -> None:
 def test_small_tensors_have_the_bits_of_separate_probes(dtype: torch.dtype) -> None:
     theta = torch.linspace(-1, 1, 77, dtype=torch.float64).to(dtype)
     terms = tuple((NOISE.seed(0, 1, i), c) for i in range(3) for c in (1e-3, -1e-3, 0.0))
-    stack = stacked_values(theta, direction_of(NOISE, "b", theta.shape, terms))
+    stack = stacked_values(theta, NOISE.direction("b", theta.shape, terms))
     for row, term in zip(stack, terms, strict=True):
-        one = direction_of(NOISE, "b", theta.shape, (term,))
+        one = NOISE.direction("b", theta.shape, (term,))
         assert torch.equal(row, one.add_to(theta, out=torch.empty_like(theta)))
 
 
@@ -110,7 +110,7 @@ def test_factors_share_the_bases_of_the_window(known: int) -> None:
     terms = tuple((seed, c) for seed in seeds for c in (0.5, -0.25))
     bases = tuple(seed >> 64 for seed in seeds[:known])
     base = (torch.randn(6, 2 * known), NOISE.rights(bases, "w", shape, CPU)) if known else None
-    direction = direction_of(NOISE, "w", shape, terms)
+    direction = NOISE.direction("w", shape, terms)
     direction = type(direction)(NOISE, "w", terms, shape=shape, base=base, bases=bases)
     lefts, right = stacked_factors(direction, CPU)
     some = stacked_factors(direction, CPU, torch.tensor([4, 4, 0]))[0].clone()

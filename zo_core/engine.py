@@ -22,7 +22,7 @@ from .following import follow_model, trainable
 from .gradient_check import GradientCheck, check_gradient
 from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .noise import Direction, direction_of, share_of
+from .noise import Direction
 from .offload import Carried, LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
@@ -466,7 +466,7 @@ class ZeroOrder(LiveSettings):
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
         direction = self._along(slot, terms, rounding, self.optimizer.thresholds)
-        return slot, direction, lr, weight_decay / share_of(self.noise)
+        return slot, direction, lr, weight_decay / self.noise.share
 
     def relative_eps(self, group: dict[str, Any]) -> float:
         """The eps of a group in units of the step's eps."""
@@ -497,7 +497,7 @@ class ZeroOrder(LiveSettings):
         thresholds: MutableMapping[str, float],
     ) -> Direction:
         how = terms, rounding, self.backend, slot.scaling, thresholds
-        return direction_of(self.noise, slot.key, slot.tensor.shape, *how)
+        return self.noise.direction(slot.key, slot.tensor.shape, *how)
 
     # Checkpoints
 

@@ -201,10 +201,10 @@ def _advance_slot(
 ) -> None:
     """All steps of one slot."""
     moves = _moves(engine, slot, index, steps, advance)
-    batch = BATCH_WORDS * engine.noise.values_per_word
-    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
     plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
-    if pieces and plain and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
+    eager = theta.device.type == "cpu" and engine.backend == "eager"
+    pieces = eager and plain and moves and theta.numel() >= BATCH_WORDS * moves[0][1].noise.values_per_word
+    if pieces and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
         _advance_pieces(engine, moves, advance, theta, state)
         return
     for rule, direction, lr, weight_decay in moves:
@@ -236,7 +236,8 @@ def _rule(entry: LoggedStep, engine: ZeroOrder, own: str | dict[str, Any]) -> Up
 def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, theta: Tensor, state: State) -> None:
     """Each piece takes a group of steps while it is in the cache, with words that are hashed once for all pieces."""
     flat = theta.reshape(-1)
-    batch, size = BATCH_WORDS * engine.noise.values_per_word, piece_size(engine.noise)
+    noise = moves[0][1].noise
+    batch, size = BATCH_WORDS * noise.values_per_word, piece_size(noise)
     group = CACHED_DIRECTIONS // engine.num_probes
     states: dict[int, dict[str, Any]] = {}
     for begin in range(0, flat.numel(), batch):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..noise import Direction, LowRank, LowRankDirection, Noise, is_matrix, unsampled
+from ..noise import Direction, LowRank, LowRankDirection, Noise
 from ..oracle.materialise import is_compiled
 from ..rules import Torch, UpdateRule
 from ..targets import Slot
@@ -53,7 +53,7 @@ class Updaters:
             before.settle()
         self.places = places
         self.step = None if inner is None else TorchStep(inner)
-        noise, compiled = unsampled(noise), any(map(is_compiled, model.modules()))
+        noise, compiled = noise.plain, any(map(is_compiled, model.modules()))
         windows: dict[Slot, Window] = {}
         if isinstance(noise, LowRank) and rule.linear and not compiled:
             windows = {
@@ -123,10 +123,9 @@ class Updaters:
 
 def can_wait(noise: Noise, slot: Slot) -> bool:
     """Whether the updates of a slot can wait: of a matrix, which all of its tensors show alike."""
-    return is_matrix(noise, slot.tensor.shape, slot.scaling) and slot.region is None
+    return noise.rank_of(slot.tensor.shape, slot.scaling) is not None and slot.region is None
 
 
 def changes_often(noise: Noise, slot: Slot) -> bool:
     """Whether a slot is written at every step while others are once in a window."""
-    noise = unsampled(noise)
-    return isinstance(noise, LowRank) and not can_wait(noise, slot)
+    return isinstance(noise.plain, LowRank) and not can_wait(noise, slot)

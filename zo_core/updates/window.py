@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..noise import Direction, FactorDirection, LowRank, LowRankDirection
 from ..noise.direction import float32
-from ..noise.low_rank import basis
+from ..noise.low_rank import SIGNS, basis
 from ..rules import UpdateRule
 from ..targets import Slot
 from .base import AtOnce, Updater, copies
@@ -76,7 +76,7 @@ class Window(Updater):
         self.exported = None
         self.decay *= float32(1.0 - lr * weight_decay)
         self.moved = self.moved or self.decay != 1.0 or any(c for _, c in direction.terms)
-        left = FactorDirection(self.noise, self.slot.key, direction.terms, shape=self.shape)
+        left = FactorDirection(SIGNS, self.slot.key, direction.terms, factors_of=self.noise, shape=self.shape)
         rule.update(factor, self.state, left, lr, weight_decay)
 
     def _turn(self, bases: tuple[int, ...], rounding: int | None) -> Tensor:
@@ -103,7 +103,8 @@ class Window(Updater):
         if self.factor is None:
             return None
         return LowRankDirection(
-            *(self.noise, self.slot.key, (), self.bases[0] if self.stochastic else None),
+            *(SIGNS, self.slot.key, (), self.bases[0] if self.stochastic else None),
+            factors_of=self.noise,
             shape=self.shape,
             base=(self.factor, self._right(self.bases, self.factor.device)),
             bases=self.bases,
