@@ -32,6 +32,7 @@ RANKS = {
     "updates": 5,
     "config": 6,
     "exchange": 1,
+    "directions": 7,
     "step": 5,
     "snapshot": 6,
     "checkpoint": 5,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import ChainMap
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
+from .directions import Directions
 from .errors import LossError, ModelError, StateError
-from .estimators import Estimate
 from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
 from .following import follow_model, trainable
@@ -29,9 +28,9 @@ from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of
 from .records import Point, Probe, StepRecord
 from .snapshot import Snapshot
-from .step import StepPlan, mean, probes_from
+from .step import Skips, StepPlan, mean, probes_from
 from .targets import Slot, Target, keep_codes_plain
-from .updates import Move, Places, Updaters
+from .updates import Places, Updaters
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ class ZeroOrder(LiveSettings):
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
         self.first_steps: FirstSteps | None = FirstSteps()
-        self._skips = 0
+        self._skips = Skips()
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
         self.carried: list[Carried] = []
@@ -102,102 +101,15 @@ class ZeroOrder(LiveSettings):
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.exchange: Exchange = Alone()
         self.places = Places(self.optimizer)
-        self._plan: StepPlan | None = None
+        how = self.noise, self.backend, self.optimizer, lambda: self.eps
+        self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._repeated: tuple[tuple[Probe, ...], float] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
         self._made = True
 
-    def choose(self) -> list[Slot]:
-        """The slots of the model as it is now; once adapters were added, another target may find them."""
-        self._target = self._settings.target.chosen(self.model)
-        return self._target.slots(self.model)
-
-    def take(self, slots: list[Slot]) -> None:
-        """Makes everything that depends on which weights move."""
-        face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
-        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
-        self.oracle = self._oracle()
-        self.updaters = Updaters(
-            *(self.model, self.slots, self.places, self.noise, self.rule),
-            None if face is None else face.inner,
-            stochastic=self.config.stochastic_rounding,
-        )
-        self.trainable = trainable(self.model)
-
-    @property
-    def target(self) -> Target:
-        """What chose the slots; it may be another one once adapters were added."""
-        return self._target
-
-    @property
-    def streaming(self) -> Streaming | None:
-        """What streams the model's blocks; None for a resident model."""
-        return self.places.streaming
-
-    def _oracle(self) -> ResidentOracle | LockstepOracle:
-        config, streaming = self.config, Streaming.of(self.model)
-        if streaming is None and config.offload is None:
-            return self._resident()
-        check_streamable(config, self.rule)
-        if streaming is None:
-            streaming = offload_model(self.model, config, self.slots)
-        if streaming is None:
-            return self._resident()
-        self.places.streaming = streaming
-        parts = self.model, self.slots, self._perturbation, streaming
-        return LockstepOracle(*parts, **self._how(), carried=self.carried)
-
-    def _resident(self) -> ResidentOracle:
-        oracle = StackedOracle if self.config.stack_probes else ResidentOracle
-        return oracle(self.model, self.slots, self._perturbation, **self._how())
-
-    def _how(self) -> dict[str, Any]:
-        return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
-
-    def flush(self) -> None:
-        """Applies the updates that wait for their block; nothing to do for a resident model."""
-        if self.streaming is not None:
-            with self.continuity.applying():
-                self.places.flush()
-            self._forget()
-
-    def stop(self) -> None:
-        """Applies what waits, and ends the threads of the probes; the next step starts them again."""
-        self.flush()
-        if isinstance(self.oracle, LockstepOracle):
-            self.oracle.lockstep.close()
-
-    def close(self, device: torch.device | None = None) -> None:
-        """Brings a streamed model back as ordinary parameters, and ends the threads.
-
-        Args:
-            device: where the streamed parameters go; None takes the device they computed on.
-        """
-        self.updaters.settle()
-        if self.streaming is not None:
-            self.stop()
-            self.places.close(device)
-            self.oracle = self._resident()
-        self._forget()
-
-    def effective(self) -> AbstractContextManager[None]:
-        """A context in which weights count with the updates that wait for the end of a low-rank window.
-
-        Forwards of the model's modules do by themselves; this is for code that computes with a parameter
-        outside of them.
-        """
-        return self.updaters.windows.effective()
-
-    def hidden(self) -> AbstractContextManager[None]:
-        """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
-        return self.updaters.windows.hidden()
-
-    def copy_whole(self) -> None:
-        """From now on each probe copies all slots at once, for closures that run compiled code."""
-        self.oracle.copy_whole()
-        self.updaters.wait_no_more(self.rule)  # compiled code that evaluates could not be told of what waits
+    # A step
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -216,47 +128,6 @@ class ZeroOrder(LiveSettings):
         """
         self.measure(closure)
         return self.optimizer.step()
-
-    def check(self, closure: Callable[[], Any], directions: int = 4) -> GradientCheck:
-        """Compares measured directional derivatives with those of backpropagation, for a model small enough.
-
-            print(zo.check(lambda: model(**batch).loss))
-
-        Forward-only training sees values alone. A loss that uses ``detach()`` to define a gradient has another
-        value, and training follows that. Weights, generators and buffers are as before afterwards.
-
-        Args:
-            closure: as for `step`; what it returns has to be differentiable.
-            directions: how many are compared.
-
-        Raises:
-            ConfigError: streamed or quantised weights.
-            LossError: the closure returns a number without a gradient.
-        """
-        return check_gradient(self, closure, directions)
-
-    def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
-        """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
-        return range_test(self, closures, steps)
-
-    @property
-    def wants_lr(self) -> bool:
-        """Whether the learning rate has still to be found; a run that goes on from a checkpoint has one."""
-        return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
-
-    def find_lr(self, closures: Sequence[Callable[[], Any]], schedulers: Sequence[Any] = ()) -> None:
-        """Trains with the rate that `suggest_lr` finds, for ``lr="auto"``.
-
-        Args:
-            closures: one per batch.
-            schedulers: those of the optimizer; what they have computed follows the new rate.
-        """
-        check_replaceable(self.optimizer, schedulers)
-        self.suggestion = self.suggest_lr(closures)
-        set_lr(self.optimizer, self.suggestion.lr, schedulers)
-        logger.warning(
-            "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
-        )
 
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.
@@ -302,16 +173,8 @@ class ZeroOrder(LiveSettings):
         seeds = self._seeds()
         points = self.estimator.points(seeds, self.eps)
         self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], self._device)
-        groups = self.optimizer.groups_of(self.slots)
-        ratios = {slot: self.relative_eps(groups[slot]) for slot in self.slots}
+        ratios = self.directions.ratios(self.slots)
         return StepPlan(self.step_count, seeds, points, self.exchange.share(points), ratios)
-
-    def _seeds(self) -> tuple[int, ...]:
-        return tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
-
-    @property
-    def _device(self) -> torch.device:
-        return self.places.device(self.slots[0])
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
@@ -325,6 +188,63 @@ class ZeroOrder(LiveSettings):
         assert self._plan is not None, "losses() comes first"
         self._plan.add(losses)
 
+    def apply(self) -> StepRecord:
+        """Forms the probes from what was measured, moves the weights, and goes on to the next step.
+
+        Called by ``optimizer.step()``.
+
+        Raises:
+            StateError: nothing was measured.
+        """
+        if self._repeated is not None:
+            follow_model(self)
+            return self._repeat(*self._repeated)
+        if self._plan is None:
+            raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
+        plan, self._plan = self._plan, None
+        losses = self.exchange.gather(plan.losses())
+        if self.first_steps is not None:
+            self.first_steps.see(losses, self.eps)
+        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, losses)
+        if estimate.skip is None:
+            self.optimizer.thresholds.update(plan.thresholds)
+            self._update(probes)
+        else:
+            self._skips.log(self.step_count, estimate)
+        grads = estimate.projected_grads
+        projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
+        return self._done(mean(losses), projected_grad, probes, clipped, estimate.skip)
+
+    def _update(self, probes: tuple[Probe, ...]) -> None:
+        self.updaters.apply(self.rule, self.directions.moves(self.slots, probes))
+
+    def _done(
+        self,
+        loss: float,
+        projected_grad: float,
+        probes: tuple[Probe, ...],
+        clipped: int = 0,
+        skipped: str | None = None,
+    ) -> StepRecord:
+        """Every step ends here, whether it was measured, repeated or skipped."""
+        record = StepRecord(
+            loss=loss,
+            projected_grad=projected_grad,
+            lr=number(self.optimizer.param_groups[0], "lr", math.nan),
+            step=self.step_count,
+            seed=self.noise.seed(self.seed, self.step_count, 0),
+            probes=probes,
+            clipped=clipped,
+            skipped=skipped,
+        )
+        self._forget()
+        self.step_count += 1
+        for listener in self.listeners:
+            listener(record)
+        return record
+
+    # Other ways to go on
+
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
         self._plan = self._repeated = None
@@ -334,7 +254,17 @@ class ZeroOrder(LiveSettings):
         """A step is over, and with it the use of what its directions were made of, but for updates that wait."""
         self.noise.forget(self._seeds(), self.places.waits())
 
-    # Other ways to go on
+    def _seeds(self) -> tuple[int, ...]:
+        return tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
+
+    @property
+    def _plan(self) -> StepPlan | None:
+        """The step in progress; None between steps."""
+        return self.directions.plan
+
+    @_plan.setter
+    def _plan(self, plan: StepPlan | None) -> None:
+        self.directions.plan = plan
 
     def at(self, step: int, seed: int | None = None) -> None:
         """The next step is this one; what was measured for another is forgotten.
@@ -366,41 +296,6 @@ class ZeroOrder(LiveSettings):
         """
         self._plan, self._repeated = None, (probes, loss)
 
-    def snapshot(self) -> Snapshot:
-        """What steps change, to be put back by its `restore`: weights, rule state, rates, generators and counters.
-
-        Raises:
-            ConfigError: trained weights are streamed.
-        """
-        return Snapshot(self)
-
-    def apply(self) -> StepRecord:
-        """Forms the probes from what was measured, moves the weights, and goes on to the next step.
-
-        Called by ``optimizer.step()``.
-
-        Raises:
-            StateError: nothing was measured.
-        """
-        if self._repeated is not None:
-            follow_model(self)
-            return self._repeat(*self._repeated)
-        if self._plan is None:
-            raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
-        plan, self._plan = self._plan, None
-        losses = self.exchange.gather(plan.losses())
-        if self.first_steps is not None:
-            self.first_steps.see(losses, self.eps)
-        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, losses)
-        if estimate.skip is None:
-            self.optimizer.thresholds.update(plan.thresholds)
-            self._update(probes)
-        else:
-            self._log_skip(estimate)
-        grads = estimate.projected_grads
-        projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
-        return self._done(mean(losses), projected_grad, probes, clipped, estimate.skip)
-
     def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
         self.discard()
         if probes and self.step_count >= self.continuity.ahead:
@@ -410,119 +305,165 @@ class ZeroOrder(LiveSettings):
         projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
         return self._done(loss, projected_grad, probes, skipped=None if probes else "the log has it as skipped")
 
-    def _done(
-        self,
-        loss: float,
-        projected_grad: float,
-        probes: tuple[Probe, ...],
-        clipped: int = 0,
-        skipped: str | None = None,
-    ) -> StepRecord:
-        """Every step ends here, whether it was measured, repeated or skipped."""
-        record = StepRecord(
-            loss=loss,
-            projected_grad=projected_grad,
-            lr=number(self.optimizer.param_groups[0], "lr", math.nan),
-            step=self.step_count,
-            seed=self.noise.seed(self.seed, self.step_count, 0),
-            probes=probes,
-            clipped=clipped,
-            skipped=skipped,
-        )
-        self._forget()
-        self.step_count += 1
-        for listener in self.listeners:
-            listener(record)
-        return record
+    def snapshot(self) -> Snapshot:
+        """What steps change, to be put back by its `restore`: weights, rule state, rates, generators and counters.
 
-    def _log_skip(self, estimate: Estimate) -> None:
-        said = f"step {self.step_count} skipped, weights untouched: {estimate.skip}"
-        if estimate.projected_grads:  # losses that agree are what a converged model gives
-            logger.info("%s", said)
-            return
-        self._skips += 1
-        if self._skips & (self._skips - 1) == 0:  # a diverged run skips every step: said at powers of two
-            logger.warning("%s%s", said, f" ({self._skips} steps skipped so far)" if self._skips > 1 else "")
+        Raises:
+            ConfigError: trained weights are streamed.
+        """
+        return Snapshot(self)
 
-    def _update(self, probes: tuple[Probe, ...]) -> None:
-        groups = self.optimizer.groups_of(self.slots)  # a scheduler may have been here since the probes were measured
-        self.updaters.apply(self.rule, [self._move(slot, probes, groups[slot]) for slot in self.slots])
+    def check(self, closure: Callable[[], Any], directions: int = 4) -> GradientCheck:
+        """Compares measured directional derivatives with those of backpropagation, for a model small enough.
 
-    def _move(self, slot: Slot, probes: tuple[Probe, ...], group: dict[str, Any]) -> Move:
-        lr, weight_decay = number(group, "lr", math.nan), number(group, "weight_decay", 0.0)
-        return self.move(slot, probes, self.relative_eps(group), lr, weight_decay)
+            print(zo.check(lambda: model(**batch).loss))
 
-    def move(self, slot: Slot, probes: tuple[Probe, ...], relative: float, lr: float, weight_decay: float) -> Move:
-        """What a step with these probes does to a slot.
+        Forward-only training sees values alone. A loss that uses ``detach()`` to define a gradient has another
+        value, and training follows that. Weights, generators and buffers are as before afterwards.
 
         Args:
-            slot: one of the engine's.
-            probes: of the step.
-            relative: `relative_eps` of the slot's group. With ``m z`` perturbed, the difference of the losses
-                measures ``m z . grad``, so the estimate of this group's gradient is divided by m.
-            lr: learning rate of the group.
-            weight_decay: of the group.
-        """
-        terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
-        rounding = probes[0].seed if self.config.stochastic_rounding else None
-        direction = self._along(slot, terms, rounding, self.optimizer.thresholds)
-        return slot, direction, lr, weight_decay / self.noise.share
+            closure: as for `step`; what it returns has to be differentiable.
+            directions: how many are compared.
 
-    def relative_eps(self, group: dict[str, Any]) -> float:
-        """The eps of a group in units of the step's eps."""
-        if isinstance(self.optimizer, TorchOptimizerFace):
-            return 1.0  # what a torch optimizer calls eps is something else
-        return float(group["eps"]) / self.eps
+        Raises:
+            ConfigError: streamed or quantised weights.
+            LossError: the closure returns a number without a gradient.
+        """
+        return check_gradient(self, closure, directions)
+
+    # The learning rate
+
+    def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
+        """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
+        return range_test(self, closures, steps)
+
+    @property
+    def wants_lr(self) -> bool:
+        """Whether the learning rate has still to be found; a run that goes on from a checkpoint has one."""
+        return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
+
+    def find_lr(self, closures: Sequence[Callable[[], Any]], schedulers: Sequence[Any] = ()) -> None:
+        """Trains with the rate that `suggest_lr` finds, for ``lr="auto"``.
+
+        Args:
+            closures: one per batch.
+            schedulers: those of the optimizer; what they have computed follows the new rate.
+        """
+        check_replaceable(self.optimizer, schedulers)
+        self.suggestion = self.suggest_lr(closures)
+        set_lr(self.optimizer, self.suggestion.lr, schedulers)
+        logger.warning(
+            "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
+        )
+
+    # What moves, and where it lives
+
+    def choose(self) -> list[Slot]:
+        """The slots of the model as it is now; once adapters were added, another target may find them."""
+        self._target = self._settings.target.chosen(self.model)
+        return self._target.slots(self.model)
+
+    def take(self, slots: list[Slot]) -> None:
+        """Makes everything that depends on which weights move."""
+        face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
+        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
+        self.oracle = self._oracle()
+        self.updaters = Updaters(
+            *(self.model, self.slots, self.places, self.noise, self.rule),
+            None if face is None else face.inner,
+            stochastic=self.config.stochastic_rounding,
+        )
+        self.trainable = trainable(self.model)
+
+    @property
+    def target(self) -> Target:
+        """What chose the slots; it may be another one once adapters were added."""
+        return self._target
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """What streams the model's blocks; None for a resident model."""
+        return self.places.streaming
+
+    @property
+    def _device(self) -> torch.device:
+        return self.places.device(self.slots[0])
+
+    def _oracle(self) -> ResidentOracle | LockstepOracle:
+        config, streaming = self.config, Streaming.of(self.model)
+        if streaming is None and config.offload is None:
+            return self._resident()
+        check_streamable(config, self.rule)
+        if streaming is None:
+            streaming = offload_model(self.model, config, self.slots)
+        if streaming is None:
+            return self._resident()
+        self.places.streaming = streaming
+        parts = self.model, self.slots, self._perturbation, streaming
+        return LockstepOracle(*parts, **self._how(), carried=self.carried)
+
+    def _resident(self) -> ResidentOracle:
+        oracle = StackedOracle if self.config.stack_probes else ResidentOracle
+        return oracle(self.model, self.slots, self._perturbation, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
+
+    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
+        return self.directions.probe(self.updaters.of[slot], slot, points)
 
     def direction(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
-        return self._along(slot, ((seed, self._ratio(slot)),), None, dict(self.optimizer.thresholds))
+        return self.directions.unit(slot, seed)
 
-    def _ratio(self, slot: Slot) -> float:
-        return self.relative_eps(self.optimizer.groups_of([slot])[slot])
+    def flush(self) -> None:
+        """Applies the updates that wait for their block; nothing to do for a resident model."""
+        if self.streaming is not None:
+            with self.continuity.applying():
+                self.places.flush()
+            self._forget()
 
-    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
-        plan = self._plan
-        relative = self._ratio(slot) if plan is None else plan.ratios[slot]
-        terms = tuple((point.seed, point.scale * relative) for point in points)
-        # Masks that are met for the first time are part of the run from the update on, and not before.
-        thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
-        return self.updaters.of[slot].effective(self._along(slot, terms, None, thresholds))
+    def stop(self) -> None:
+        """Applies what waits, and ends the threads of the probes; the next step starts them again."""
+        self.flush()
+        if isinstance(self.oracle, LockstepOracle):
+            self.oracle.lockstep.close()
 
-    def _along(
-        self,
-        slot: Slot,
-        terms: tuple[tuple[int, float], ...],
-        rounding: int | None,
-        thresholds: MutableMapping[str, float],
-    ) -> Direction:
-        how = terms, rounding, self.backend, slot.scaling, thresholds
-        return self.noise.direction(slot.key, slot.tensor.shape, *how)
+    def close(self, device: torch.device | None = None) -> None:
+        """Brings a streamed model back as ordinary parameters, and ends the threads.
+
+        Args:
+            device: where the streamed parameters go; None takes the device they computed on.
+        """
+        self.updaters.settle()
+        if self.streaming is not None:
+            self.stop()
+            self.places.close(device)
+            self.oracle = self._resident()
+        self._forget()
+
+    def effective(self) -> AbstractContextManager[None]:
+        """A context in which weights count with the updates that wait for the end of a low-rank window.
+
+        Forwards of the model's modules do by themselves; this is for code that computes with a parameter
+        outside of them.
+        """
+        return self.updaters.windows.effective()
+
+    def hidden(self) -> AbstractContextManager[None]:
+        """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
+        return self.updaters.windows.hidden()
+
+    def copy_whole(self) -> None:
+        """From now on each probe copies all slots at once, for closures that run compiled code."""
+        self.oracle.copy_whole()
+        self.updaters.wait_no_more(self.rule)  # compiled code that evaluates could not be told of what waits
 
     # Checkpoints
 
-    def streams_state(self, tensor: Tensor) -> bool:
-        """Whether what the rule keeps for a tensor travels with a streamed block."""
-        return self.places.streams_state(tensor)
-
-    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What the rule keeps for a tensor, with the values of what is streamed."""
-        with self.hidden():
-            return self.places.whole(state)
-
-    def fits(self, tensor: Tensor, window: Mapping[str, Any]) -> bool:
-        """Whether updates of low rank that a checkpoint has for a tensor are of this engine's noise."""
-        return self.updaters.fits(tensor, window)
-
-    def windows(self) -> dict[int, dict[str, Any]]:
-        """The updates of low rank that wait, by the ``id`` of the tensor in the optimizer."""
-        return {id(slot.tensor): kept for slot, kept in self.updaters.saved().items()}
-
     def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
-        """Takes over what was loaded into the optimizer, and ``windows`` as `windows` returns it."""
-        self.updaters.load({slot: (windows or {}).get(id(slot.tensor), {}) for slot in self.slots})
-        with self.hidden():
-            self.places.store()
+        """Takes over what was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
+        self.updaters.load(windows or {})
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""

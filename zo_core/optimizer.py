@@ -129,7 +129,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
-            streamed = self.engine is not None and self.engine.streams_state(tensor)
+            streamed = self.engine is not None and self.engine.places.streams_state(tensor)
             for name, value in plain_state(state_dict, index).items():
                 if isinstance(value, Tensor) and not streamed:  # a store makes a copy of its own
                     value = value.detach().to(tensor.device, copy=True)
@@ -159,7 +159,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             return self._marked(super().state_dict())
         self.engine.flush()
         result = super().state_dict()
-        result["state"] = {index: self.engine.whole_state(kept) for index, kept in result["state"].items()}
+        result["state"] = {index: self.engine.places.whole(kept) for index, kept in result["state"].items()}
         return self._marked(result)
 
     def _window_problems(self, state_dict: dict[str, Any]) -> list[str]:
@@ -168,7 +168,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         return [
             f"parameter {index} has low-rank updates of another noise; give it the run's"
             for index, tensor, window in waiting
-            if window and (self.engine is None or not self.engine.fits(tensor, window))
+            if window and (self.engine is None or not self.engine.updaters.fits(tensor, window))
         ]
 
     def _indexed(self, state_dict: dict[str, Any]) -> list[tuple[int, Tensor]]:
@@ -186,7 +186,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             took_over(state_dict, self.engine)
 
     def _marked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        waiting = {} if self.engine is None else self.engine.windows()
+        waiting = {} if self.engine is None else self.engine.updaters.saved()
         windows = {index: waiting[id(t)] for index, t in self._indexed(state_dict) if id(t) in waiting}
         return marked(state_dict, self.engine, windows, dict(self.thresholds))
 

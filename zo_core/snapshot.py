@@ -36,7 +36,8 @@ class Snapshot:
         self.engine = engine
         self.weights = [slot.tensor.data.clone() for slot in engine.slots]
         self.state = {tensor: copies(held) for tensor, held in engine.optimizer.state.items()}
-        self.windows, self.thresholds = engine.updaters.copied(), dict(engine.optimizer.thresholds)
+        self.windows = {key: copies(kept) for key, kept in engine.updaters.saved().items()}
+        self.thresholds = dict(engine.optimizer.thresholds)
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
         self.first_steps = engine.first_steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from .estimators import Estimate, Estimator
 from .noise.direction import float32
 from .records import Point, Probe
 from .targets import Slot
+
+logger = logging.getLogger(__name__)
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -89,3 +92,20 @@ def probes_from(
     # A float32 from here on: what a log or another process is given is what is applied.
     probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
     return estimate, probes, clipped
+
+
+class Skips:
+    """Says which steps were skipped; a diverged run skips every step, and is told at powers of two."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def log(self, step: int, estimate: Estimate) -> None:
+        """One line about a step that moves nothing; losses that agree are what a converged model gives."""
+        said = f"step {step} skipped, weights untouched: {estimate.skip}"
+        if estimate.projected_grads:
+            logger.info("%s", said)
+            return
+        self.count += 1
+        if self.count & (self.count - 1) == 0:
+            logger.warning("%s%s", said, f" ({self.count} steps skipped so far)" if self.count > 1 else "")

@@ -149,7 +149,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
     groups, of = engine.optimizer.param_groups, engine.optimizer.groups_of(engine.slots)
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(of[slot])] for slot in engine.slots)
-    relative = {index[id(group)]: engine.relative_eps(group) for group in of.values()}
+    relative = {index[id(group)]: engine.directions.relative_eps(group) for group in of.values()}
     lrs = tuple(number(group, "lr", 0.0) for group in groups)
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):

@@ -220,7 +220,7 @@ def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep
         group = entry.settings.group_of[index]
         settings = entry.settings
         how = settings.eps[group], entry.lrs[group], settings.weight_decay[group]
-        _, direction, lr, weight_decay = engine.move(slot, entry.probes, *how)
+        _, direction, lr, weight_decay = engine.directions.move(slot, entry.probes, *how)
         if direction.still:
             advance(slot.tensor.numel())
             continue

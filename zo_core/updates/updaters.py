@@ -12,7 +12,7 @@ from ..noise import Direction, LowRank, LowRankDirection, Noise
 from ..oracle.materialise import is_compiled
 from ..rules import Torch, UpdateRule
 from ..targets import Slot
-from .base import AtOnce, ByTorchOptimizer, TorchStep, Updater, copies
+from .base import AtOnce, ByTorchOptimizer, TorchStep, Updater
 from .places import Places
 from .window import Window
 from .windows import Windows
@@ -99,26 +99,23 @@ class Updaters:
 
     # Checkpoints
 
-    def saved(self) -> dict[Slot, dict[str, Any]]:
-        """What waits, by slot, as `Window.saved` returns it."""
+    def saved(self) -> dict[int, dict[str, Any]]:
+        """What waits, as `Window.saved` returns it, by the ``id`` of the slot's tensor in the optimizer."""
         with self.windows.hidden():
-            found = {slot: window.saved() for slot, window in self.windows.of.items()}
-        return {slot: kept for slot, kept in found.items() if kept}
+            found = {id(slot.tensor): window.saved() for slot, window in self.windows.of.items()}
+        return {key: kept for key, kept in found.items() if kept}
 
     def fits(self, tensor: Tensor, kept: Mapping[str, Any]) -> bool:
         """Whether a window that was saved for a tensor is one of this engine's."""
         slot = self.windows.slots.get(id(tensor))
         return slot is not None and self.windows.of[slot].fits(kept)
 
-    def load(self, kept: Mapping[Slot, Mapping[str, Any]]) -> None:
-        """Goes on with what was `saved`; nothing waits for other slots."""
+    def load(self, kept: Mapping[int, Mapping[str, Any]]) -> None:
+        """Goes on with what was `saved`, and with the rule's state that the optimizer has loaded."""
         with torch.no_grad(), self.windows.hidden():
             for slot, window in self.windows.of.items():
-                window.load(kept.get(slot, {}))
-
-    def copied(self) -> dict[Slot, dict[str, Any]]:
-        """As `saved`, in memory of its own."""
-        return {slot: copies(window.saved()) for slot, window in self.windows.of.items()}
+                window.load(kept.get(id(slot.tensor), {}))
+            self.places.store()
 
 
 def can_wait(noise: Noise, slot: Slot) -> bool:

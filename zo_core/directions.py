@@ -1,0 +1,97 @@
+"""From points and probes to what moves each slot: its direction, the unit of its eps, and its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from .noise import Direction, Noise
+from .optimizer import TorchOptimizerFace, ZOOptimizer, number
+from .records import Point, Probe
+from .step import StepPlan
+from .targets import Slot
+from .updates import Move, Updater
+
+
+class Directions:
+    """The directions of an engine's slots.
+
+    Args:
+        noise: of the run.
+        backend: of the passes over the weights.
+        optimizer: whose groups have the slots' numbers; it keeps the thresholds of masks.
+        eps: gives the eps of the step, which is that of the first group.
+        stochastic: whether updates of 16-bit weights round stochastically.
+
+    Attributes:
+        plan: the step in progress; None between steps.
+    """
+
+    def __init__(
+        self, noise: Noise, backend: str, optimizer: ZOOptimizer, eps: Callable[[], float], *, stochastic: bool
+    ):
+        self.noise, self.backend, self.optimizer, self.eps, self.stochastic = noise, backend, optimizer, eps, stochastic
+        self.plan: StepPlan | None = None
+
+    def relative_eps(self, group: dict[str, Any]) -> float:
+        """The eps of a group in units of the step's eps."""
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            return 1.0  # what a torch optimizer calls eps is something else
+        return float(group["eps"]) / self.eps()
+
+    def ratios(self, slots: list[Slot]) -> dict[Slot, float]:
+        """By slot, the eps of its group in units of the step's eps."""
+        groups = self.optimizer.groups_of(slots)
+        return {slot: self.relative_eps(groups[slot]) for slot in slots}
+
+    def unit(self, slot: Slot, seed: int) -> Direction:
+        """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
+        return self._along(slot, ((seed, self.ratios([slot])[slot]),), None, dict(self.optimizer.thresholds))
+
+    def probe(self, updater: Updater, slot: Slot, points: tuple[Point, ...]) -> Direction:
+        """What is added to a slot's weights in memory to measure at a point; of several points, each by itself."""
+        plan = self.plan
+        ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
+        terms = tuple((point.seed, point.scale * ratio) for point in points)
+        # Masks that are met for the first time are part of the run from the update on, and not before.
+        thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
+        return updater.effective(self._along(slot, terms, None, thresholds))
+
+    def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
+        """What a step with these probes does to the slots, by the numbers of their groups as they are now."""
+        groups = self.optimizer.groups_of(slots)
+        return [
+            self.move(slot, probes, self.relative_eps(group), number(group, "lr", math.nan), _decay(group))
+            for slot, group in groups.items()
+        ]
+
+    def move(self, slot: Slot, probes: tuple[Probe, ...], ratio: float, lr: float, weight_decay: float) -> Move:
+        """What a step with these probes does to a slot.
+
+        Args:
+            slot: one of the engine's.
+            probes: of the step.
+            ratio: `relative_eps` of the slot's group. With ``m z`` perturbed, the difference of the losses
+                measures ``m z . grad``, so the estimate of this group's gradient is divided by m.
+            lr: learning rate of the group.
+            weight_decay: of the group.
+        """
+        terms = tuple((probe.seed, probe.coefficient / ratio) for probe in probes)
+        direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)
+        return slot, direction, lr, weight_decay / self.noise.share
+
+    def _along(
+        self,
+        slot: Slot,
+        terms: tuple[tuple[int, float], ...],
+        rounding: int | None,
+        thresholds: MutableMapping[str, float],
+    ) -> Direction:
+        how = terms, rounding, self.backend, slot.scaling, thresholds
+        return self.noise.direction(slot.key, slot.tensor.shape, *how)
+
+
+def _decay(group: dict[str, Any]) -> float:
+    return number(group, "weight_decay", 0.0)
