@@ -62,6 +62,7 @@ class ZeroOrder(LiveSettings):
         regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
             does nothing, and what that does not hold does not move.
         lr, eps, weight_decay: of the first parameter group; setting one sets that of all groups.
+        merged: whether `close` has ended low-rank windows since the last step, which a log has to say.
         suggestion: with ``lr="auto"``, from the first step on: what the range test found.
 
     Raises:
@@ -89,6 +90,7 @@ class ZeroOrder(LiveSettings):
         self.suggestion: LrSuggestion | None = None
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = 0
+        self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
         self.carried: list[Carried] = []
@@ -161,6 +163,7 @@ class ZeroOrder(LiveSettings):
 
     def store_state(self) -> None:
         """Takes over what was loaded into the optimizer."""
+        self.merged = False  # the state has windows of its own
         with self.hidden():
             if self.lazy is not None:
                 self.lazy.loaded(self.optimizer.state)
@@ -185,8 +188,8 @@ class ZeroOrder(LiveSettings):
         Args:
             device: where the streamed parameters go; None takes the device they computed on.
         """
-        if self.lazy is not None:
-            self.lazy.merge()
+        if self.lazy is not None and self.lazy.merge():
+            self.merged = True
         if self.streaming is not None:
             self.stop()
             self.homes.bring_back()
@@ -419,6 +422,7 @@ class ZeroOrder(LiveSettings):
         self.step_count += 1
         for listener in self.listeners:
             listener(record)
+        self.merged = False
         return record
 
     def _log_skip(self, estimate: Estimate) -> None:

@@ -206,20 +206,46 @@ class LazyUpdates:
             block, name = home
             block.pending.append(((name,), partial(_move, name, waiting)))
 
-    def merge(self) -> None:
+    def merge(self) -> bool:
         """Puts everything that waits into the weights, and takes the hooks away: for the end of training.
 
         A run that goes on afterwards begins a new window, so its numbers differ from those without this.
+
+        Returns:
+            Whether anything waited.
         """
         with torch.no_grad(), self.hidden():
-            for slot in self.shapes:
-                if (waiting := self.waiting(slot)) is not None:
-                    self._write(slot, waiting)
-                    self._forget(slot)
+            waited = [self.end_window(slot) for slot in self.shapes]
         for handle in self.handles:
             handle.remove()
         self.handles = []
         torch.clear_autocast_cache()
+        return any(waited)
+
+    def end_window(self, slot: Slot) -> bool:
+        """Puts what waits for a slot into its weights; whether anything did. For callers inside of `hidden`."""
+        waiting = self.waiting(slot)
+        if waiting is None:
+            return False
+        self._write(slot, waiting)
+        self._forget(slot)
+        return True
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """In this context another engine may move the resident weights; at its end the window is as it was."""
+        with self.hidden():
+            waiting = [slot for slot in self.shapes if self._home(slot) is None and self.waiting(slot) is not None]
+            before = [(slot, slot.tensor.data.clone(), dict(self.state[slot.tensor])) for slot in waiting]
+        try:
+            yield
+        finally:
+            with torch.no_grad(), self.hidden():
+                for slot, weights, state in before:
+                    slot.tensor.data.copy_(weights)
+                    self.state[slot.tensor].update(state)
+                if before and not self.handles:
+                    self._attach()
 
     def _forget(self, slot: Slot) -> None:
         # The momentum goes with its bases.

@@ -20,6 +20,8 @@ from .records import Point
 
 if TYPE_CHECKING:
     from .engine import ZeroOrder
+    from .offload import Streaming
+    from .targets import Slot
 
 Closure = Callable[[], Any]
 
@@ -132,15 +134,7 @@ class Snapshot:
     """
 
     def __init__(self, engine: ZeroOrder):
-        streaming = engine.streaming
-        if streaming is not None and any(streaming.home(slot.tensors) is not None for slot in engine.slots):
-            raise ConfigError(
-                [
-                    "the range test for the learning rate keeps a copy of the weights that move, and those of this "
-                    "model are streamed, which is not supported; write a number for the learning rate, or train "
-                    "adapters, which stay resident on a streamed base"
-                ]
-            )
+        check_resident(engine.streaming, engine.slots)
         engine.flush()
         self.engine = engine
         self.weights = [slot.tensor.data.clone() for slot in engine.slots]
@@ -170,6 +164,18 @@ class Snapshot:
         self.engine.first_steps = self.first_steps
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
+
+
+def check_resident(streaming: Streaming | None, slots: Iterable[Slot]) -> None:
+    """Raises `ConfigError` if weights that move are streamed."""
+    if streaming is not None and any(streaming.home(slot.tensors) is not None for slot in slots):
+        raise ConfigError(
+            [
+                "the range test for the learning rate keeps a copy of the weights that move, and those of this "
+                "model are streamed, which is not supported; write a number for the learning rate, or train "
+                "adapters, which stay resident on a streamed base"
+            ]
+        )
 
 
 def _copies(held: dict[str, Any]) -> dict[str, Any]:
