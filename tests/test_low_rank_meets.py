@@ -1,4 +1,4 @@
-"""Law: a low-rank window meets other verbs (close, a schedule of the momentum, a range test) without a wrong number."""
+"""Law: a momentum that changes inside of a low-rank window counts, and is in the log."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning_helpers import QUIET, Wrapped, loader, trainer
-from models import closure, tiny
 from torch import Tensor, nn
 from traces import same_bits
 
-from zo_core import LowRank, Momentum, SeedLogWriter, ZeroOrder, replay, suggest_lr
+from zo_core import LowRank, Momentum, SeedLogWriter, ZeroOrder, replay
 
 pytestmark = QUIET
 WINDOW = LowRank(refresh=4)
@@ -41,23 +40,6 @@ def run(zo: ZeroOrder, start: int, stop: int) -> None:
 
 def final(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-@pytest.mark.parametrize("rule", ["sgd", "momentum"])
-@pytest.mark.parametrize("tier", ["cpu", "disk"])
-def test_what_was_streamed_goes_on_moving_after_close(tier: str, rule: str) -> None:
-    ends = []
-    for offload in (None, tier):
-        model = Narrow()
-        zo = ZeroOrder(model, lr=1e-2, eps=1e-2, noise=WINDOW, rule=rule, offload=offload)
-        run(zo, 0, 6)
-        zo.close()
-        before = final(model)
-        run(zo, 6, 15)
-        zo.close()
-        ends.append(final(model))
-        assert all(not torch.equal(before[name], value) for name, value in ends[-1].items())
-    assert same_bits(*ends)
 
 
 @pytest.mark.parametrize("offload", [None, "cpu"])
@@ -97,20 +79,3 @@ def test_lightning_s_schedules_of_the_momentum_reach_matrices(tmp_path: Path) ->
         assert same_bits(final(base), ends[-1])
     moved = [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
     assert any(ends[0][name].ndim > 1 for name in moved)
-
-
-@pytest.mark.parametrize("rule", ["sgd", "momentum"])
-def test_a_range_test_in_the_middle_of_a_window_leaves_it_as_it_was(rule: str) -> None:
-    ends = []
-    for asks in (False, True):
-        model = tiny("llama")
-        zo = ZeroOrder(model, lr=1e-3, noise=WINDOW, rule=rule)
-        for step in range(6):
-            zo.step(closure("llama", model, step))
-        if asks:
-            assert suggest_lr(model, closure("llama", model, 9), optimizer=zo.optimizer, steps=4).lr > 0
-        for step in range(6, 12):
-            zo.step(closure("llama", model, step))
-        zo.close()
-        ends.append(final(model))
-    assert same_bits(*ends)

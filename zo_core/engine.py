@@ -61,6 +61,7 @@ class ZeroOrder(LiveSettings):
         regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
             does nothing, and what that does not hold does not move.
         lr, eps, weight_decay: of the first parameter group; setting one sets that of all groups.
+        merged: whether `close` has ended low-rank windows since the last step, which a log has to say.
         suggestion: with ``lr="auto"``, from the first step on: what the range test found.
 
     Raises:
@@ -88,6 +89,7 @@ class ZeroOrder(LiveSettings):
         self.suggestion: LrSuggestion | None = None
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
+        self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
         self.carried: list[Carried] = []
@@ -241,6 +243,7 @@ class ZeroOrder(LiveSettings):
         self.step_count += 1
         for listener in self.listeners:
             listener(record)
+        self.merged = False
         return record
 
     # Other ways to go on
@@ -435,7 +438,7 @@ class ZeroOrder(LiveSettings):
         Args:
             device: where the streamed parameters go; None takes the device they computed on.
         """
-        self.updaters.settle()
+        self.merged = self.updaters.settle() or self.merged
         if self.streaming is not None:
             self.stop()
             self.places.close(device)
@@ -463,6 +466,7 @@ class ZeroOrder(LiveSettings):
 
     def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """Takes over what was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
+        self.merged = False  # the state has windows of its own
         self.updaters.load(windows or {})
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import ConfigError
 from .modes import rng_state, set_rng_state
+from .offload import Streaming
+from .targets import Slot
 from .updates.base import copies
 
 if TYPE_CHECKING:
@@ -24,14 +27,7 @@ class Snapshot:
     """
 
     def __init__(self, engine: ZeroOrder):
-        if any(engine.places.home(slot) is not None for slot in engine.slots):
-            raise ConfigError(
-                [
-                    "the range test for the learning rate keeps a copy of the weights that move, and those of this "
-                    "model are streamed, which is not supported; write a number for the learning rate, or train "
-                    "adapters, which stay resident on a streamed base"
-                ]
-            )
+        check_resident(engine.streaming, engine.slots)
         engine.flush()
         self.engine = engine
         self.weights = [slot.tensor.data.clone() for slot in engine.slots]
@@ -67,3 +63,15 @@ class Snapshot:
         engine.listeners, engine.first_steps = self.listeners, self.first_steps
         for group, rate in zip(engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
+
+
+def check_resident(streaming: Streaming | None, slots: Iterable[Slot]) -> None:
+    """Raises `ConfigError` if weights that move are streamed."""
+    if streaming is not None and any(streaming.home(slot.tensors) is not None for slot in slots):
+        raise ConfigError(
+            [
+                "the range test for the learning rate keeps a copy of the weights that move, and those of this "
+                "model are streamed, which is not supported; write a number for the learning rate, or train "
+                "adapters, which stay resident on a streamed base"
+            ]
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from .config import ZOConfig
 from .engine import ZeroOrder
 from .lr_range import LrSuggestion
 from .offload import Streaming
+from .optimizer import ZOOptimizer
+from .placement import resolve, slots_of
+from .snapshot import check_resident
+from .targets import Slot
+from .updates import Windows
 
 
 def suggest_lr(
@@ -62,11 +68,25 @@ def suggest_lr(
     engine = None if optimizer is None else getattr(optimizer, "engine", None)
     if engine is not None and engine.model is model and config is None and not overrides:
         return engine.suggest_lr(closures, steps)
-    came_streamed = Streaming.of(model) is not None
-    zo = ZeroOrder(model, config, optimizer=optimizer, **{**overrides, "lr": None})
-    try:
-        return zo.suggest_lr(closures, steps)
-    finally:
-        zo.stop() if came_streamed else zo.close()
-        if engine is not None:
-            zo.optimizer.engine = engine
+    settings = (config or ZOConfig()).replace(**{**overrides, "lr": None})
+    streaming = Streaming.of(model)
+    if streaming is not None:  # before there is another engine, which would begin with rule state of its own
+        check_resident(streaming, _moving(model, settings, optimizer))
+    with ExitStack() as windows:
+        for live in Windows.in_model(model):
+            windows.enter_context(live.kept())
+        zo = ZeroOrder(model, settings, optimizer=optimizer)
+        try:
+            return zo.suggest_lr(closures, steps)
+        finally:
+            zo.close() if streaming is None else zo.stop()
+            if engine is not None:
+                zo.optimizer.engine = engine
+
+
+def _moving(model: nn.Module, config: ZOConfig, optimizer: torch.optim.Optimizer | None) -> list[Slot]:
+    """The slots that an engine with these settings would move."""
+    target = resolve(config, optimizer).target.chosen(model)
+    slots = target.slots(model)
+    foreign = not isinstance(optimizer, ZOOptimizer)
+    return slots if optimizer is None else slots_of(optimizer, slots, target.name, foreign=foreign)

@@ -74,6 +74,7 @@ class LoggedStep:
         draws: whether measuring it drew from the global random generators (dropout does).
         rule: that was in force, as its registry describes it.
         noise: of the run, likewise; it knows the seeds of a step.
+        merged: whether low-rank windows were ended before it, by closing the engine.
     """
 
     step: int
@@ -84,6 +85,7 @@ class LoggedStep:
     draws: bool = False
     rule: Any = field(default=None, repr=False, hash=False)
     noise: Any = field(default="rademacher", repr=False, hash=False)
+    merged: bool = False
 
     @property
     def skipped(self) -> bool:
@@ -132,7 +134,7 @@ class Parsed:
         offsets: where each of them begins.
         checkpoints: the steps at which a checkpoint was begun.
         changes: number of change-records.
-        settings, rule, draws, next_step: as they are after the last record.
+        settings, rule, draws, merged, next_step: as they are after the last record.
         end: where the last good record ends; what follows is damaged.
         chain: checksum of the last good record.
         torn: bytes after ``end`` that are no whole record.
@@ -151,6 +153,7 @@ class Parsed:
     checkpoints: list[int] = field(default_factory=list)
     changes: int = 0
     draws: bool = False
+    merged: bool = False
     torn: int = 0
     corrupt: str | None = None
     followed: bool = False
@@ -236,8 +239,10 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
                 parsed.draws,
                 parsed.rule,
                 parsed.header["noise"],
+                parsed.merged,
             )
         )
+        parsed.merged = False
         parsed.offsets.append(at)
         parsed.next_step = first + 1
     parsed.end, parsed.chain = at + size, checksum
@@ -251,6 +256,7 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
         parsed.settings = Settings.from_dict(change["settings"])
     parsed.rule = change.get("rule", parsed.rule)
     parsed.draws = change.get("draws", parsed.draws)
+    parsed.merged = change.get("merged", parsed.merged)
     parsed.next_step = change.get("next_step", parsed.next_step)
     if "checkpoint" in change:
         parsed.checkpoints.append(change["checkpoint"])

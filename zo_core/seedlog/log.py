@@ -163,6 +163,8 @@ class SeedLogWriter:
     def logged(self) -> LoggedStep | None:
         """The engine's next step as the log has it; None if it is yet to be measured.
 
+        Where the run was closed before that step, low-rank windows end here, too.
+
         Raises:
             StateError: the run's learning rate, weight decay, eps or seed are not those of the log.
         """
@@ -178,6 +180,8 @@ class SeedLogWriter:
                     f"run has {said({name: mine[name] for name in names})}; continue with the arguments of that run, "
                     "or start from a checkpoint by its name, which leaves the rest of the log aside"
                 )
+            if entry.merged and entry.step >= self.engine.continuity.ahead:
+                self.engine.updaters.settle()
         return entry
 
     @contextmanager
@@ -207,6 +211,8 @@ class SeedLogWriter:
             changes["rule"] = rule
         if self._drew != self.draws:
             changes["draws"] = self._drew
+        if self.engine.merged:
+            changes["merged"] = True
         if record.step != self.next_step:
             changes["next_step"] = record.step
         if changes:

@@ -170,7 +170,7 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
         steps: in order.
         progress: show a bar.
     """
-    steps = [entry for entry in steps if not entry.skipped]
+    parts, steps = _parts(steps), [entry for entry in steps if not entry.skipped]
     position = {key: index for index, key in enumerate(keys)}
     bar = Bar(len(steps) * sum(slot.tensor.numel() for slot in engine.slots)) if progress else None
     advance: Advance = (lambda amount: None) if bar is None else bar.advance
@@ -178,9 +178,12 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
         for slot in engine.slots:
             updater = engine.updaters.of[slot]
             if updater.windowed:
-                for move in _moves(engine, slot, position[slot.key], steps, advance):
-                    updater.update(*move)
-                    advance(slot.tensor.numel())
+                for merged, part in parts:
+                    if merged:
+                        updater.settle()
+                    for move in _moves(engine, slot, position[slot.key], part, advance):
+                        updater.update(*move)
+                        advance(slot.tensor.numel())
             else:
                 engine.places.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
         engine.flush()
@@ -188,6 +191,17 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     torch.clear_autocast_cache()
     if bar is not None:
         bar.close()
+
+
+def _parts(steps: Iterable[LoggedStep]) -> list[tuple[bool, list[LoggedStep]]]:
+    """The steps that moved something, split where windows were ended; and whether that was so before each part."""
+    parts: list[tuple[bool, list[LoggedStep]]] = [(False, [])]
+    for entry in steps:
+        if entry.merged:
+            parts.append((True, []))
+        if not entry.skipped:
+            parts[-1][1].append(entry)
+    return parts
 
 
 def _advance_slot(

@@ -38,8 +38,9 @@ class Updater:
         """A direction from the weights as they are in memory, with what waits in it."""
         return direction
 
-    def settle(self) -> None:
-        """Puts what waits into the weights."""
+    def settle(self) -> bool:
+        """Puts what waits into the weights; whether anything did."""
+        return False
 
 
 class AtOnce(Updater):

@@ -86,9 +86,9 @@ class Updaters:
         """What has to be added to the weights of a slot in memory; None for nothing."""
         return self.windows.waiting(slot)
 
-    def settle(self) -> None:
-        """Puts everything that waits for the end of a window into the weights."""
-        self.windows.settle()
+    def settle(self) -> bool:
+        """Puts everything that waits for the end of a window into the weights; whether anything did."""
+        return self.windows.settle()
 
     def wait_no_more(self, rule: UpdateRule) -> None:
         """All slots are written at once from here on."""

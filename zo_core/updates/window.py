@@ -120,12 +120,13 @@ class Window(Updater):
 
         self.places.move(self.slot, work)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Puts what waits into the weights. The next update begins a window, without the rule's state."""
         waiting = self.waiting()
         if waiting is not None:
             self._write(waiting)
         self.forget()
+        return waiting is not None
 
     # Checkpoints
 

@@ -70,18 +70,35 @@ class Windows:
         """What has to be added to the weights in memory; None for nothing."""
         return None if slot not in self.of else self.of[slot].waiting()
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Puts everything that waits into the weights, and takes the hooks away: for the end of training.
 
         A run that goes on afterwards begins new windows, so its numbers differ from those without this.
+
+        Returns:
+            Whether anything waited.
         """
         with torch.no_grad(), self.hidden():
-            for window in self.of.values():
-                window.settle()
+            waited = [window.settle() for window in self.of.values()]
         for handle in self.handles:
             handle.remove()
         self.handles = []
         torch.clear_autocast_cache()
+        return any(waited)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """In this context another engine may move the resident weights; at its end the windows are as they were."""
+        with self.hidden():
+            waiting = [w for slot, w in self.of.items() if self.places.home(slot) is None and w.factor is not None]
+            before = [(window, window.places.values(window.slot).clone(), dict(vars(window))) for window in waiting]
+        try:
+            yield
+        finally:
+            with torch.no_grad(), self.hidden():
+                for window, weights, state in before:
+                    window.places.load(window.slot, weights)
+                    vars(window).update(state)
 
     # Reading
 
