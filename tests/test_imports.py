@@ -16,11 +16,13 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "records": 0,
     "errors": 0,
+    "files": 0,
     "registry": 0,
     "cache": 0,
     "forward_state": 1,
     "stand_ins": 0,
     "modes": 0,
+    "sizes": 0,
     "version": 0,
     "writers": 0,
     "noise": 1,

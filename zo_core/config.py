@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -17,6 +16,7 @@ from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, LowRank, Noise
 from .registry import Registry
 from .rules import RULES, UpdateRule
+from .sizes import parse_bytes
 from .targets import TARGETS, Target
 
 BACKENDS = ("auto", "eager", "compile", "triton")
@@ -320,24 +320,6 @@ class Resolved:
     eps: float
     num_probes: int
     backend: str
-
-
-def parse_bytes(value: int | str | None) -> int | None:
-    """A number of bytes; units are powers of 1000 (``"8GB"``) or of 1024 (``"8GiB"``).
-
-    Raises:
-        ValueError: it is neither a number above 0 nor a text like these.
-    """
-    if value is None:
-        return None
-    match = re.fullmatch(r"\s*([\d.]+)\s*(?:([KMGT])(i?)B)?\s*", str(value), re.IGNORECASE)
-    if match is None or isinstance(value, bool):
-        raise ValueError(value)
-    power = " KMGT".index((match[2] or " ").upper())
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size <= 0:
-        raise ValueError(value)
-    return size
 
 
 def has_triton() -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .config import AUTO, Resolved, ZOConfig, parse_bytes
+from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
 from .lazy import changes_often
 from .noise import NOISES
 from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import Torch, UpdateRule
+from .sizes import parse_bytes
 from .targets import Slot
 
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ import torch
 
 from ..config import ZOConfig
 from ..errors import ZOError
+from ..sizes import parse_number
 from .plan import Workload, estimate
 from .rates import Rates, measure_rates
 from .skeleton import skeleton
@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rate(text: str) -> float:
-    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)([KMGTP]?)B?(?:/s)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0.0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, with K, M, G, T or P behind it or none")
-    return float(match[1]) * 1000.0 ** " KMGTP".index((match[2] or " ").upper())
+    try:
+        return parse_number(text.removesuffix("/s"))
+    except ValueError:
+        message = f"{text!r} must be a number above 0, with K, M, G, T or P behind it or none"
+        raise argparse.ArgumentTypeError(message) from None

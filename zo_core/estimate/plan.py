@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ZOConfig, parse_bytes
+from ..config import ZOConfig
 from ..errors import ConfigError, ModelError
 from ..offload.build import beyond, plan, resident_bytes
 from ..offload.streaming import ARENA_SLOTS, Block, _aligned
+from ..sizes import parse_bytes
 from ..targets import Slot, slot_keys
 from .noise import noise_bytes
 from .rates import Rates
