@@ -17,7 +17,7 @@ DOCUMENTED = re.findall(r"^::: (\S+)$", PAGE, re.MULTILINE)
 ALIASES = dict(re.findall(r"`([\w.]+)` is `([\w.]+)`", PAGE))
 
 #: Modules all of whose public names are on the page.
-WHOLE = ("zo_core", "zo_core.estimate", "hf_zo", "lightning_zo")
+WHOLE = ("zo_core", "hf_zo.estimate", "hf_zo", "lightning_zo")
 #: Modules that have public names for the other packages of this project, too.
 IN_PART = ("zo_core.seedlog",)
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "records": 0,
     "errors": 0,
+    "estimate": 0,
     "files": 0,
     "registry": 0,
     "cache": 0,
@@ -44,7 +45,6 @@ RANKS = {
     "following": 7,
     "gradient_check": 6,
     "engine": 8,
-    "estimate": 9,
     "adapter": 9,
     "seedlog": 9,
     "suggest": 9,
@@ -57,7 +57,6 @@ THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the l
 OPTIONAL = {
     "bitsandbytes": ROOT / "zo_core/targets/int4.py",
     "torchao": ROOT / "zo_core/targets/torchao.py",
-    "transformers": ROOT / "zo_core/estimate/skeleton.py",
 }
 ADAPTERS = ("hf_zo", "lightning_zo")
 

@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 
 from hf_zo import ZOArguments, ZOTrainingArguments
 from hf_zo.arguments import PREFIX, RENAMED
+from hf_zo.estimate.cli import _parser
 from zo_core import ConfigError, ZeroOrder, ZOConfig
-from zo_core.estimate.cli import _parser
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {setting.name: setting for setting in fields(ZOConfig)}

@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
+from hf_zo.estimate.cli import _rate
 from zo_core import ConfigError, ZOConfig
-from zo_core.estimate.cli import _rate
 from zo_core.sizes import human, parse_bytes, parse_number
 
 READ = {

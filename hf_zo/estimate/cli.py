@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..config import ZOConfig
-from ..errors import ZOError
-from ..sizes import parse_number
+from zo_core.config import ZOConfig
+from zo_core.errors import ZOError
+from zo_core.sizes import parse_number
+
 from .plan import Workload, estimate
 from .rates import Rates, measure_rates
 from .skeleton import skeleton

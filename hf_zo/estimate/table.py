@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ..sizes import human
+from zo_core.sizes import human
+
 from .plan import Row, Workload
 
 
