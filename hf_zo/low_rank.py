@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zo_core import ConfigError, LowRank, ModelError
-from zo_core.noise.hashing import BASIS, derive_seed
+from zo_core.noise.hashing import derive_seed
 from zo_core.targets import keep_codes_plain
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def low_rank_adapter(
     for name, layer in layers.items():
         down: Any = layer.lora_A["default"].weight
         with torch.no_grad():
-            down.copy_(LowRank(rank).z(base, name, 0, down.numel(), down.device, purpose=BASIS).view(down.shape))
+            down.copy_(LowRank(rank).rights((base,), name, torch.Size([1, down.shape[1]]), down.device))
         # Or PEFT makes A trainable whenever it activates the adapter: set_adapter, the end of disable_adapter.
         layer.frozen_peft_weight_names = {"default": ("lora_A",)}
         down.requires_grad_(False)

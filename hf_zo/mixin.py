@@ -261,8 +261,7 @@ class ZOTrainerMixin(_Trainer):
         zo = self.zo
         if zo.step_count != self.state.global_step:
             self._zo_waiting, self._zo_losses = [], []
-            zo.discard()
-            zo.step_count = self.state.global_step
+            zo.at(self.state.global_step)
         zo.oracle.keep_mode = self._zo_model()
         if model is not self.model and any(map(is_compiled, model.modules())):
             zo.copy_whole()
@@ -304,7 +303,7 @@ class ZOTrainerMixin(_Trainer):
 
         with LossCalls(self, draw).answered():
             step()
-        zo.follow(entry.probes, entry.loss)
+        zo.repeat(entry.probes, entry.loss)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
     def _find_lr(self, step: Callable[..., Tensor], inputs: Any, items: Any) -> None:

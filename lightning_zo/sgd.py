@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from zo_core import Momentum, ZOOptimizer
-from zo_core.checkpoint import check_state, took_over
+from zo_core import Momentum, StateError, ZOOptimizer
+from zo_core.checkpoint import check_state
 from zo_core.noise.direction import compute_dtype
 
 BUFFER = "momentum_buffer"
@@ -75,8 +75,10 @@ class SGDFace(ZOOptimizer):
             StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.
         """
         check_state(state_dict, self.engine, "SGD")
+        problems = self._window_problems(state_dict)
+        if problems:
+            raise StateError("; ".join(problems))
         self.inner.load_state_dict({**state_dict, "state": {}})
-        self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
@@ -85,7 +87,5 @@ class SGDFace(ZOOptimizer):
             if buffer is not None:
                 wide = compute_dtype(tensor.dtype)
                 self.state[tensor]["momentum"] = buffer.detach().to(tensor.device, wide, copy=True)
-        if self.engine is not None:
-            self.engine.store_state()
-            took_over(state_dict, self.engine)
+        self._load_extras(state_dict)
         self.follow()

@@ -184,7 +184,7 @@ class ZOStrategy(SingleDeviceStrategy):
         zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
             zo.listeners = before.listeners
-            zo.seed = before.seed
+            zo.at(zo.step_count, before.seed)
             zo.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
             zo.optimizer.state.update(before.optimizer.state)
             zo.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, zo.slots)
@@ -241,7 +241,7 @@ class ZOStrategy(SingleDeviceStrategy):
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
-            zo.follow(entry.probes, entry.loss)
+            zo.repeat(entry.probes, entry.loss)
             return torch.tensor(entry.loss, device=self.root_device)
         count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
         probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
@@ -252,7 +252,7 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.measure(lambda: probes.run(run, args, kwargs))
         probes.finish()
         if entry is not None and journal is not None:
-            zo.follow(entry.probes, entry.loss)
+            zo.repeat(entry.probes, entry.loss)
             journal.saw(probes.names)
         probes.log()
         self._losses += not probes.without_loss
@@ -287,12 +287,11 @@ class ZOStrategy(SingleDeviceStrategy):
         if zo.step_count != step or trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             # The first micro-batch of a step. What was measured before it was not applied: where Lightning's closure
             # would drop the gradients of a batch whose step was left out, or that runs once more.
-            zo.discard()
-            zo.step_count = step
+            zo.at(step)
             self._forget()
         if not self._losses and self._trained != self._trainable():  # a callback froze or unfroze layers
             zo = self._start()
-            zo.step_count = step
+            zo.at(step)
         return zo
 
     def _forget(self) -> None:
@@ -330,8 +329,7 @@ class ZOStrategy(SingleDeviceStrategy):
             logger.warning(
                 "step %d skipped, weights untouched: training_step returned None in %s", self.zo.step_count, which
             )
-            self.zo.discard()
-            self.zo.step_count += 1
+            self.zo.skip("training_step returned None")
         else:
             with self._guard.stepping(result):
                 self.zo.optimizer.step()

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zo_core import NOISES, Noise
-from zo_core.noise import Direction
+from zo_core.noise import Direction, ElementNoise
 from zo_core.noise.direction import CPU_CHUNK, FLOAT_DTYPES
 from zo_core.noise.hashing import BATCH_WORDS
 from zo_core.noise.rounding import DROPPED_BITS, rounding_key, stochastic_round
 
-EVERY_NOISE = pytest.mark.parametrize("noise", [NOISES.resolve(name) for name in NOISES], ids=list(NOISES))
+#: Distributions of independent elements; the other noises say where one of these is applied.
+ELEMENTS = [noise for noise in map(NOISES.resolve, NOISES) if isinstance(noise, ElementNoise)]
+EVERY_NOISE = pytest.mark.parametrize("noise", ELEMENTS, ids=lambda noise: noise.name)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 # torch.compile imports parts of torch that torch has deprecated.
 COMPILING = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")

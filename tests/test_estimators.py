@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from zo_core import ESTIMATORS, NOISES, Estimator, Fzoo, Noise, Point, Spsa, ZeroOrder, derive_seed
 from zo_core.estimators.fzoo import MIN_SIGMA
+from zo_core.noise import ElementNoise
 
-EVERY_NOISE = pytest.mark.parametrize("noise", [NOISES.resolve(name) for name in NOISES], ids=list(NOISES))
+#: Distributions of independent elements; the other noises say where one of these is applied.
+ELEMENTS = [noise for noise in map(NOISES.resolve, NOISES) if isinstance(noise, ElementNoise)]
+EVERY_NOISE = pytest.mark.parametrize("noise", ELEMENTS, ids=lambda noise: noise.name)
 EVERY_ESTIMATOR = pytest.mark.parametrize(
     "estimator", [ESTIMATORS.resolve(name) for name in ESTIMATORS], ids=list(ESTIMATORS)
 )

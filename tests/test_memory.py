@@ -145,7 +145,7 @@ def test_nothing_of_a_step_is_kept_when_it_ends(noise: str, offload: str | None)
     zo.discard()
     assert kept_per_step() == 0
     record = zo.step(run)
-    zo.follow(record.probes, record.loss)
+    zo.repeat(record.probes, record.loss)
     zo.optimizer.step()
     zo.close()
     assert kept_per_step() == 0

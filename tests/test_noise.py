@@ -14,13 +14,15 @@ from traces import generators
 
 from zo_core import NOISES, Noise, derive_seed
 from zo_core.cache import ByteCache, clear_caches
-from zo_core.noise import hashing
+from zo_core.noise import ElementNoise, hashing
 from zo_core.noise.gaussian import LEVELS, quantiles
 from zo_core.noise.hashing import DIRECTION, ROUNDING, ROUNDING_SPAN, rounding_bits, stream_key, words
 from zo_core.noise.rounding import rounding_key
 
 CPU = torch.device("cpu")
-EVERY_NOISE = pytest.mark.parametrize("noise", [NOISES.resolve(name) for name in NOISES], ids=list(NOISES))
+#: Distributions of independent elements; the other noises say where one of these is applied.
+ELEMENTS = [noise for noise in map(NOISES.resolve, NOISES) if isinstance(noise, ElementNoise)]
+EVERY_NOISE = pytest.mark.parametrize("noise", ELEMENTS, ids=lambda noise: noise.name)
 SEEDS = st.integers(-(2**63), 2**64)
 SLOTS = st.text(max_size=20)
 

@@ -96,7 +96,7 @@ def test_twenty_thousand_steps_are_under_half_a_megabyte(tmp_path: Path) -> None
 def test_any_loss_can_be_written(loss: float, tmp_path: Path) -> None:
     zo = ZeroOrder(tiny("mlp"), lr=0.0)
     log = SeedLogWriter.attach(zo, tmp_path / "log")
-    zo.follow((), loss)
+    zo.repeat((), loss)
     zo.optimizer.step()
     log.close()
     (entry,) = SeedLog.read(tmp_path / "log").steps
@@ -175,7 +175,7 @@ def test_following_repeats_the_steps_without_measuring(tmp_path: Path) -> None:
     log = SeedLogWriter.attach(zo, tmp_path / "log", follow=True)
     records = []
     while (entry := log.logged()) is not None:
-        zo.follow(entry.probes, entry.loss)
+        zo.repeat(entry.probes, entry.loss)
         records.append(zo.optimizer.step())
     assert [record.step for record in records] == list(range(STEPS))
     assert same_bits(weights(zo.model), weights(whole.model))

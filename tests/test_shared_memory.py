@@ -13,7 +13,6 @@ from offload_helpers import in_memory
 from torch import Tensor, nn
 
 from zo_core import ModelError, SeedLog, SeedLogWriter, ZeroOrder, ZOConfig, ZOOptimizer, replay
-from zo_core.noise import direction_of
 from zo_core.records import Point
 from zo_core.targets.memory import Chart, extent, shows_twice
 
@@ -100,7 +99,7 @@ class InPlace:
 
     def direction(self, seed: int, scale: float) -> Tensor:
         (slot,) = self.zo.slots
-        z = direction_of(self.zo.noise, slot.key, slot.tensor.shape, ((seed, scale),))
+        z = self.zo.noise.direction(slot.key, slot.tensor.shape, ((seed, scale),))
         return z.values(slot.tensor.shape, torch.device("cpu"))
 
     def loss(self, point: Point) -> float:

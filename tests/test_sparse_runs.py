@@ -91,7 +91,7 @@ def test_a_resumed_run_has_the_thresholds_of_the_start(tier: str | None) -> None
         run(zo, 4)
     assert again.optimizer.thresholds == straight.optimizer.thresholds
     assert same_bits(weights(straight.model), weights(again.model))
-    del kept["zo"]["optimizer"]["thresholds"]  # other ones would show
+    del kept["zo"]["optimizer"]["zo"]["thresholds"]  # other ones would show
     wrong = engine(tiny("llama"), lr=0.1, **ALL, **place)
     wrong.model.load_state_dict(kept["model"])
     wrong.load_state_dict(kept["zo"])
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_an_error_before_anything_is_loaded() -> None:
     run(zo, 1, "mlp")
     state = zo.state_dict()
     for wrong in ([1.0], {"inner.0.weight": "0.1"}):
-        state["optimizer"]["thresholds"] = wrong
+        state["optimizer"]["zo"]["thresholds"] = wrong
         with pytest.raises(StateError, match="thresholds"):
             zo.load_state_dict(state)
     assert zo.step_count == 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ConfigError, LossError, LowRank, Point, SeedLogWriter, ZeroOrder, ZOConfig, replay
-from zo_core.noise import direction_of, stacked_factors, stacked_values
+from zo_core.noise import stacked_factors, stacked_values
 from zo_core.noise.direction import FLOAT_DTYPES
 
 CPU = torch.device("cpu")
@@ -97,9 +97,9 @@ def test_runs_agree_up_to_rounding(name: str, dtype: torch.dtype) -> None:
 def test_small_tensors_have_the_bits_of_separate_probes(dtype: torch.dtype) -> None:
     theta = torch.linspace(-1, 1, 77, dtype=torch.float64).to(dtype)
     terms = tuple((NOISE.seed(0, 1, i), c) for i in range(3) for c in (1e-3, -1e-3, 0.0))
-    stack = stacked_values(theta, direction_of(NOISE, "b", theta.shape, terms))
+    stack = stacked_values(theta, NOISE.direction("b", theta.shape, terms))
     for row, term in zip(stack, terms, strict=True):
-        one = direction_of(NOISE, "b", theta.shape, (term,))
+        one = NOISE.direction("b", theta.shape, (term,))
         assert torch.equal(row, one.add_to(theta, out=torch.empty_like(theta)))
 
 
@@ -110,7 +110,7 @@ def test_factors_share_the_bases_of_the_window(known: int) -> None:
     terms = tuple((seed, c) for seed in seeds for c in (0.5, -0.25))
     bases = tuple(seed >> 64 for seed in seeds[:known])
     base = (torch.randn(6, 2 * known), NOISE.rights(bases, "w", shape, CPU)) if known else None
-    direction = direction_of(NOISE, "w", shape, terms)
+    direction = NOISE.direction("w", shape, terms)
     direction = type(direction)(NOISE, "w", terms, shape=shape, base=base, bases=bases)
     lefts, right = stacked_factors(direction, CPU)
     some = stacked_factors(direction, CPU, torch.tensor([4, 4, 0]))[0].clone()
@@ -219,7 +219,7 @@ def test_with_dropout_all_copies_have_the_mask_of_separate_probes(name: str) -> 
     zo.oracle.stacking = False
     zo.measure(loss)
     after = torch.get_rng_state()
-    other = [x.item() for x in zo._measured.sums]
+    other = [x.item() for x in zo._plan.sums]
     assert one == pytest.approx(other, rel=4 * U)
     torch.manual_seed(3)
     zo.oracle.stacking, zo.oracle._compared = True, True
@@ -245,7 +245,7 @@ def test_an_exception_passes_through_and_leaves_the_weights() -> None:
         zo.measure(fails)
     assert zo.oracle.stacking
     assert same_bits(weights(model), before)
-    assert zo._measured is None
+    assert zo._plan is None
 
 
 @pytest.mark.parametrize("returned", [None, torch.zeros(2), "loss"])
@@ -290,7 +290,7 @@ def test_micro_batches_of_a_step_are_measured_along_the_same_directions() -> Non
     for one in (zo, other):
         one.measure_all(losses[:2])
         one.measure(losses[2])
-        sums.append([x.item() for x in one._measured.sums])
+        sums.append([x.item() for x in one._plan.sums])
     assert sums[0] == pytest.approx(sums[1], rel=4 * U)
 
 
@@ -427,8 +427,8 @@ def test_updates_that_wait_are_not_lost_beside_eps_in_16_bit_factors(dtype: torc
     zo = engine(tiny("mlp", dtype=dtype), lr=1e-6)
     zo.step(closure("mlp", zo.model))
     (slot, *_) = (slot for slot in zo.slots if slot.tensor.ndim == 2)
-    assert zo.lazy is not None
-    waiting = zo.lazy.waiting(slot)
+    assert zo.updaters.windows.of
+    waiting = zo.updaters.waiting(slot)
     assert waiting is not None
     left, right = waiting.factors(CPU)
     seed = zo.noise.seed(zo.seed, 1, 0)

@@ -108,7 +108,7 @@ def test_a_run_without_a_learning_rate_is_logged_and_resumed(groups: int, tmp_pa
     assert [step.lrs for step in SeedLog.read(tmp_path / "log").steps] == [(0.0,) * groups] * 3
     log = SeedLogWriter.attach(second, tmp_path / "log", follow=True)
     while (entry := log.logged()) is not None:
-        second.follow(entry.probes, entry.loss)
+        second.repeat(entry.probes, entry.loss)
         second.optimizer.step()
     log.close()
     assert second.step_count == 3

@@ -40,7 +40,7 @@ def save_adapter(engine: ZeroOrder, folder: str | os.PathLike[str]) -> None:
     kinds = set()
     names = {id(module): name for name, module in engine.model.named_modules()}
     for slot in engine.slots:
-        waiting = None if engine.lazy is None else engine.lazy.waiting(slot)
+        waiting = engine.updaters.waiting(slot)
         module = slot.modules[0]
         transposed = type(module).__name__ == "Conv1D"
         linear = isinstance(module, nn.Linear) or transposed
@@ -83,7 +83,7 @@ def _problems(engine: ZeroOrder) -> list[str]:
     noise = engine.noise
     if not isinstance(noise, LowRank) or noise.refresh is not None:
         return [f"its noise is {noise!r}; train with noise=LowRank(refresh=None), in one window"]
-    if engine.lazy is None:
+    if not engine.updaters.windows.of:
         return [f"rule={engine.rule.name!r} and compiled models write into the base; use the rule 'sgd' or 'momentum'"]
     return []
 

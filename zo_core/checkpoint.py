@@ -132,13 +132,44 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
-def marked(state: dict[str, Any], engine: ZeroOrder | None) -> dict[str, Any]:
-    """A state of an optimizer with our mark in it."""
+def marked(
+    state: dict[str, Any],
+    engine: ZeroOrder | None,
+    windows: Mapping[int, Mapping[str, Any]],
+    thresholds: Mapping[str, float],
+) -> dict[str, Any]:
+    """A state of an optimizer with our mark in it.
+
+    Args:
+        state: as the optimizer has it.
+        engine: whose run it is of.
+        windows: updates of low rank that wait, by the index of the parameter.
+        thresholds: of masks, by slot.
+    """
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
         mark["drawn"] = engine.seed  # of the directions: a second run with one trainer has another than the given one
+    mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
     return {**state, MARK: mark}
+
+
+def window_of(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """The updates of low rank that wait for a parameter in a checkpoint; version 0.1 had them among its state."""
+    kept: Mapping[str, Any] = state.get(MARK, {}).get("windows", {}).get(index, {})
+    old = state["state"].get(index, {})
+    return kept or (old if "factor" in old else {})
+
+
+def plain_state(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    """What the rule keeps for a parameter in a checkpoint."""
+    found: Mapping[str, Any] = state["state"].get(index, {})
+    return {} if "factor" in found else found
+
+
+def thresholds_of(state: Mapping[str, Any]) -> Any:
+    """The thresholds of masks in a checkpoint, by slot; version 0.1 had no mark."""
+    return state.get(MARK, {}).get("thresholds", state.get("thresholds", {}))
 
 
 def check_state(state: Any, engine: ZeroOrder | None, own: str | None, extra: Collection[str] = ()) -> None:
@@ -239,7 +270,7 @@ def resume_at(engine: ZeroOrder, state: Mapping[str, Any]) -> None:
     """Takes over the step and the seed of a checkpoint whose optimizer state was loaded."""
     if MARK not in state["optimizer"]:
         engine.continuity.given["seed"] = state["seed"]
-    engine.step_count, engine.seed = state["step"], state["seed"]
+    engine.at(state["step"], state["seed"])
 
 
 def next_seed(seed: int) -> int:
@@ -257,14 +288,13 @@ def begin_again(engine: ZeroOrder) -> None:
     if not engine.step_count and not continuity.ahead:
         return
     engine.discard()
-    if engine.lazy is not None:
-        engine.lazy.merge()
+    engine.updaters.settle()
     engine.flush()
     engine.optimizer.thresholds.clear()
     if not engine.rule.wants_optimizer:
         for state in engine.optimizer.state.values():
             state.clear()
         engine.store_state()
-    engine.seed = next_seed(engine.seed)
-    engine.step_count = continuity.ahead = 0
+    engine.at(0, next_seed(engine.seed))
+    continuity.ahead = 0
     continuity.whole = True

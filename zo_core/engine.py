@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,22 +16,22 @@ from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .errors import LossError, ModelError, StateError
 from .estimators import Estimate
+from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
 from .following import follow_model, trainable
 from .gradient_check import GradientCheck, check_gradient
-from .homes import Homes, by_rule
-from .lazy import LazyUpdates
 from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .measured import Measured, mean, probes_from
-from .noise import Direction, direction_of, share_of
+from .noise import Direction
 from .offload import Carried, LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of
 from .records import Point, Probe, StepRecord
-from .rules import Torch
+from .snapshot import Snapshot
+from .step import StepPlan, mean, probes_from
 from .targets import Slot, Target, keep_codes_plain
+from .updates import Move, Places, Updaters
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ZeroOrder(LiveSettings):
 
     Attributes:
         optimizer: the `ZOOptimizer` to give to learning-rate schedulers.
-        step_count: index of the next step; with the seed it determines the next directions.
+        step_count: index of the next step; with the seed it determines the next directions. `at` sets it.
         listeners: called with the `StepRecord` of every step.
         followers: called when weights were frozen, unfrozen, added or replaced, before the next step.
         regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
@@ -100,9 +100,10 @@ class ZeroOrder(LiveSettings):
             optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
-        self.streaming: Streaming | None = None
-        self._measured: Measured | None = None
-        self._followed: tuple[tuple[Probe, ...], float] | None = None
+        self.exchange: Exchange = Alone()
+        self.places = Places(self.optimizer)
+        self._plan: StepPlan | None = None
+        self._repeated: tuple[tuple[Probe, ...], float] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
@@ -115,19 +116,25 @@ class ZeroOrder(LiveSettings):
 
     def take(self, slots: list[Slot]) -> None:
         """Makes everything that depends on which weights move."""
-        foreign = isinstance(self.optimizer, TorchOptimizerFace)
-        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=foreign)
-        self.lazy = self._lazy()
+        face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
+        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
         self.oracle = self._oracle()
-        at_once = [slot for slot in self.slots if self.lazy is None or not self.lazy.takes(slot)]
-        self.homes = Homes(at_once, self.optimizer, self.rule, self.streaming)
-        self._group_of = self._groups()
+        self.updaters = Updaters(
+            *(self.model, self.slots, self.places, self.noise, self.rule),
+            None if face is None else face.inner,
+            stochastic=self.config.stochastic_rounding,
+        )
         self.trainable = trainable(self.model)
 
     @property
     def target(self) -> Target:
         """What chose the slots; it may be another one once adapters were added."""
         return self._target
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """What streams the model's blocks; None for a resident model."""
+        return self.places.streaming
 
     def _oracle(self) -> ResidentOracle | LockstepOracle:
         config, streaming = self.config, Streaming.of(self.model)
@@ -138,8 +145,7 @@ class ZeroOrder(LiveSettings):
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:
             return self._resident()
-        self.streaming = streaming
-        self.lazy = self._lazy()
+        self.places.streaming = streaming
         parts = self.model, self.slots, self._perturbation, streaming
         return LockstepOracle(*parts, **self._how(), carried=self.carried)
 
@@ -150,27 +156,11 @@ class ZeroOrder(LiveSettings):
     def _how(self) -> dict[str, Any]:
         return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
 
-    def _lazy(self) -> LazyUpdates | None:
-        parts = self.noise, self.rule, self.optimizer.state, self.streaming
-        return LazyUpdates.make(self.model, self.slots, *parts, stochastic=self.config.stochastic_rounding)
-
-    def saved_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A slot's state with what a checkpoint needs of it: values that are streamed, weights that are behind."""
-        with self.hidden():
-            return self.homes.whole(state if self.lazy is None else self.lazy.saved(state))
-
-    def store_state(self) -> None:
-        """Takes over what was loaded into the optimizer."""
-        with self.hidden():
-            if self.lazy is not None:
-                self.lazy.loaded(self.optimizer.state)
-            self.homes.store()
-
     def flush(self) -> None:
         """Applies the updates that wait for their block; nothing to do for a resident model."""
         if self.streaming is not None:
             with self.continuity.applying():
-                self.streaming.flush()
+                self.places.flush()
             self._forget()
 
     def stop(self) -> None:
@@ -185,40 +175,29 @@ class ZeroOrder(LiveSettings):
         Args:
             device: where the streamed parameters go; None takes the device they computed on.
         """
-        if self.lazy is not None:
-            self.lazy.merge()
+        self.updaters.settle()
         if self.streaming is not None:
             self.stop()
-            self.homes.bring_back()
-            self.streaming.close(device)
-            self.streaming = None
-            if self.lazy is not None:
-                self.lazy.streaming = None
+            self.places.close(device)
             self.oracle = self._resident()
         self._forget()
 
-    def effective(self) -> AbstractContextManager[Any]:
+    def effective(self) -> AbstractContextManager[None]:
         """A context in which weights count with the updates that wait for the end of a low-rank window.
 
         Forwards of the model's modules do by themselves; this is for code that computes with a parameter
         outside of them.
         """
-        stack = ExitStack()
-        if self.lazy is not None:
-            stack.enter_context(self.lazy.hidden())
-            stack.enter_context(self.lazy.mode())
-        return stack
+        return self.updaters.windows.effective()
 
-    def hidden(self) -> AbstractContextManager[Any]:
+    def hidden(self) -> AbstractContextManager[None]:
         """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
-        return nullcontext() if self.lazy is None else self.lazy.hidden()
+        return self.updaters.windows.hidden()
 
     def copy_whole(self) -> None:
         """From now on each probe copies all slots at once, for closures that run compiled code."""
         self.oracle.copy_whole()
-        if self.lazy is not None:  # compiled code that evaluates could not be told of updates that wait
-            self.lazy.merge()
-            self.lazy = None
+        self.updaters.wait_no_more(self.rule)  # compiled code that evaluates could not be told of what waits
 
     def step(self, closure: Callable[[], Any]) -> StepRecord:
         """Measures the loss on both sides of the weights and moves them.
@@ -256,10 +235,6 @@ class ZeroOrder(LiveSettings):
         """
         return check_gradient(self, closure, directions)
 
-    def direction(self, slot: Slot, seed: int) -> Direction:
-        """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
-        return self._along(slot, ((seed, self._relative_eps(slot)),), None)
-
     def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
         """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
         return range_test(self, closures, steps)
@@ -267,7 +242,7 @@ class ZeroOrder(LiveSettings):
     @property
     def wants_lr(self) -> bool:
         """Whether the learning rate has still to be found; a run that goes on from a checkpoint has one."""
-        return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._measured is None
+        return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
 
     def find_lr(self, closures: Sequence[Callable[[], Any]], schedulers: Sequence[Any] = ()) -> None:
         """Trains with the rate that `suggest_lr` finds, for ``lr="auto"``.
@@ -312,20 +287,31 @@ class ZeroOrder(LiveSettings):
         Returns:
             For each closure one float64 tensor of shape ``[]`` per point.
         """
-        if self._measured is None:
-            follow_model(self)
-            seeds = tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
-            self._measured = Measured(seeds, self.estimator.points(seeds, self.eps))
-            device = self.slots[0].tensor.device if self.streaming is None else self.streaming.device
-            self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], device)
-        self._group_of = self._groups()
-        points = self._measured.points
+        self.optimizer.check_numbers()
+        plan = self._plan = self._plan or self._planned()
         try:
             with self.hidden():
-                return self._at(points, closures)
+                return self._at(plan.to_measure, closures)
         except BaseException:
             self.discard()
             raise
+
+    def _planned(self) -> StepPlan:
+        """What the next step has to measure."""
+        follow_model(self)
+        seeds = self._seeds()
+        points = self.estimator.points(seeds, self.eps)
+        self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], self._device)
+        groups = self.optimizer.groups_of(self.slots)
+        ratios = {slot: self.relative_eps(groups[slot]) for slot in self.slots}
+        return StepPlan(self.step_count, seeds, points, self.exchange.share(points), ratios)
+
+    def _seeds(self) -> tuple[int, ...]:
+        return tuple(self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.places.device(self.slots[0])
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
@@ -336,28 +322,57 @@ class ZeroOrder(LiveSettings):
 
     def add(self, losses: Sequence[Tensor]) -> None:
         """Counts the losses of a micro-batch, one per point, for the step in progress."""
-        assert self._measured is not None, "losses() comes first"
-        self._measured.add(list(losses))
+        assert self._plan is not None, "losses() comes first"
+        self._plan.add(losses)
 
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
-        self._measured = self._followed = None
+        self._plan = self._repeated = None
         self._forget()
 
     def _forget(self) -> None:
         """A step is over, and with it the use of what its directions were made of, but for updates that wait."""
-        seeds = [self.noise.seed(self.seed, self.step_count, i) for i in range(self.num_probes)]
-        late = self.streaming is not None and any(block.pending for block in self.streaming.blocks)
-        self.noise.forget(seeds, late)
+        self.noise.forget(self._seeds(), self.places.waits())
 
-    def follow(self, probes: tuple[Probe, ...], loss: float) -> None:
+    # Other ways to go on
+
+    def at(self, step: int, seed: int | None = None) -> None:
+        """The next step is this one; what was measured for another is forgotten.
+
+        Args:
+            step: its index.
+            seed: of the run that it is part of; None for this one.
+        """
+        self.discard()
+        self.step_count = step
+        if seed is not None:
+            self.seed = seed
+
+    def skip(self, reason: str) -> StepRecord:
+        """Ends the step in progress without moving a weight; the next one has other directions.
+
+        Args:
+            reason: for the record and its listeners.
+        """
+        self.discard()
+        return self._done(math.nan, math.nan, (), skipped=reason)
+
+    def repeat(self, probes: tuple[Probe, ...], loss: float) -> None:
         """The next `apply` repeats a step that was measured before, instead of one that is measured now.
 
         Args:
             probes: as its `StepRecord` had them; empty if the step was skipped.
             loss: what its record reports.
         """
-        self._measured, self._followed = None, (probes, loss)
+        self._plan, self._repeated = None, (probes, loss)
+
+    def snapshot(self) -> Snapshot:
+        """What steps change, to be put back by its `restore`: weights, rule state, rates, generators and counters.
+
+        Raises:
+            ConfigError: trained weights are streamed.
+        """
+        return Snapshot(self)
 
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and goes on to the next step.
@@ -367,50 +382,49 @@ class ZeroOrder(LiveSettings):
         Raises:
             StateError: nothing was measured.
         """
-        if self._followed is not None:
+        if self._repeated is not None:
             follow_model(self)
-            return self._repeat(*self._followed)
-        if self._measured is None:
+            return self._repeat(*self._repeated)
+        if self._plan is None:
             raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
-        measured, self._measured = self._measured, None
-        losses = measured.losses()
+        plan, self._plan = self._plan, None
+        losses = self.exchange.gather(plan.losses())
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
-        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, measured.seeds, losses)
+        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, losses)
         if estimate.skip is None:
+            self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
         else:
             self._log_skip(estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
-        return self._done(mean(losses), projected_grad, measured.seeds[0], probes, clipped, estimate.skip)
+        return self._done(mean(losses), projected_grad, probes, clipped, estimate.skip)
 
     def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
         self.discard()
-        self._group_of = self._groups()
         if probes and self.step_count >= self.continuity.ahead:
             self._update(probes)
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
         two_sided = self.estimator.name == "spsa" and probes
         projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
-        seed = self.noise.seed(self.seed, self.step_count, 0)
-        return self._done(loss, projected_grad, seed, probes, 0, None if probes else "the log has it as skipped")
+        return self._done(loss, projected_grad, probes, skipped=None if probes else "the log has it as skipped")
 
     def _done(
         self,
         loss: float,
         projected_grad: float,
-        seed: int,
         probes: tuple[Probe, ...],
-        clipped: int,
-        skipped: str | None,
+        clipped: int = 0,
+        skipped: str | None = None,
     ) -> StepRecord:
+        """Every step ends here, whether it was measured, repeated or skipped."""
         record = StepRecord(
             loss=loss,
             projected_grad=projected_grad,
             lr=number(self.optimizer.param_groups[0], "lr", math.nan),
             step=self.step_count,
-            seed=seed,
+            seed=self.noise.seed(self.seed, self.step_count, 0),
             probes=probes,
             clipped=clipped,
             skipped=skipped,
@@ -431,50 +445,84 @@ class ZeroOrder(LiveSettings):
             logger.warning("%s%s", said, f" ({self._skips} steps skipped so far)" if self._skips > 1 else "")
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
-        self.optimizer.check_numbers()  # a scheduler may have been here since the probes were measured
-        directions = [self._direction(slot, probes, self._relative_eps(slot)) for slot in self.slots]
-        with torch.no_grad(), self.hidden():
-            if isinstance(self.rule, Torch):
-                assert isinstance(self.optimizer, TorchOptimizerFace)
-                pairs = ((slot.tensor, d) for slot, d in zip(self.slots, directions, strict=True) if not d.still)
-                self.rule.step(self.optimizer.inner, pairs)
-            else:
-                for slot, direction in zip(self.slots, directions, strict=True):
-                    if direction.still:
-                        continue
-                    group = self._group_of[slot]
-                    how = direction, float(group["lr"]), float(group["weight_decay"]) / share_of(self.noise)
-                    if self.lazy is not None and self.lazy.takes(slot):
-                        self.lazy.update(slot, direction.terms, *how[1:], direction.rounding_seed)
-                    else:
-                        self.homes.move(slot, partial(by_rule, self.rule, how))
-        torch.clear_autocast_cache()
+        groups = self.optimizer.groups_of(self.slots)  # a scheduler may have been here since the probes were measured
+        self.updaters.apply(self.rule, [self._move(slot, probes, groups[slot]) for slot in self.slots])
 
-    def _groups(self) -> dict[Slot, dict[str, Any]]:
-        return self.optimizer.groups_of(self.slots)
+    def _move(self, slot: Slot, probes: tuple[Probe, ...], group: dict[str, Any]) -> Move:
+        lr, weight_decay = number(group, "lr", math.nan), number(group, "weight_decay", 0.0)
+        return self.move(slot, probes, self.relative_eps(group), lr, weight_decay)
 
-    def _relative_eps(self, slot: Slot) -> float:
-        """The eps of the slot's group in units of the step's eps."""
-        if isinstance(self.optimizer, TorchOptimizerFace):
-            return 1.0  # what a torch optimizer calls eps is something else
-        return float(self._group_of[slot]["eps"]) / self.eps
+    def move(self, slot: Slot, probes: tuple[Probe, ...], relative: float, lr: float, weight_decay: float) -> Move:
+        """What a step with these probes does to a slot.
 
-    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
-        relative = self._relative_eps(slot)
-        terms = tuple((point.seed, point.scale * relative) for point in points)
-        result = self._along(slot, terms, None)
-        return result if self.lazy is None else self.lazy.added(slot, result)
-
-    def _direction(self, slot: Slot, probes: tuple[Probe, ...], relative: float) -> Direction:
-        # With m z perturbed in this group, the difference of the losses measures m z . grad, so the
-        # estimate of this group's gradient is divided by m.
+        Args:
+            slot: one of the engine's.
+            probes: of the step.
+            relative: `relative_eps` of the slot's group. With ``m z`` perturbed, the difference of the losses
+                measures ``m z . grad``, so the estimate of this group's gradient is divided by m.
+            lr: learning rate of the group.
+            weight_decay: of the group.
+        """
         terms = tuple((probe.seed, probe.coefficient / relative) for probe in probes)
         rounding = probes[0].seed if self.config.stochastic_rounding else None
-        return self._along(slot, terms, rounding)
+        direction = self._along(slot, terms, rounding, self.optimizer.thresholds)
+        return slot, direction, lr, weight_decay / self.noise.share
 
-    def _along(self, slot: Slot, terms: tuple[tuple[int, float], ...], rounding: int | None) -> Direction:
-        how = terms, rounding, self.backend, slot.scaling, self.optimizer.thresholds
-        return direction_of(self.noise, slot.key, slot.tensor.shape, *how)
+    def relative_eps(self, group: dict[str, Any]) -> float:
+        """The eps of a group in units of the step's eps."""
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            return 1.0  # what a torch optimizer calls eps is something else
+        return float(group["eps"]) / self.eps
+
+    def direction(self, slot: Slot, seed: int) -> Direction:
+        """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
+        return self._along(slot, ((seed, self._ratio(slot)),), None, dict(self.optimizer.thresholds))
+
+    def _ratio(self, slot: Slot) -> float:
+        return self.relative_eps(self.optimizer.groups_of([slot])[slot])
+
+    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
+        plan = self._plan
+        relative = self._ratio(slot) if plan is None else plan.ratios[slot]
+        terms = tuple((point.seed, point.scale * relative) for point in points)
+        # Masks that are met for the first time are part of the run from the update on, and not before.
+        thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
+        return self.updaters.of[slot].effective(self._along(slot, terms, None, thresholds))
+
+    def _along(
+        self,
+        slot: Slot,
+        terms: tuple[tuple[int, float], ...],
+        rounding: int | None,
+        thresholds: MutableMapping[str, float],
+    ) -> Direction:
+        how = terms, rounding, self.backend, slot.scaling, thresholds
+        return self.noise.direction(slot.key, slot.tensor.shape, *how)
+
+    # Checkpoints
+
+    def streams_state(self, tensor: Tensor) -> bool:
+        """Whether what the rule keeps for a tensor travels with a streamed block."""
+        return self.places.streams_state(tensor)
+
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What the rule keeps for a tensor, with the values of what is streamed."""
+        with self.hidden():
+            return self.places.whole(state)
+
+    def fits(self, tensor: Tensor, window: Mapping[str, Any]) -> bool:
+        """Whether updates of low rank that a checkpoint has for a tensor are of this engine's noise."""
+        return self.updaters.fits(tensor, window)
+
+    def windows(self) -> dict[int, dict[str, Any]]:
+        """The updates of low rank that wait, by the ``id`` of the tensor in the optimizer."""
+        return {id(slot.tensor): kept for slot, kept in self.updaters.saved().items()}
+
+    def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
+        """Takes over what was loaded into the optimizer, and ``windows`` as `windows` returns it."""
+        self.updaters.load({slot: (windows or {}).get(id(slot.tensor), {}) for slot in self.slots})
+        with self.hidden():
+            self.places.store()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""

@@ -29,10 +29,9 @@ def follow_model(engine: ZeroOrder) -> None:
     if len(now) == len(engine.trainable) and all(map(operator.is_, now, engine.trainable)):
         return
     before = {id(tensor): slot.key for slot in engine.slots for tensor in slot.tensors}
-    if engine.lazy is not None:
-        engine.lazy.merge()
+    engine.updaters.settle()
     engine.stop()
-    engine.homes.bring_back()
+    engine.places.bring_back()
     kept = {tensor: dict(state) for tensor, state in engine.optimizer.state.items()}
     slots = engine.choose()
     engine.regroup(slots)

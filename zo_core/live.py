@@ -7,10 +7,10 @@ from typing import Any
 
 from .config import Resolved, ZOConfig
 from .errors import ConfigError, StateError
-from .lazy import LazyUpdates
-from .measured import Measured
 from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems
 from .rules import UpdateRule
+from .step import StepPlan
+from .updates import Updaters
 
 #: Settings of a live engine that nothing would follow any more.
 FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule", "clip", "seed"}
@@ -20,9 +20,9 @@ class LiveSettings:
     """The first base of the engine: its attributes that are settings."""
 
     optimizer: ZOOptimizer
-    lazy: LazyUpdates | None
+    updaters: Updaters
     _settings: Resolved
-    _measured: Measured | None
+    _plan: StepPlan | None
     _made = False
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -38,8 +38,8 @@ class LiveSettings:
             if not name.startswith("_") and not hasattr(self, name):
                 raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
         super().__setattr__(name, value)
-        if name == "rule" and self._made and self.lazy is not None:
-            self.lazy.rule = value
+        if name == "rule" and self._made:
+            self.updaters.follow(value)
 
     @property
     def lr(self) -> float:
@@ -76,7 +76,7 @@ class LiveSettings:
         problems = group_problems({"lr": 0.0, "eps": 1.0, "weight_decay": 0.0, name: value})
         if problems:
             raise ConfigError(problems)
-        if self._measured is not None and name == "eps":
+        if self._plan is not None and name == "eps":
             raise StateError("eps cannot change while a step is being measured; set it between two steps")
         for owner in (self.optimizer, getattr(self.optimizer, "inner", self.optimizer)):
             for group in owner.param_groups:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .errors import ConfigError, LossError
-from .modes import rng_state, set_rng_state
+from .modes import set_rng_state
 from .records import Point
 
 if TYPE_CHECKING:
@@ -122,60 +121,6 @@ def range_test(engine: ZeroOrder, closures: Sequence[Closure], steps: int | None
             test.before.restore()
 
 
-class Snapshot:
-    """What an engine's steps change, to be put back: weights, rule state, rates, random generators, counters.
-
-    It takes the memory of a copy of the trained weights and the rule state.
-
-    Raises:
-        ConfigError: trained weights are streamed.
-    """
-
-    def __init__(self, engine: ZeroOrder):
-        streaming = engine.streaming
-        if streaming is not None and any(streaming.home(slot.tensors) is not None for slot in engine.slots):
-            raise ConfigError(
-                [
-                    "the range test for the learning rate keeps a copy of the weights that move, and those of this "
-                    "model are streamed, which is not supported; write a number for the learning rate, or train "
-                    "adapters, which stay resident on a streamed base"
-                ]
-            )
-        engine.flush()
-        self.engine = engine
-        self.weights = [slot.tensor.data.clone() for slot in engine.slots]
-        self.state = {tensor: _copies(held) for tensor, held in engine.optimizer.state.items()}
-        self.rates = [group["lr"] for group in engine.optimizer.param_groups]
-        self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
-        self.first_steps = engine.first_steps
-
-    def rewind(self) -> None:
-        """Weights, rule state and random generators as they were."""
-        engine = self.engine
-        engine.discard()
-        for slot, kept in zip(engine.slots, self.weights, strict=True):
-            slot.tensor.data.copy_(kept)
-        state = engine.optimizer.state
-        for tensor in [tensor for tensor in state if tensor not in self.state]:
-            del state[tensor]
-        for tensor, held in self.state.items():
-            state[tensor] = _copies(held)
-        set_rng_state(self.random)
-        torch.clear_autocast_cache()
-
-    def restore(self) -> None:
-        """Everything as it was."""
-        self.rewind()
-        self.engine.step_count, self.engine.listeners = self.step, self.listeners
-        self.engine.first_steps = self.first_steps
-        for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate
-
-
-def _copies(held: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}
-
-
 def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The groups that hold the rates, which schedulers change: those of the optimizer behind a face, if any."""
     return getattr(optimizer, "inner", optimizer).param_groups
@@ -230,7 +175,7 @@ class _Test:
     """One range test, made of trials that all start from the same snapshot."""
 
     def __init__(self, engine: ZeroOrder, closures: Sequence[Closure], steps: int | None):
-        self.engine, self.closures, self.before = engine, closures, Snapshot(engine)
+        self.engine, self.closures, self.before = engine, closures, engine.snapshot()
         self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
         self.steps = steps or max(LEAST_STEPS, round(FORWARDS / self.points))
         self.forwards = 0
@@ -284,13 +229,12 @@ class _Test:
     def _size(self) -> float:
         """How far a step of plain descent at rate 1 moves an element: root mean square, on the first batch."""
         self._begin(0.0)
-        self.engine.measure(self.closures[0])
-        self.forwards += self.points
+        self._measure(0)
         return math.sqrt(math.fsum(probe.coefficient**2 for probe in self.engine.apply().probes))
 
     def _begin(self, lr: float) -> None:
         self.before.rewind()
-        self.engine.step_count = FIRST_STEP
+        self.engine.at(FIRST_STEP)
         for group, proportion in zip(self.engine.optimizer.param_groups, self.proportions, strict=True):
             group["lr"] = lr * proportion
 
@@ -299,13 +243,19 @@ class _Test:
         self._begin(lr)
         for step in range(steps):
             index = step % len(self.closures)
-            loss = float(self.engine.measure(self.closures[index]))
-            self.forwards += self.points
+            loss = self._measure(index)
             if not loss - self.start[index] <= self.scale:  # or it is NaN
                 return math.inf
             self.engine.apply()
         change = _mean(self._losses()) - _mean(self.start)
         return change if math.isfinite(change) else math.inf
+
+    def _measure(self, index: int) -> float:
+        """Measures a batch for the step in progress; the mean loss over the probes."""
+        found = self.engine.losses([self.closures[index]])[0]
+        self.engine.add(found)
+        self.forwards += self.points
+        return float(torch.stack(found).mean().to(torch.float32))
 
     def _losses(self) -> list[float]:
         """The loss on every batch, at the weights as they are, with the same random numbers (dropout) each time."""

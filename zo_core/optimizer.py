@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import check_state, marked, took_over
+from .checkpoint import check_state, marked, plain_state, thresholds_of, took_over, window_of
 from .errors import ConfigError, StateError
 from .estimators import Spsa
 from .targets import Slot
@@ -126,18 +126,15 @@ class ZOOptimizer(torch.optim.Optimizer):
         check_state(state_dict, self.engine, OWN, {key for group in self.param_groups for key in group})
         self._check_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
-        self._load_thresholds(state_dict)
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, tensor in zip(ids, tensors, strict=True):
-            streamed = self.engine is not None and self.engine.homes.streams(tensor)
-            for name, value in state_dict["state"].get(index, {}).items():
+            streamed = self.engine is not None and self.engine.streams_state(tensor)
+            for name, value in plain_state(state_dict, index).items():
                 if isinstance(value, Tensor) and not streamed:  # a store makes a copy of its own
                     value = value.detach().to(tensor.device, copy=True)
                 self.state[tensor][name] = value
-        if self.engine is not None:
-            self.engine.store_state()
-            took_over(state_dict, self.engine)
+        self._load_extras(state_dict)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -146,14 +143,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         for index, tensor in zip(ids, tensors, strict=False):  # a wrong count has an error of its own
             problems += [
                 f"{name} of parameter {index} has the shape {list(value.shape)}, the parameter {list(tensor.shape)}"
-                for name, value in state_dict["state"].get(index, {}).items()
-                if isinstance(value, Tensor) and value.shape != tensor.shape and not name.startswith("factor")
+                for name, value in plain_state(state_dict, index).items()
+                if isinstance(value, Tensor) and value.shape != tensor.shape
             ]
-            kept = state_dict["state"].get(index, {})
-            lazy = None if self.engine is None else self.engine.lazy
-            if "factor" in kept and (lazy is None or not lazy.fits(tensor, kept)):
-                problems.append(f"parameter {index} has low-rank updates of another noise; give it the run's")
-        known = state_dict.get("thresholds", {})
+        problems += self._window_problems(state_dict)
+        known = thresholds_of(state_dict)
         if not isinstance(known, dict) or not all(isinstance(value, float) for value in known.values()):
             problems.append("the thresholds of its masks are not numbers")
         if problems:
@@ -165,24 +159,48 @@ class ZOOptimizer(torch.optim.Optimizer):
             return self._marked(super().state_dict())
         self.engine.flush()
         result = super().state_dict()
-        result["state"] = {index: self.engine.saved_state(kept) for index, kept in result["state"].items()}
+        result["state"] = {index: self.engine.whole_state(kept) for index, kept in result["state"].items()}
         return self._marked(result)
 
+    def _window_problems(self, state_dict: dict[str, Any]) -> list[str]:
+        """What is wrong with the updates of low rank that wait in a checkpoint."""
+        waiting = ((index, tensor, window_of(state_dict, index)) for index, tensor in self._indexed(state_dict))
+        return [
+            f"parameter {index} has low-rank updates of another noise; give it the run's"
+            for index, tensor, window in waiting
+            if window and (self.engine is None or not self.engine.fits(tensor, window))
+        ]
+
+    def _indexed(self, state_dict: dict[str, Any]) -> list[tuple[int, Tensor]]:
+        """The tensors with their indices in a checkpoint."""
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        return list(zip(_indices(state_dict), tensors, strict=False))
+
+    def _load_extras(self, state_dict: dict[str, Any]) -> None:
+        """What a checkpoint has besides an optimizer's: thresholds, updates that wait, and our mark."""
+        self.thresholds.clear()
+        self.thresholds.update(thresholds_of(state_dict))
+        if self.engine is not None:
+            windows = {id(tensor): window_of(state_dict, index) for index, tensor in self._indexed(state_dict)}
+            self.engine.store_state(windows)
+            took_over(state_dict, self.engine)
+
     def _marked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        state_dict = marked(state_dict, self.engine)
-        return {**state_dict, "thresholds": dict(self.thresholds)} if self.thresholds else state_dict
+        waiting = {} if self.engine is None else self.engine.windows()
+        windows = {index: waiting[id(t)] for index, t in self._indexed(state_dict) if id(t) in waiting}
+        return marked(state_dict, self.engine, windows, dict(self.thresholds))
 
     def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
         """Goes on with the thresholds of another engine over the same tensors, whose keys may have been others."""
         keys = {id(slot.tensor): slot.key for slot in before if slot.key in known}
         self.thresholds.update({s.key: known[keys[id(s.tensor)]] for s in now if id(s.tensor) in keys})
 
-    def _load_thresholds(self, state_dict: dict[str, Any]) -> None:
-        self.thresholds.clear()
-        self.thresholds.update(state_dict.get("thresholds", {}))
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds}
+
+
+def _indices(state_dict: dict[str, Any]) -> list[int]:
+    return [index for group in state_dict["param_groups"] for index in group["params"]]
 
 
 def _has_values_of(slot: Slot, group: dict[str, Any]) -> bool:
@@ -287,10 +305,8 @@ class TorchOptimizerFace(ZOOptimizer):
         """As the torch optimizer's; one that it wrote in a run with backpropagation is taken, too."""
         check_state(state_dict, self.engine, written_by({"param_groups": self.param_groups, "state": self.state}))
         self.inner.load_state_dict(state_dict)
-        self._load_thresholds(state_dict)
         self._share()
-        if self.engine is not None:
-            took_over(state_dict, self.engine)
+        self._load_extras(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner}

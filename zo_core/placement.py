@@ -7,13 +7,13 @@ from torch import nn
 
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
-from .lazy import changes_often
 from .noise import NOISES
 from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import Torch, UpdateRule
 from .sizes import parse_bytes
 from .targets import Slot
+from .updates import changes_often
 
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zo_core.cache import ENTRY_BYTES
-from zo_core.noise import LowRank, Noise, is_matrix, unsampled
+from zo_core.noise import Noise
 from zo_core.noise.direction import CPU_CHUNK
 from zo_core.noise.hashing import BATCH_WORDS, WORD_BYTES
 from zo_core.noise.low_rank import LEFT_BYTES, RIGHT_BYTES
@@ -23,15 +23,15 @@ def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: i
         threads: that run probes.
         streamed: updates of a step are applied in the next, so words of two steps are kept.
     """
-    noise = unsampled(noise)
     words = left = right = 0
     for slot in slots:
         shape = slot.tensor.shape
-        if isinstance(noise, LowRank) and is_matrix(noise, shape, slot.scaling):
-            left += 4 * noise.rank * shape[0] + ENTRY_BYTES
-            right += 4 * noise.rank * shape[1:].numel() + ENTRY_BYTES
+        rank = noise.rank_of(shape, slot.scaling)
+        if rank is not None:
+            left += 4 * rank * shape[0] + ENTRY_BYTES
+            right += 4 * rank * shape[1:].numel() + ENTRY_BYTES
         else:
-            count = -(-shape.numel() // noise.values_per_word)
+            count = noise.words_of(shape)
             words += 4 * count + -(-count // BATCH_WORDS) * ENTRY_BYTES
     words *= 1 + streamed
     kept = [(words, WORD_BYTES), (left, LEFT_BYTES), (right, RIGHT_BYTES)]

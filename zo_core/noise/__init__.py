@@ -1,18 +1,19 @@
 """Noise as a pure function, and the arithmetic that moves weights along it."""
 
-from .base import NOISES, Noise
+from .base import NOISES, ElementNoise, Noise
 from .direction import Direction, stacked_values
 from .gaussian import Gaussian
 from .hashing import derive_seed
-from .low_rank import LowRank, LowRankDirection, is_matrix, stacked_factors
-from .of_slot import direction_of
+from .low_rank import FactorDirection, LowRank, LowRankDirection, stacked_factors
 from .rademacher import Rademacher
-from .sampled import Sampled, share_of, unsampled
+from .sampled import Sampled
 from .sparse import Sparse
 
 __all__ = [
     "NOISES",
     "Direction",
+    "ElementNoise",
+    "FactorDirection",
     "Gaussian",
     "LowRank",
     "LowRankDirection",
@@ -21,10 +22,6 @@ __all__ = [
     "Sampled",
     "Sparse",
     "derive_seed",
-    "direction_of",
-    "is_matrix",
-    "share_of",
     "stacked_factors",
     "stacked_values",
-    "unsampled",
 ]

@@ -1,8 +1,8 @@
-"""What a noise is: a distribution, reached from hash words by a pure function."""
+"""What a noise is: directions reached from a seed by a pure function, and the distribution of their elements."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,15 +11,93 @@ from torch import Tensor
 
 from ..cache import end_step
 from ..registry import Registry
+from .direction import Direction, Scaling
 from .hashing import BATCH_WORDS, DIRECTION, derive_seed, stream_key, words
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Distribution of a direction's elements; subclasses say how words become values.
+    """Says in which direction each slot moves, by seed. A noise draws from no generator.
 
     Class attributes:
         name: its name in the registry.
+        share: the probability with which a slot moves in a step.
+    """
+
+    name: ClassVar[str]
+    share = 1.0
+
+    @property
+    def plain(self) -> Noise:
+        """The noise of the slots that move in a step: this one, unless it draws some of them."""
+        return self
+
+    def seed(self, base: int, step: int, direction: int) -> int:
+        """The seed of one direction of one step: all that its values depend on besides the slot.
+
+        Args:
+            base: the run's seed, any integer.
+            step: index of the optimizer step, from 0.
+            direction: index of the direction within the step, from 0.
+        """
+        return derive_seed(base, step, direction)
+
+    def direction(
+        self,
+        slot: str,
+        shape: torch.Size,
+        terms: tuple[tuple[int, float], ...],
+        rounding_seed: int | None = None,
+        backend: str = "eager",
+        scaling: Scaling | None = None,
+        thresholds: MutableMapping[str, float] | None = None,
+    ) -> Direction:
+        """The sum of some directions for one slot; it is `Direction.still` where the slot does not move.
+
+        Args:
+            slot: key of the slot.
+            shape: of the slot.
+            terms: pairs ``(seed, c)``.
+            rounding_seed: as in `Direction`.
+            backend: as in `Direction`.
+            scaling: as in `Direction`.
+            thresholds: of a run with masks, by slot; a mask puts its own there when it is needed first.
+        """
+        raise NotImplementedError
+
+    def values(
+        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
+    ) -> Tensor:
+        """``scale`` times the direction of one slot as a whole, float32 of its shape; masks move every element."""
+        direction = self.direction(slot, torch.Size(shape), ((seed, scale),))
+        if direction.still:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+        return direction.values(torch.Size(shape), torch.device(device))
+
+    def rank_of(self, shape: torch.Size, scaling: Scaling | None = None) -> int | None:
+        """Rank of the direction of such a slot, whose updates may wait for the end of a window; None for full rank."""
+        return None
+
+    def words_of(self, shape: torch.Size) -> int:
+        """How many 32-bit hash words the direction of a slot of full rank takes."""
+        raise NotImplementedError
+
+    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
+        """Computes in advance what is cheaper for many slots together; it changes no value."""
+
+    def forget(self, seeds: Sequence[int], late: bool = False) -> None:
+        """Lets go of what was kept for the step of these directions, and changes no value.
+
+        What later steps of a window need as well stays; with ``late``, what updates in the next sweep need, too.
+        """
+        end_step(late)
+
+
+@dataclass(frozen=True)
+class ElementNoise(Noise):
+    """Independent elements of one distribution; subclasses say how words become values.
+
+    Class attributes:
         values_per_word: how many consecutive elements one 32-bit word serves.
         variance: exact variance of one element.
         signs: whether every value is +1 or -1, so that multiplying by it is exact.
@@ -27,7 +105,6 @@ class Noise:
             dimensions then has the second moment ``(d + n + kurtosis - 2) / n * |grad|^2``.
     """
 
-    name: ClassVar[str]
     values_per_word: ClassVar[int]
     variance: ClassVar[float]
     kurtosis: ClassVar[float]
@@ -43,31 +120,20 @@ class Noise:
         """
         raise NotImplementedError
 
-    def seed(self, base: int, step: int, direction: int) -> int:
-        """The seed of one direction of one step: all that its values depend on besides the slot.
+    def direction(
+        self,
+        slot: str,
+        shape: torch.Size,
+        terms: tuple[tuple[int, float], ...],
+        rounding_seed: int | None = None,
+        backend: str = "eager",
+        scaling: Scaling | None = None,
+        thresholds: MutableMapping[str, float] | None = None,
+    ) -> Direction:
+        return Direction(self, slot, terms, rounding_seed, backend, scaling)
 
-        Args:
-            base: the run's seed, any integer.
-            step: index of the optimizer step, from 0.
-            direction: index of the direction within the step, from 0.
-        """
-        return derive_seed(base, step, direction)
-
-    def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
-        """Computes in advance what is cheaper for many slots together; it changes no value."""
-
-    def forget(self, seeds: Sequence[int], late: bool = False) -> None:
-        """Lets go of what was kept for the step of these directions, and changes no value.
-
-        What later steps of a window need as well stays; with ``late``, what updates in the next sweep need, too.
-        """
-        end_step(late)
-
-    def values(
-        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
-    ) -> Tensor:
-        """``scale * z(seed)`` of one slot as a whole, float32 of its shape."""
-        return self.z(seed, slot, 0, torch.Size(shape).numel(), device, scale).view(shape)
+    def words_of(self, shape: torch.Size) -> int:
+        return -(-shape.numel() // self.values_per_word)
 
     def z(
         self,

@@ -10,16 +10,16 @@ chunks, compiled, Triton) gives these bits.
 
 from __future__ import annotations
 
+import importlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..cache import workspace
-from .base import Noise
 from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, stream_key, words
 from .rounding import DROPPED_BITS, rounding_key, stochastic_round
 
@@ -37,6 +37,20 @@ def float32(value: float) -> float:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which weights of ``dtype`` are moved."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Elements(Protocol):
+    """What moves weights knows of a distribution: `ElementNoise` says what these are."""
+
+    @property
+    def values_per_word(self) -> int: ...
+
+    @property
+    def signs(self) -> bool: ...
+
+    def expand(self, bits: Tensor, scale: float, out: Tensor) -> None: ...
+
+    def stack(self, seeds: Sequence[int], slot: str, numel: int, device: torch.device) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Direction:
     """``s = sum of round(c * z(seed))`` over some probes, for one slot.
 
     Attributes:
-        noise: the distribution of z.
+        noise: the distribution of the elements of z.
         slot: key of the slot, part of the hash.
         terms: pairs ``(seed, c)``; none if the slot stays as it is.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
@@ -83,7 +97,7 @@ class Direction:
             pieces of a batch that follow each other.
     """
 
-    noise: Noise
+    noise: Elements
     slot: str
     terms: tuple[tuple[int, float], ...]
     rounding_seed: int | None = None
@@ -244,22 +258,15 @@ def stacked_values(theta: Tensor, direction: Direction) -> Tensor:
     return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)
 
 
-def piece_size(noise: Noise) -> int:
+def piece_size(noise: Elements) -> int:
     """How many elements a piece of a slot has: such that it stays in the cache, and lies in one batch of words."""
     return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)
 
 
 def fused_backend(name: str, theta: Tensor) -> Any:
     """The module with the fused passes for ``theta``, or None for the eager ones."""
-    if name == "triton" and theta.is_cuda:
-        from . import triton_backend
-
-        return triton_backend
-    if name == "compile" and theta.numel():
-        from . import compile_backend
-
-        return compile_backend
-    return None
+    usable = {"triton": theta.is_cuda, "compile": theta.numel() > 0}
+    return importlib.import_module(f".{name}_backend", __package__) if usable.get(name) else None
 
 
 def flat(tensor: Tensor) -> Tensor:

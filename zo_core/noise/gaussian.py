@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache import kept
-from .base import NOISES, Noise
+from .base import NOISES, ElementNoise
 
 LEVELS = 1 << 16
 
@@ -37,7 +37,7 @@ def table(device: torch.device) -> Tensor:
 
 @NOISES.register
 @dataclass(frozen=True)
-class Gaussian(Noise):
+class Gaussian(ElementNoise):
     """Standard normal on 65,536 levels, |z| < 4.33; half-word ``i % 2`` of word ``i // 2`` picks element i."""
 
     name: ClassVar[str] = "gaussian"

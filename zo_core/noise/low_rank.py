@@ -9,7 +9,7 @@ a window add up in one factor ``[m, r]``. Tensors with one dimension have ordina
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,6 +22,9 @@ from .base import NOISES, Noise
 from .direction import CPU_CHUNK, Direction, Scaling, float32
 from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
 from .rademacher import Rademacher
+
+#: The elements of U and V, and of tensors with one dimension.
+SIGNS = Rademacher()
 
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
 SEED_BITS = 64
@@ -38,7 +41,7 @@ _rights: ByteCache[Tensor] = ByteCache(RIGHT_BYTES)
 
 @NOISES.register
 @dataclass(frozen=True)
-class LowRank(Rademacher):
+class LowRank(Noise):
     """Matrices of rank ``rank`` from signs; an element has mean 0, variance 1 and fourth moment 3 - 2 / rank.
 
     For a matrix of d elements the estimator over n directions has the second moment
@@ -74,32 +77,44 @@ class LowRank(Rademacher):
         window = 0 if self.refresh is None else step // self.refresh
         return derive_seed(base, window, direction) << SEED_BITS | derive_seed(base, step, direction)
 
-    def values(
-        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
-    ) -> Tensor:
-        shape, terms = torch.Size(shape), ((seed, scale),)
-        matrix = is_matrix(self, shape)
-        direction = LowRankDirection(self, slot, terms, shape=shape) if matrix else Direction(self, slot, terms)
-        return direction.values(shape, torch.device(device))
+    def direction(
+        self,
+        slot: str,
+        shape: torch.Size,
+        terms: tuple[tuple[int, float], ...],
+        rounding_seed: int | None = None,
+        backend: str = "eager",
+        scaling: Scaling | None = None,
+        thresholds: MutableMapping[str, float] | None = None,
+    ) -> Direction:
+        if self.rank_of(shape, scaling) is None:
+            return Direction(SIGNS, slot, terms, rounding_seed, backend, scaling)
+        return LowRankDirection(SIGNS, slot, terms, rounding_seed, factors_of=self, shape=shape)
+
+    def rank_of(self, shape: torch.Size, scaling: Scaling | None = None) -> int | None:
+        return self.rank if len(shape) > 1 and shape.numel() > 0 and scaling is None else None
+
+    def words_of(self, shape: torch.Size) -> int:
+        return SIGNS.words_of(shape)
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
-        vectors = [(key, shape.numel()) for key, shape in slots if not is_matrix(self, shape) and shape.numel()]
+        vectors = [(key, shape) for key, shape in slots if self.rank_of(shape) is None and shape.numel()]
         prepare_words(
             [stream_key(seed, key, DIRECTION) for seed in seeds for key, _ in vectors],
-            [-(-numel // self.values_per_word) for _ in seeds for _, numel in vectors],
+            [SIGNS.words_of(shape) for _ in seeds for _, shape in vectors],
             device,
         )
-        shapes = [(key, (shape[0], self.rank)) for key, shape in slots if is_matrix(self, shape)]
+        shapes = [(key, (shape[0], self.rank)) for key, shape in slots if self.rank_of(shape) is not None]
         names = [((seed,), key, shape, device) for seed in seeds for key, shape in shapes]
         names = [name for name in names if _lefts.get(name) is None]
         if not names:
             return
-        counts = [-(-shape[0] * shape[1] // self.values_per_word) for _, _, shape, _ in names]
+        counts = [SIGNS.words_of(torch.Size(shape)) for _, _, shape, _ in names]
         bits = first_words([stream_key(seed, key, DIRECTION) for (seed,), key, *_ in names], counts, device)
         with torch.inference_mode(False):
-            values = torch.empty(len(bits) * self.values_per_word, dtype=torch.float32, device=device)
-        self.expand(bits, 1.0, values)
-        pieces = values.split([count * self.values_per_word for count in counts])
+            values = torch.empty(len(bits) * SIGNS.values_per_word, dtype=torch.float32, device=device)
+        SIGNS.expand(bits, 1.0, values)
+        pieces = values.split([count * SIGNS.values_per_word for count in counts])
         for name, piece in zip(names, pieces, strict=True):
             shape = name[2]
             _lefts.put(name, piece[: shape[0] * shape[1]].view(shape))
@@ -144,7 +159,7 @@ class LowRank(Rademacher):
 
     def _signs(self, seed: int, slot: str, shape: tuple[int, int], purpose: int, device: torch.device) -> Tensor:
         with torch.inference_mode(False):
-            return self.z(seed, slot, 0, shape[0] * shape[1], device, purpose=purpose).view(shape)
+            return SIGNS.z(seed, slot, 0, shape[0] * shape[1], device, purpose=purpose).view(shape)
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
@@ -158,11 +173,6 @@ def basis(seed: int) -> int:
     return seed >> SEED_BITS
 
 
-def is_matrix(noise: Noise, shape: torch.Size, scaling: Scaling | None = None) -> bool:
-    """Whether the direction of such a slot is of low rank."""
-    return isinstance(noise, LowRank) and len(shape) > 1 and shape.numel() > 0 and scaling is None
-
-
 @dataclass(frozen=True)
 class LowRankDirection(Direction):
     """``s = sum over k of left[:, k] right[k, :]`` for a matrix slot, from left to right in float32.
@@ -171,12 +181,14 @@ class LowRankDirection(Direction):
     come first. All entries of ``right`` are signs, so every product is exact. No ``terms`` are fine here.
 
     Attributes:
+        factors_of: makes the factors.
         shape: of the slot.
         base: factors ``[m, K]`` and ``[K, columns]`` of a sum that is already there: updates that wait.
         bases: the bases (see `basis`) whose V are the rows of the latter.
         decay: what the weights are multiplied with, besides the ``decay`` of `add_to`.
     """
 
+    factors_of: LowRank = field(default_factory=LowRank)
     shape: torch.Size = field(default_factory=torch.Size)
     base: tuple[Tensor, Tensor] | None = None
     bases: tuple[int, ...] = ()
@@ -188,8 +200,7 @@ class LowRankDirection(Direction):
 
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``left`` ``[m, K]`` and ``right`` ``[K, columns]``, float32."""
-        noise = self.noise
-        assert isinstance(noise, LowRank)
+        noise = self.factors_of
         lefts, rights = ([], []) if self.base is None else ([self.base[0]], [self.base[1]])
         for seed, c in self.terms:
             lefts.append(noise.left(seed, self.slot, self.shape, device) * float32(c / math.sqrt(noise.rank)))
@@ -205,8 +216,7 @@ class LowRankDirection(Direction):
         if self.base is None or not shared or dtype not in (torch.float32, torch.float64):
             left, right = self.factors(device)
             return left.to(dtype), right.to(dtype)
-        noise, (left, right) = self.noise, self.base
-        assert isinstance(noise, LowRank)
+        noise, (left, right) = self.factors_of, self.base
         left = left.to(dtype)
         for seed, c in self.terms:
             term = noise.left(seed, self.slot, self.shape, device).to(dtype)
@@ -238,6 +248,24 @@ class LowRankDirection(Direction):
         return False
 
 
+@dataclass(frozen=True)
+class FactorDirection(Direction):
+    """The same direction as the factor of a window moves along it: ``round(c / sqrt(r)) U`` for each term.
+
+    Attributes:
+        factors_of: makes the factors.
+        shape: of the slot; the factor is ``[m, len(terms) * r]``.
+    """
+
+    factors_of: LowRank = field(default_factory=LowRank)
+    shape: torch.Size = field(default_factory=torch.Size)
+
+    def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        noise = self.factors_of
+        left = noise.lefts(tuple(seed for seed, _ in self.terms), self.slot, self.shape, device)
+        yield 0, numel, (left * columns(tuple(c for _, c in self.terms), noise.rank, device)).view(-1)
+
+
 def stacked_factors(
     direction: LowRankDirection, device: torch.device, rows: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -255,8 +283,7 @@ def stacked_factors(
         ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own, unless they
         are to stay apart. The next call for this device writes over ``lefts``.
     """
-    noise, slot, shape = direction.noise, direction.slot, direction.shape
-    assert isinstance(noise, LowRank)
+    noise, slot, shape = direction.factors_of, direction.slot, direction.shape
     seeds, bases, factor = _layout(direction.bases, direction.terms, noise.rank, device, apart)
     left = noise.lefts(seeds, slot, shape, device)
     signs = left if rows is None else left[rows]

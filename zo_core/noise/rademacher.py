@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache import kept
-from .base import NOISES, Noise
+from .base import NOISES, ElementNoise
 
 SIGN_BIT = -(1 << 31)
 
@@ -37,7 +37,7 @@ def _octets(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @NOISES.register
 @dataclass(frozen=True)
-class Rademacher(Noise):
+class Rademacher(ElementNoise):
     """Independent, equally likely +1 and -1; bit ``i % 32`` of word ``i // 32`` is the sign of element i."""
 
     name: ClassVar[str] = "rademacher"

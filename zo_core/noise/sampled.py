@@ -7,15 +7,15 @@ whatever else they do, blocks outside of it are neither copied nor written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from .base import NOISES, Noise
+from .direction import Direction, Scaling
 from .hashing import BLOCKS, MASK32, derive_seed, stream_key
 from .wrapping import Wrapping, check_part
 
@@ -41,7 +41,6 @@ class Sampled(Wrapping):
     With d_b of the d elements in block b, the two-sided estimator over n directions has the second moment
     ``1/n * sum over b of |grad_b|^2 * (d - d_b + (d_b + n + kurtosis - 2) / share)``. With probability
     ``(1 - share)^blocks`` no block is drawn: both sides of a probe then agree, and the step moves nothing.
-    `z` shows the direction without the draw, `values` with it.
 
     Attributes:
         share: probability of a block, above 0 and at most 1 (1 is ``of`` itself).
@@ -72,13 +71,25 @@ class Sampled(Wrapping):
         weight = self.share**-0.5
         return tuple((_inner(seed), c * weight) for seed, c in terms if self.draws(seed, slot))
 
-    def values(
-        self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
-    ) -> Tensor:
-        terms = self.drawn(slot, ((seed, scale),))
-        if not terms:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-        return self.wrapped.values(terms[0][0], slot, shape, device, terms[0][1])
+    @property
+    def plain(self) -> Noise:
+        return self.wrapped
+
+    def direction(
+        self,
+        slot: str,
+        shape: torch.Size,
+        terms: Terms,
+        rounding_seed: int | None = None,
+        backend: str = "eager",
+        scaling: Scaling | None = None,
+        thresholds: MutableMapping[str, float] | None = None,
+    ) -> Direction:
+        terms = self.drawn(slot, terms)
+        return self.wrapped.direction(slot, shape, terms, rounding_seed, backend, scaling, thresholds)
+
+    def rank_of(self, shape: torch.Size, scaling: Scaling | None = None) -> int | None:
+        return self.wrapped.rank_of(shape, scaling)
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         if seeds:  # of one step
@@ -102,13 +113,3 @@ def block_of(slot: str) -> str:
     parts = slot.split(".")
     number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[:-1] if number is None else parts[: number + 1])
-
-
-def unsampled(noise: Noise) -> Noise:
-    """The noise on the blocks that are drawn: the noise itself, unless it samples."""
-    return noise.wrapped if isinstance(noise, Sampled) else noise
-
-
-def share_of(noise: Noise) -> float:
-    """The probability with which a slot moves in a step."""
-    return noise.share if isinstance(noise, Sampled) else 1.0

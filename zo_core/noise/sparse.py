@@ -8,16 +8,15 @@ anything is added to them, so the mask is computed from them on the way, and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import NOISES, Noise
-from .direction import Direction, flat, float32, rewrite
-from .low_rank import LowRank
+from .base import NOISES, ElementNoise, Noise
+from .direction import Direction, Scaling, flat, float32, rewrite
 from .wrapping import Wrapping, check_part
 
 #: Elements looked at together when a threshold is searched, and bits decided in one pass over them.
@@ -40,8 +39,8 @@ class Sparse(Wrapping):
     ones, LoRA's B): such a tensor moves as a whole for the whole run.
 
     With m moving elements the two-sided estimator has the second moment
-    ``(m + n + kurtosis - 2) / n * |grad on them|^2``. `z` and `values` know no weights, and show the direction
-    before the mask.
+    ``(m + n + kurtosis - 2) / n * |grad on them|^2``. `values` knows no weights, and shows the direction before
+    the mask.
 
     Attributes:
         quantile: the share of each tensor that moves, above 0 and at most 1 (1 is ``of`` itself). The paper
@@ -56,12 +55,32 @@ class Sparse(Wrapping):
     def __post_init__(self) -> None:
         check_part("quantile", self.quantile, "the share of each tensor that moves, its smallest weights")
         self._wrap(self.of)
-        if isinstance(self.wrapped, (Wrapping, LowRank)):
+        if not isinstance(self.wrapped, ElementNoise):
             hint = "noise={'name': 'sampled', 'of': 'sparse'}" if self.wrapped.name == "sampled" else "of='rademacher'"
             raise ValueError(
                 f"noise 'sparse' masks single elements, which of={self.of!r} does not have; write {hint} "
                 "(or a noise of independent elements, such as 'gaussian')"
             )
+
+    def direction(
+        self,
+        slot: str,
+        shape: torch.Size,
+        terms: tuple[tuple[int, float], ...],
+        rounding_seed: int | None = None,
+        backend: str = "eager",
+        scaling: Scaling | None = None,
+        thresholds: MutableMapping[str, float] | None = None,
+    ) -> Direction:
+        known = {} if thresholds is None else thresholds
+        how = slot, terms, rounding_seed, "eager", scaling
+        return SparseDirection(self.elements, *how, quantile=self.quantile, thresholds=known)
+
+    @property
+    def elements(self) -> ElementNoise:
+        """The other noise."""
+        assert isinstance(self.wrapped, ElementNoise)
+        return self.wrapped
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ class SparseDirection(Direction):
     """
 
     quantile: float = 1.0
-    thresholds: dict[str, float] = field(default_factory=dict)
+    thresholds: MutableMapping[str, float] = field(default_factory=dict)
 
     def mask(self, theta: Tensor) -> Callable[[Tensor], Tensor] | None:
         if self.slot not in self.thresholds:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .base import NOISES, Noise
 
@@ -15,8 +14,6 @@ from .base import NOISES, Noise
 @dataclass(frozen=True)
 class Wrapping(Noise):
     """A noise over another; subclasses have a field ``of`` that names it.
-
-    `z`, `expand` and the moments are those of the other noise.
 
     Attributes:
         inner: the other noise.
@@ -29,21 +26,19 @@ class Wrapping(Noise):
             ValueError: there is no such noise.
         """
         inner = NOISES.resolve(of)
-        kept = {"inner": inner, "of": NOISES.describe(inner)}
-        moments = ("values_per_word", "variance", "kurtosis", "signs")
-        for name, value in (kept | {name: getattr(inner, name) for name in moments}).items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "of", NOISES.describe(inner))
 
     @property
     def wrapped(self) -> Noise:
         """The other noise."""
         return self.__dict__["inner"]
 
-    def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
-        self.wrapped.expand(bits, scale, out)
-
     def seed(self, base: int, step: int, direction: int) -> int:
         return self.wrapped.seed(base, step, direction)
+
+    def words_of(self, shape: torch.Size) -> int:
+        return self.wrapped.words_of(shape)
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         self.wrapped.prepare(seeds, slots, device)

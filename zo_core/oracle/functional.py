@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..noise import Direction, LowRank, LowRankDirection, Noise, unsampled
+from ..noise import Direction, LowRank, LowRankDirection, Noise
 from ..noise.direction import float32
 from ..records import Point
 from ..stand_ins import METADATA
@@ -189,7 +189,7 @@ class FunctionalMode(TorchFunctionMode):
 
 def realisation(noise: Noise) -> type[Materialised]:
     """How probes along a noise are realised."""
-    return Functional if isinstance(unsampled(noise), LowRank) else Materialised
+    return Functional if isinstance(noise.plain, LowRank) else Materialised
 
 
 class Functional(Materialised):

@@ -22,11 +22,15 @@ class UpdateRule:
         wants_optimizer: whether a torch optimizer does the update.
         elementwise: whether each element moves by its own value, state and noise alone, so that a slot
             may be moved piece by piece; ``state`` then holds tensors of the slot's shape only.
+        linear: whether ``theta`` and ``state`` change linearly with the estimate, and by elements of it alone, so
+            that the factor of a sum of low rank can be moved in the place of the sum. Updates of other rules are
+            never of low rank, and are written at once.
     """
 
     name: ClassVar[str]
     wants_optimizer: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of each tensor that this rule keeps for a slot between steps; zeros at first."""

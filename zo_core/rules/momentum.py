@@ -25,6 +25,7 @@ class Momentum(UpdateRule):
 
     name: ClassVar[str] = "momentum"
     elementwise: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     beta: float = 0.9
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ class Sgd(UpdateRule):
 
     name: ClassVar[str] = "sgd"
     elementwise: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
 
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float

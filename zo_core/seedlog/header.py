@@ -48,7 +48,7 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
             f"{engine.continuity.front.weights_alone}"
         )
     check_run(engine, log, engine.step_count)
-    engine.seed = logged.seed
+    engine.at(engine.step_count, logged.seed)
 
 
 def _varies(log: SeedLog) -> bool:
@@ -97,7 +97,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
             f"the rule {engine.rule.name!r} leaves the update to {type(engine.optimizer.inner).__name__}, "  # type: ignore[attr-defined]
             "whose arithmetic is its own: the log can be read, and a run resumed from a checkpoint, but not replayed"
         )
-    elif engine.homes.used():
+    elif engine.places.used():
         limits.append(
             f"the rule {engine.rule.name!r} has state from before this log: the log continues a checkpoint, "
             "but cannot be replayed on weights alone"
@@ -146,11 +146,10 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
         engine: any.
         columns: an assignment of learning rates to columns that is kept if it still fits.
     """
-    engine._group_of = engine._groups()  # a state that was loaded has groups of its own
-    groups = engine.optimizer.param_groups
+    groups, of = engine.optimizer.param_groups, engine.optimizer.groups_of(engine.slots)
     index = {id(group): i for i, group in enumerate(groups)}
-    group_of = tuple(index[id(engine._group_of[slot])] for slot in engine.slots)
-    relative = {group_of[i]: engine._relative_eps(slot) for i, slot in enumerate(engine.slots)}
+    group_of = tuple(index[id(of[slot])] for slot in engine.slots)
+    relative = {index[id(group)]: engine.relative_eps(group) for group in of.values()}
     lrs = tuple(number(group, "lr", 0.0) for group in groups)
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):

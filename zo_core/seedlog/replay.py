@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from ..config import ZOConfig
 from ..engine import ZeroOrder
 from ..errors import ModelError, StateError
-from ..homes import State
-from ..noise import Direction, share_of
+from ..noise import Direction
 from ..noise.direction import piece_size
 from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
 from ..rules import RULES, UpdateRule
 from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
+from ..updates import State
 from .format import LoggedStep
 from .header import check_run
 from .log import SeedLog
@@ -70,16 +70,14 @@ def replay(
     end = _end(log, start, until)
     engine = model if isinstance(model, ZeroOrder) else engine_for(model, log)
     check_run(engine, log, start, frozen=frozen)
-    if start == log.first_step and engine.homes.used():
+    if start == log.first_step and engine.places.used():
         raise StateError("the engine has rule state from other steps, which a replay would go on with; make a new one")
     if start == log.first_step:
         engine.optimizer.thresholds.clear()  # those of this run come from the weights that it began with
     steps = [entry for entry in log.steps if start <= entry.step < end]
     apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
-    engine.discard()
-    engine.step_count = end
+    engine.at(end, steps[-1].settings.seed if steps else None)
     if steps:
-        engine.seed = steps[-1].settings.seed
         engine.rule = _rule(steps[-1], engine, RULES.describe(engine.rule))
     return end
 
@@ -178,13 +176,13 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
     advance: Advance = (lambda amount: None) if bar is None else bar.advance
     with torch.no_grad(), engine.hidden():
         for slot in engine.slots:
-            if engine.lazy is not None and engine.lazy.takes(slot):
-                for rule, direction, lr, weight_decay in _moves(engine, slot, position[slot.key], steps, advance):
-                    engine.rule = rule
-                    engine.lazy.update(slot, direction.terms, lr, weight_decay, direction.rounding_seed)
+            updater = engine.updaters.of[slot]
+            if updater.windowed:
+                for move in _moves(engine, slot, position[slot.key], steps, advance):
+                    updater.update(*move)
                     advance(slot.tensor.numel())
             else:
-                engine.homes.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
+                engine.places.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
         engine.flush()
     engine.noise.forget(())
     torch.clear_autocast_cache()
@@ -203,10 +201,10 @@ def _advance_slot(
 ) -> None:
     """All steps of one slot."""
     moves = _moves(engine, slot, index, steps, advance)
-    batch = BATCH_WORDS * engine.noise.values_per_word
-    pieces = theta.device.type == "cpu" and engine.backend == "eager" and theta.numel() >= batch
     plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
-    if pieces and plain and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
+    eager = theta.device.type == "cpu" and engine.backend == "eager"
+    pieces = eager and plain and moves and theta.numel() >= BATCH_WORDS * moves[0][1].noise.values_per_word
+    if pieces and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:
         _advance_pieces(engine, moves, advance, theta, state)
         return
     for rule, direction, lr, weight_decay in moves:
@@ -220,12 +218,13 @@ def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep
     own = RULES.describe(engine.rule)
     for entry in steps:
         group = entry.settings.group_of[index]
-        direction = engine._direction(slot, entry.probes, entry.settings.eps[group])
+        settings = entry.settings
+        how = settings.eps[group], entry.lrs[group], settings.weight_decay[group]
+        _, direction, lr, weight_decay = engine.move(slot, entry.probes, *how)
         if direction.still:
             advance(slot.tensor.numel())
             continue
-        decay = entry.settings.weight_decay[group] / share_of(engine.noise)
-        moves.append((_rule(entry, engine, own), direction, entry.lrs[group], decay))
+        moves.append((_rule(entry, engine, own), direction, lr, weight_decay))
     return moves
 
 
@@ -237,7 +236,8 @@ def _rule(entry: LoggedStep, engine: ZeroOrder, own: str | dict[str, Any]) -> Up
 def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, theta: Tensor, state: State) -> None:
     """Each piece takes a group of steps while it is in the cache, with words that are hashed once for all pieces."""
     flat = theta.reshape(-1)
-    batch, size = BATCH_WORDS * engine.noise.values_per_word, piece_size(engine.noise)
+    noise = moves[0][1].noise
+    batch, size = BATCH_WORDS * noise.values_per_word, piece_size(noise)
     group = CACHED_DIRECTIONS // engine.num_probes
     states: dict[int, dict[str, Any]] = {}
     for begin in range(0, flat.numel(), batch):

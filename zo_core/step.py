@@ -1,8 +1,9 @@
-"""What a step has measured so far, and the probes that it comes to."""
+"""The step in progress as a value, and what was learnt from its losses."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,27 +12,41 @@ from torch import Tensor
 from .estimators import Estimate, Estimator
 from .noise.direction import float32
 from .records import Point, Probe
+from .targets import Slot
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass
-class Measured:
-    """Losses of the step in progress, summed over its micro-batches.
+class StepPlan:
+    """What a step measures, and what it has found so far.
 
     Attributes:
+        step: its index.
         seeds: one per direction.
-        points: where losses are measured.
-        sums: float64 tensors of shape ``[]``, one per point.
+        points: where losses are needed, for all of the directions.
+        mine: indices of the points that this process measures; see `Exchange`.
+        ratios: by slot, its eps in units of the step's.
+        sums: float64 tensors of shape ``[]``, one for each of ``mine``: losses, summed over micro-batches.
+        thresholds: of masks that were met for the first time; they count from the step's update on.
     """
 
+    step: int
     seeds: tuple[int, ...]
     points: tuple[Point, ...]
+    mine: tuple[int, ...]
+    ratios: dict[Slot, float]
     sums: list[Tensor] = field(default_factory=list)
+    thresholds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, losses: list[Tensor]) -> None:
-        """Adds the losses of a micro-batch, one per point."""
-        self.sums = [a + b for a, b in zip(self.sums, losses, strict=True)] if self.sums else losses
+    @property
+    def to_measure(self) -> list[Point]:
+        """The points of ``mine``."""
+        return [self.points[index] for index in self.mine]
+
+    def add(self, losses: Sequence[Tensor]) -> None:
+        """Adds the losses of a micro-batch, one for each of ``mine``."""
+        self.sums = [a + b for a, b in zip(self.sums, losses, strict=True)] if self.sums else list(losses)
 
     def losses(self) -> list[float]:
         """The sums as numbers; waits for the device."""

@@ -1,0 +1,68 @@
+"""What the steps of an engine change, kept to be put back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import ConfigError
+from .modes import rng_state, set_rng_state
+from .updates.base import copies
+
+if TYPE_CHECKING:
+    from .engine import ZeroOrder
+
+
+class Snapshot:
+    """What an engine's steps change, to be put back: weights, rule state, rates, random generators, counters.
+
+    It takes the memory of a copy of the trained weights and the rule state.
+
+    Raises:
+        ConfigError: trained weights are streamed.
+    """
+
+    def __init__(self, engine: ZeroOrder):
+        if any(engine.places.home(slot) is not None for slot in engine.slots):
+            raise ConfigError(
+                [
+                    "the range test for the learning rate keeps a copy of the weights that move, and those of this "
+                    "model are streamed, which is not supported; write a number for the learning rate, or train "
+                    "adapters, which stay resident on a streamed base"
+                ]
+            )
+        engine.flush()
+        self.engine = engine
+        self.weights = [slot.tensor.data.clone() for slot in engine.slots]
+        self.state = {tensor: copies(held) for tensor, held in engine.optimizer.state.items()}
+        self.windows, self.thresholds = engine.updaters.copied(), dict(engine.optimizer.thresholds)
+        self.rates = [group["lr"] for group in engine.optimizer.param_groups]
+        self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
+        self.first_steps = engine.first_steps
+
+    def rewind(self) -> None:
+        """Weights, rule state and random generators as they were."""
+        engine = self.engine
+        engine.discard()
+        engine.updaters.load(self.windows)
+        for slot, kept in zip(engine.slots, self.weights, strict=True):
+            slot.tensor.data.copy_(kept)
+        state = engine.optimizer.state
+        for tensor in [tensor for tensor in state if tensor not in self.state]:
+            del state[tensor]
+        for tensor, held in self.state.items():
+            state[tensor] = copies(held)
+        engine.optimizer.thresholds.clear()
+        engine.optimizer.thresholds.update(self.thresholds)
+        set_rng_state(self.random)
+        torch.clear_autocast_cache()
+
+    def restore(self) -> None:
+        """Everything as it was."""
+        self.rewind()
+        engine = self.engine
+        engine.at(self.step)
+        engine.listeners, engine.first_steps = self.listeners, self.first_steps
+        for group, rate in zip(engine.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate

@@ -1,0 +1,95 @@
+"""How a slot is written: at once, or by the torch optimizer that was passed. The third way is a `Window`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..noise import Direction
+from ..rules import Torch, UpdateRule
+from ..targets import Slot
+from .places import Places, State
+
+
+class Updater:
+    """Writes one slot. The rule comes with each update, because a scheduler may have changed it.
+
+    Class attributes:
+        windowed: whether updates wait for the end of a window.
+    """
+
+    windowed: ClassVar[bool] = False
+
+    def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
+        """Moves the slot.
+
+        Args:
+            rule: decides how.
+            direction: the estimate ``G`` of the gradient; it is not `Direction.still`.
+            lr: learning rate of the slot's group.
+            weight_decay: decoupled, of the slot's group.
+        """
+        raise NotImplementedError
+
+    def effective(self, direction: Direction) -> Direction:
+        """A direction from the weights as they are in memory, with what waits in it."""
+        return direction
+
+    def settle(self) -> None:
+        """Puts what waits into the weights."""
+
+
+class AtOnce(Updater):
+    """The rule writes into the weights, wherever they live.
+
+    Args:
+        slot: what is written.
+        places: where it is.
+    """
+
+    def __init__(self, slot: Slot, places: Places):
+        self.slot, self.places = slot, places
+
+    def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
+        self.places.move(self.slot, partial(_by_rule, rule, direction, lr, weight_decay))
+
+
+def _by_rule(
+    rule: UpdateRule, direction: Direction, lr: float, weight_decay: float, theta: Tensor, state: State
+) -> None:
+    rule.update(theta, state, direction, lr, weight_decay)
+
+
+class TorchStep:
+    """One step of a torch optimizer over all slots that have moved."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.moves: list[tuple[Tensor, Direction]] = []
+
+    def run(self, rule: Torch) -> None:
+        moves, self.moves = self.moves, []
+        rule.step(self.optimizer, moves)
+
+
+class ByTorchOptimizer(Updater):
+    """The estimate becomes the slot's gradient in the optimizer's next step, whose numbers count.
+
+    Args:
+        slot: what is written.
+        step: of the optimizer.
+    """
+
+    def __init__(self, slot: Slot, step: TorchStep):
+        self.slot, self.step = slot, step
+
+    def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
+        self.step.moves.append((self.slot.tensor, direction))
+
+
+def copies(held: dict[str, Any]) -> dict[str, Any]:
+    """A state with tensors of its own."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}

@@ -1,0 +1,181 @@
+"""Updates of low rank that wait: inside a window the weights in memory are not written.
+
+    W_eff = decay * W + A right          A [m, K] float32, right [K, columns] the bases of the window
+
+A step moves the small factor A by the rule itself: A is what it moves, and the left factors are its direction.
+When the window ends, the sum goes into W at once, so 16-bit weights round stochastically once per window. State
+of the rule (momentum) has the shape of A, and is projected to the next window's bases (LOZO-M, arXiv 2410.07698,
+section 4.2).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..noise import Direction, FactorDirection, LowRank, LowRankDirection
+from ..noise.direction import float32
+from ..noise.low_rank import SIGNS, basis
+from ..rules import UpdateRule
+from ..targets import Slot
+from .base import AtOnce, Updater, copies
+from .places import Places, State
+
+#: What the rule's state is called in a checkpoint, beside the factor.
+PREFIX = "factor_"
+
+
+class Window(Updater):
+    """The window of one matrix.
+
+    Args:
+        slot: the matrix.
+        noise: of low rank.
+        places: where the matrix is.
+        stochastic: how the sums of 16-bit weights are rounded.
+
+    Attributes:
+        factor: A; None before the first update.
+        bases: those of the window.
+        decay: what the weights have shrunk by in this window.
+        moved: whether W_eff may be something else than the weights in memory.
+        state: what the rule keeps for A.
+        exported: the copy of W_eff that is in a state dict, as long as somebody holds that.
+    """
+
+    windowed: ClassVar[bool] = True
+
+    def __init__(self, slot: Slot, noise: LowRank, places: Places, *, stochastic: bool):
+        self.slot, self.noise, self.places, self.stochastic = slot, noise, places, stochastic
+        self.shape = slot.tensor.shape
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing waits; the rule's state goes with its bases."""
+        self.factor: Tensor | None = None
+        self.bases: tuple[int, ...] = ()
+        self.decay = 1.0
+        self.moved = False
+        self.state: dict[str, Any] = {}
+        self.exported: weakref.ref[Tensor] | None = None
+
+    def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
+        if not rule.linear:  # a schedule may have put it in the place of one that is
+            self.settle()
+            AtOnce(self.slot, self.places).update(rule, direction, lr, weight_decay)
+            return
+        bases = tuple(basis(seed) for seed, _ in direction.terms)
+        factor = self.factor
+        if factor is None or self.bases != bases:
+            factor = self._turn(bases, direction.rounding_seed)
+        self.exported = None
+        self.decay *= float32(1.0 - lr * weight_decay)
+        self.moved = self.moved or self.decay != 1.0 or any(c for _, c in direction.terms)
+        left = FactorDirection(SIGNS, self.slot.key, direction.terms, factors_of=self.noise, shape=self.shape)
+        rule.update(factor, self.state, left, lr, weight_decay)
+
+    def _turn(self, bases: tuple[int, ...], rounding: int | None) -> Tensor:
+        """A window ends and another begins: the sum goes into the weights, the rule's state to the new bases."""
+        waiting = self.waiting()
+        device = self.places.device(self.slot)
+        if waiting is not None:
+            self._write(replace(waiting, rounding_seed=rounding))
+        with torch.inference_mode(False):
+            if waiting is not None and waiting.base is not None:
+                old, new = waiting.base[1], self._right(bases, device)
+                self.state = {kind: projected(value, old, new, self.noise.rank) for kind, value in self.state.items()}
+            shape = (self.shape[0], len(bases) * self.noise.rank)
+            self.factor = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.bases, self.decay = bases, 1.0
+        return self.factor
+
+    def effective(self, direction: Direction) -> Direction:
+        waiting = self.waiting() if isinstance(direction, LowRankDirection) else None
+        return direction if waiting is None else replace(waiting, terms=direction.terms)
+
+    def waiting(self) -> LowRankDirection | None:
+        """What has to be added to the weights in memory; None for nothing."""
+        if self.factor is None:
+            return None
+        return LowRankDirection(
+            *(SIGNS, self.slot.key, (), self.bases[0] if self.stochastic else None),
+            factors_of=self.noise,
+            shape=self.shape,
+            base=(self.factor, self._right(self.bases, self.factor.device)),
+            bases=self.bases,
+            decay=self.decay,
+        )
+
+    def _right(self, bases: tuple[int, ...], device: torch.device) -> Tensor:
+        return self.noise.rights(bases, self.slot.key, self.shape, device)
+
+    def _write(self, waiting: LowRankDirection) -> None:
+        def work(theta: Tensor, state: State) -> None:
+            waiting.add_to(theta)
+
+        self.places.move(self.slot, work)
+
+    def settle(self) -> None:
+        """Puts what waits into the weights. The next update begins a window, without the rule's state."""
+        waiting = self.waiting()
+        if waiting is not None:
+            self._write(waiting)
+        self.forget()
+
+    # Checkpoints
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint needs; empty if nothing waits. The weights are those in memory, not the model's W_eff."""
+        if self.factor is None:
+            return {}
+        state = {PREFIX + kind: value for kind, value in self.state.items()}
+        weights = self.places.values(self.slot)
+        return {"factor": self.factor, "bases": self.bases, "decay": self.decay, **state, "weights": weights}
+
+    def fits(self, kept: Mapping[str, Any]) -> bool:
+        """Whether what another run has saved are factors of this noise and slot."""
+        shape = (self.shape[0], len(kept["bases"]) * self.noise.rank)
+        return all(value.shape == shape for name, value in kept.items() if name.startswith("factor"))
+
+    def load(self, kept: Mapping[str, Any]) -> None:
+        """Goes on with what `saved` has returned; nothing waits if that is empty."""
+        self.forget()
+        if not kept:
+            return
+        device = self.places.device(self.slot)
+        self.places.load(self.slot, kept["weights"])
+        factors = {name: value for name, value in kept.items() if name.startswith("factor")}
+        with torch.inference_mode(False):
+            factors = copies({name: value.detach().to(device) for name, value in factors.items()})
+        self.factor, self.bases, self.decay = factors.pop("factor"), tuple(kept["bases"]), kept["decay"]
+        self.state = {name.removeprefix(PREFIX): value for name, value in factors.items()}
+        self.moved = True
+
+
+def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
+    """The momentum ``M old`` in the next window's bases: ``M old new^T / columns``, direction by direction.
+
+    Args:
+        momentum: M, float32 ``[m, K]``.
+        old: signs ``[K, columns]``.
+        new: signs ``[K, columns]``; a direction's rank rows are nearly orthogonal, of length sqrt(columns).
+        rank: r.
+
+    Returns:
+        float32 ``[m, K]``. The products of signs are whole numbers, so this is exact but for the sums over r.
+    """
+    result = torch.empty_like(momentum)
+    columns = old.shape[1]
+    for at in range(0, len(old), rank):
+        piece = slice(at, at + rank)
+        overlap = (old[piece].double() @ new[piece].double().t() / columns).float()
+        total = momentum[:, at : at + 1] * overlap[0]
+        for k in range(1, rank):
+            total = total + momentum[:, at + k : at + k + 1] * overlap[k]
+        result[:, piece] = total
+    return result
