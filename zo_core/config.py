@@ -180,6 +180,15 @@ class ZOConfig:
                 f"stack_probes=True has no use with offload={self.offload!r}, where all probes share a sweep already; "
                 "leave out one of them"
             )
+        self._check_offload(problems)
+        if self.backend not in BACKENDS:
+            problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
+        elif self.backend == "triton" and not has_triton():
+            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
+        if problems:
+            raise ConfigError(problems)
+
+    def _check_offload(self, problems: list[str]) -> None:
         if self.offload not in OFFLOADS:
             problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
         elif self.offload not in ("disk", "auto") and self.offload_dir is not None:
@@ -202,12 +211,6 @@ class ZOConfig:
             problems.append(f"blocks={self.blocks!r} must be several names, for example [{self.blocks!r}]")
         elif self.blocks is not None:
             object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in YAML and JSON
-        if self.backend not in BACKENDS:
-            problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
-        elif self.backend == "triton" and not has_triton():
-            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
-        if problems:
-            raise ConfigError(problems)
 
     def _component(self, setting: str, registry: Registry[Any], problems: list[str]) -> Any:
         try:
