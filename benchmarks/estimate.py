@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_zo.estimate import Workload, estimate, skeleton
 from zo_core import ZeroOrder, ZOConfig
-from zo_core.estimate import Workload, estimate, skeleton
 
 from .offload_memory import LEARNING, Peak, status
 from .report import save

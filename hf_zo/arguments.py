@@ -15,6 +15,11 @@ PREFIX = "zo_"
 RENAMED = {"zo_learning_rate": "lr"}
 
 
+def _metadata(setting: str) -> dict[str, str]:
+    """What `HfArgumentParser` shows for a field: the text of the setting in `ZOConfig`."""
+    return {"help": ZOConfig.help_for(setting)}
+
+
 @dataclass
 class ZOArguments:
     """The ``zo_*`` fields alone, to add to other arguments:
@@ -22,54 +27,28 @@ class ZOArguments:
         @dataclass
         class ZOSFTConfig(ZOArguments, SFTConfig): ...
 
-    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_learning_rate`` is ``lr``, and
-    ``zo_log``, which concerns the trainer alone, has none.
+    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_learning_rate`` is ``lr``. There is no
+    field for ``weight_decay``, which is the trainer's own argument, and ``zo_log`` concerns the trainer alone.
     """
 
-    zo_estimator: str = field(default="spsa", metadata={"help": "How losses become probes: spsa or fzoo."})
-    zo_learning_rate: str | None = field(
-        default=None,
-        metadata={"help": "auto: found by a range test before the first step; default: --learning_rate counts."},
-    )
-    zo_eps: float | None = field(
-        default=None,
-        metadata={"help": "Distance of the probes from the weights; default 1e-3 (spsa) or 1e-4 (fzoo). LoRA: 1e-2."},
-    )
-    zo_num_probes: int | None = field(
-        default=None, metadata={"help": "Directions per step; default 1 (spsa) or 8 (fzoo)."}
-    )
-    zo_stack_probes: bool = field(
-        default=False, metadata={"help": "Measure all probes of a step in one forward; needs zo_noise=low_rank."}
-    )
-    zo_noise: str = field(
-        default="rademacher", metadata={"help": "Directions: rademacher, gaussian, low_rank, sparse or sampled."}
-    )
-    zo_rule: str = field(
-        default="auto", metadata={"help": "Update rule: sgd, momentum, sign, torch (args.optim), or auto (sgd)."}
-    )
-    zo_target: str = field(
-        default="auto",
-        metadata={"help": "What may move: trainable, int4_scales, torchao_scales, or auto (scales if quantised)."},
-    )
-    zo_clip: float | None = field(
-        default=None, metadata={"help": "Bound on the projected gradient; default none, and 100 for scales."}
-    )
-    zo_seed: int | None = field(default=None, metadata={"help": "Seed of the directions; default: --seed."})
-    zo_dropout: bool = field(default=False, metadata={"help": "Run the probes with dropout on."})
-    zo_stochastic_rounding: bool = field(
-        default=True, metadata={"help": "Round updates of 16-bit weights stochastically."}
-    )
-    zo_backend: str = field(default="auto", metadata={"help": "Noise kernels: auto, eager, compile or triton."})
-    zo_offload: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the repeated layers live between their forwards: cpu, disk, or auto (what fits stays)."
-        },
-    )
-    zo_offload_dir: str | None = field(default=None, metadata={"help": "Folder of the block files, with disk."})
-    zo_device_memory: str | None = field(
-        default=None, metadata={"help": "What weights may take on the device, for example 8GB; what fits stays there."}
-    )
+    zo_estimator: str = field(default="spsa", metadata=_metadata("estimator"))
+    zo_learning_rate: str | None = field(default=None, metadata=_metadata("lr"))
+    zo_eps: float | None = field(default=None, metadata=_metadata("eps"))
+    zo_num_probes: int | None = field(default=None, metadata=_metadata("num_probes"))
+    zo_stack_probes: bool = field(default=False, metadata=_metadata("stack_probes"))
+    zo_noise: str = field(default="rademacher", metadata=_metadata("noise"))
+    zo_rule: str = field(default="auto", metadata=_metadata("rule"))
+    zo_target: str = field(default="auto", metadata=_metadata("target"))
+    zo_clip: float | None = field(default=None, metadata=_metadata("clip"))
+    zo_seed: int | None = field(default=None, metadata=_metadata("seed"))
+    zo_dropout: bool = field(default=False, metadata=_metadata("dropout"))
+    zo_stochastic_rounding: bool = field(default=True, metadata=_metadata("stochastic_rounding"))
+    zo_backend: str = field(default="auto", metadata=_metadata("backend"))
+    zo_offload: str | None = field(default=None, metadata=_metadata("offload"))
+    zo_offload_dir: str | None = field(default=None, metadata=_metadata("offload_dir"))
+    zo_device_memory: str | None = field(default=None, metadata=_metadata("device_memory"))
+    zo_device: str | None = field(default=None, metadata=_metadata("device"))
+    zo_blocks: list[str] | None = field(default=None, metadata=_metadata("blocks"))
     zo_log: bool = field(
         default=True, metadata={"help": "Write every step to seedlog.zo in the output folder (24 bytes each)."}
     )

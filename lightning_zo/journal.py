@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zo_core import SeedLog, SeedLogWriter, StateError, ZeroOrder
+from zo_core.files import replacing
 from zo_core.seedlog import FILE_NAME, LoggedStep
 from zo_core.seedlog.log import set_aside
 
@@ -101,7 +102,8 @@ class Journal:
             if source != self.path:
                 set_aside(self.path)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, self.path)
+                with replacing(self.path) as fresh:
+                    shutil.copyfile(source, fresh)
             if self.checkpoint is None and engine.step_count > log.first_step:
                 # An interrupted run goes on in one process, without a checkpoint: its optimizer is a new one.
                 return SeedLogWriter.attach(engine, self.path)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zo_core import ConfigError, StateError
 from zo_core.offload import store as stores
+from zo_core.offload import tensor_file
 from zo_core.offload.store import DiskStore, RamStore
 
 
@@ -75,12 +76,12 @@ def test_a_write_that_fails_leaves_the_block_from_before(tmp_path: Path, monkeyp
 
 
 def test_a_file_of_ours_is_the_file_of_safetensors(tmp_path: Path) -> None:
-    values = {f"of {dtype}": torch.arange(24).view(2, 12).to(dtype) for dtype in stores.DTYPES.values()}
+    values = {f"of {dtype}": torch.arange(24).view(2, 12).to(dtype) for dtype in tensor_file.DTYPES.values()}
     values |= block(0) | {"turned": torch.arange(6.0).view(2, 3).t(), "grad": torch.ones(3, requires_grad=True)}
-    stores.write_file(values, tmp_path / "ours")
+    tensor_file.write_file(values, tmp_path / "ours")
     save_file({name: tensor.detach().contiguous() for name, tensor in values.items()}, tmp_path / "theirs")
     assert same(load_file(tmp_path / "ours"), load_file(tmp_path / "theirs"))
-    begins = {name: piece.begin for name, piece in stores.read_header(tmp_path / "ours").items()}
+    begins = {name: piece.begin for name, piece in tensor_file.read_header(tmp_path / "ours").items()}
     assert all(begins[name] % tensor.element_size() == 0 for name, tensor in values.items())
 
 
@@ -89,7 +90,7 @@ def test_writing_a_block_makes_no_copy_of_it(tmp_path: Path) -> None:
     large = {"a": torch.zeros(1 << 20), "b": torch.zeros(1 << 20)}
     tracemalloc.start()
     try:
-        stores.write_file(large, tmp_path / "large")
+        tensor_file.write_file(large, tmp_path / "large")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -7,7 +7,7 @@ from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, StateError, ZOError
-from .estimators import ESTIMATORS, Estimator, Fzoo, Spsa
+from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .lr_range import LrSuggestion, Trial
 from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
@@ -17,7 +17,7 @@ from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
 from .seedlog import SeedLog, SeedLogWriter, replay
 from .suggest import suggest_lr
-from .targets import TARGETS, Int4Scales, Slot, Target, TorchaoScales, Trainable
+from .targets import TARGETS, Int4Scales, Scales, Slot, Target, TorchaoScales, Trainable
 from .version import __version__
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "RULES",
     "TARGETS",
     "ConfigError",
+    "Estimate",
     "Estimator",
     "Fzoo",
     "Gaussian",
@@ -41,6 +42,7 @@ __all__ = [
     "Probe",
     "Rademacher",
     "Sampled",
+    "Scales",
     "Scaling",
     "SeedLog",
     "SeedLogWriter",

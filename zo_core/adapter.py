@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import StateError
+from .files import replacing, write_whole
 from .noise import LowRank, LowRankDirection
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def save_adapter(engine: ZeroOrder, folder: str | os.PathLike[str]) -> None:
     }
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(path / "adapter_model.safetensors") as fresh:
+        save_file(tensors, fresh, metadata={"format": "pt"})
+    write_whole(path / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _problems(engine: ZeroOrder) -> list[str]:

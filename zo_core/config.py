@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, LowRank, Noise
 from .registry import Registry
 from .rules import RULES, UpdateRule
+from .sizes import parse_bytes
 from .targets import TARGETS, Target
 
 BACKENDS = ("auto", "eager", "compile", "triton")
@@ -29,69 +30,123 @@ class ZOConfig:
     """What to measure, along which directions, and how to move.
 
     Every component is a registered name, a dict ``{"name": ..., **fields}`` or an object; see
-    ``list(zo_core.NOISES)`` and its siblings for the names.
-
-    Attributes:
-        lr: learning rate; None takes the estimator's default (1e-6 for spsa, 5e-5 for fzoo), "auto" finds
-            one by a range test before the first step.
-        eps: distance of the probes from the weights, in units of the noise; None takes the
-            estimator's default (1e-3 for spsa, 1e-4 for fzoo). PEFT adapters want more: 1e-2 for
-            LoRA, 1e-1 for prefix tuning.
-        num_probes: directions per step; None takes the estimator's default (1 for spsa, 8 for
-            fzoo). spsa runs two forwards per direction, fzoo one, and one more.
-        stack_probes: measure all points of a step in one forward, which reads each weight once. Needs
-            noise="low_rank" and memory for the activations of all of them; what cannot run so is measured
-            one probe after another, and said. The losses are those of separate probes up to rounding.
-        estimator: how losses become probes: "spsa" or "fzoo".
-        noise: distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights
-            alone) or "sampled" (a random subset of the blocks in each step); the last two are ``of`` another.
-        rule: how probes move the weights: "sgd", "momentum", "sign" or "torch"; "auto" is "torch" if
-            an optimizer is passed, else "sgd".
-        target: what may move: "trainable" parameters, the "int4_scales" of a model that bitsandbytes has
-            quantised, the "torchao_scales" of one that torchao has, or "auto": the scales if the model
-            has such layers and no trainable adapters, else trainable parameters.
-        weight_decay: decoupled weight decay, as in AdamW.
-        clip: largest absolute coefficient of a direction (for spsa the projected gradient); None takes the
-            target's default, 100 for scales and no bound for others; ``math.inf`` is no bound.
-        seed: seed of the directions; None takes the trainer's seed, and 0 in a bare loop.
-        dropout: run the probes with the modes the model has, so that dropout is on if it is in
-            training mode; all probes of a step then share their random numbers. BatchNorm statistics
-            stay frozen.
-        stochastic_rounding: round updates of 16-bit weights stochastically; without it most of them
-            are lost.
-        backend: who computes the noise: "eager" torch, "compile" (torch.compile: faster on CPU after
-            about 10 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The
-            values are the same to the last bit.
-        offload: None keeps the model where it is; "cpu" keeps its repeated layers in host memory, "disk"
-            in files, and brings each to the device when its forward needs it; "auto" does so with the
-            layers that do not fit, in ``offload_dir`` if it is given, else in host memory.
-        offload_dir: folder of the block files; None makes a temporary one.
-        device_memory: how much of the device the weights may take, in bytes or as in "8GB"; layers that
-            fit are not streamed. None streams all of them, or, with "auto", takes what is free.
-        device: where a streamed model computes; None is where its embeddings are (in the trainers,
-            the trainer's device).
-        blocks: names of the streamed modules, or of containers of them; None finds them.
+    ``list(zo_core.NOISES)`` and its siblings for the names. Each setting is described once, beside its
+    default; `help_for` has the text, and docs/settings.md all of them in a table.
     """
 
-    lr: float | str | None = None
-    eps: float | None = None
-    num_probes: int | None = None
-    stack_probes: bool = False
-    estimator: str | dict[str, Any] | Estimator = "spsa"
-    noise: str | dict[str, Any] | Noise = "rademacher"
-    rule: str | dict[str, Any] | UpdateRule = "auto"
-    target: str | dict[str, Any] | Target = "auto"
-    weight_decay: float = 0.0
-    clip: float | None = None
-    seed: int | None = None
-    dropout: bool = False
-    stochastic_rounding: bool = True
-    backend: str = "auto"
-    offload: str | None = None
-    offload_dir: str | None = None
-    device_memory: int | str | None = None
-    device: str | None = None
-    blocks: tuple[str, ...] | None = None
+    lr: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate. None takes the trainer's, or in a bare loop the estimator's default: 1e-6 for "
+            '"spsa", 5e-5 for "fzoo". "auto" finds one by trial runs before the first step.'
+        },
+    )
+    eps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Distance of the probes from the weights, in units of the noise. None takes the estimator's "
+            'default: 1e-3 for "spsa", 1e-4 for "fzoo". PEFT adapters need more: 1e-2 for LoRA, 1e-1 for prefix tuning.'
+        },
+    )
+    num_probes: int | None = field(
+        default=None,
+        metadata={
+            "help": 'Directions per step. None takes the estimator\'s default: 1 for "spsa", 8 for "fzoo". With n '
+            'directions, "spsa" runs 2 n forwards per step and "fzoo" n + 1.'
+        },
+    )
+    stack_probes: bool = field(
+        default=False,
+        metadata={
+            "help": 'Measure all probes of a step in one forward, which reads each weight once. Needs "low_rank" '
+            "noise, and memory for the activations of all probes. What cannot run this way is measured one probe after "
+            "another, with a warning. Losses equal those of separate probes up to rounding."
+        },
+    )
+    estimator: str | dict[str, Any] | Estimator = field(
+        default="spsa", metadata={"help": 'How losses become probes: "spsa" or "fzoo".'}
+    )
+    noise: str | dict[str, Any] | Noise = field(
+        default="rademacher",
+        metadata={
+            "help": 'Distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights '
+            'only) or "sampled" (a random subset of the blocks in each step). The last two restrict another noise.'
+        },
+    )
+    rule: str | dict[str, Any] | UpdateRule = field(
+        default="auto",
+        metadata={
+            "help": 'How probes move the weights: "sgd", "momentum", "sign", or "torch", which leaves the update to a '
+            'torch optimizer. "auto" is "torch" if such an optimizer is given, else "sgd".'
+        },
+    )
+    target: str | dict[str, Any] | Target = field(
+        default="auto",
+        metadata={
+            "help": 'What may move: "trainable" parameters, the "int4_scales" of a model quantised by bitsandbytes, or '
+            'the "torchao_scales" of one quantised by torchao. "auto" takes the scales if the model has such layers '
+            "and no trainable adapters, else the trainable parameters."
+        },
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW."})
+    clip: float | None = field(
+        default=None,
+        metadata={
+            "help": 'Largest absolute coefficient of a direction (with "spsa", of the projected gradient). None takes '
+            "the target's default: 100 for scales, no bound for others. inf is no bound."
+        },
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the directions. None takes the trainer's seed, and 0 in a bare loop."}
+    )
+    dropout: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the probes in the modes that the modules are in, so that dropout is on in training mode; all "
+            "probes of a step then share their random numbers. BatchNorm statistics stay frozen."
+        },
+    )
+    stochastic_rounding: bool = field(
+        default=True,
+        metadata={"help": "Round updates of 16-bit weights stochastically. Without it most of them are lost."},
+    )
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": 'What computes the noise: "eager" torch, "compile" (torch.compile, faster on a CPU after about '
+            '10 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The values are the same to '
+            "the last bit."
+        },
+    )
+    offload: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the repeated layers of the model live between their forwards. None keeps the model where it "
+            'is; "cpu" is host memory, "disk" is files. "auto" streams only the layers that do not fit, from files if '
+            "offload_dir is given, else from host memory."
+        },
+    )
+    offload_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the block files. None makes a temporary one."}
+    )
+    device_memory: int | str | None = field(
+        default=None,
+        metadata={
+            "help": 'How much of the device the weights may take, in bytes or as in "8GB"; layers that fit are not '
+            'streamed. None streams all of them or, with offload "auto", takes what is free.'
+        },
+    )
+    device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where a streamed model computes. None is the trainer's device, and in a bare loop where the "
+            "embeddings are."
+        },
+    )
+    blocks: Sequence[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the streamed modules, or of the containers that hold them. None finds them."},
+    )
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -125,6 +180,15 @@ class ZOConfig:
                 f"stack_probes=True has no use with offload={self.offload!r}, where all probes share a sweep already; "
                 "leave out one of them"
             )
+        self._check_offload(problems)
+        if self.backend not in BACKENDS:
+            problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
+        elif self.backend == "triton" and not has_triton():
+            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
+        if problems:
+            raise ConfigError(problems)
+
+    def _check_offload(self, problems: list[str]) -> None:
         if self.offload not in OFFLOADS:
             problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
         elif self.offload not in ("disk", "auto") and self.offload_dir is not None:
@@ -143,29 +207,27 @@ class ZOConfig:
             problems.append(
                 f"device_memory={self.device_memory!r} must be a number of bytes, or one with a unit as in '8GB'"
             )
-        if self.backend not in BACKENDS:
-            problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
-        elif self.backend == "triton" and not has_triton():
-            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
-        if problems:
-            raise ConfigError(problems)
+        if isinstance(self.blocks, str):
+            problems.append(f"blocks={self.blocks!r} must be several names, for example [{self.blocks!r}]")
+        elif self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in YAML and JSON
 
-    def _component(self, field: str, registry: Registry[Any], problems: list[str]) -> Any:
+    def _component(self, setting: str, registry: Registry[Any], problems: list[str]) -> Any:
         try:
-            return registry.resolve(getattr(self, field))
+            return registry.resolve(getattr(self, setting))
         except ValueError as error:
             problems.append(str(error))
             return None
 
     def _number(
-        self, field: str, problems: list[str], allowed: Callable[[float], bool], wanted: str, optional: bool = True
+        self, setting: str, problems: list[str], allowed: Callable[[float], bool], wanted: str, optional: bool = True
     ) -> None:
-        value = getattr(self, field)
+        value = getattr(self, setting)
         if value is None and optional:
             return
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or not allowed(value):
-            problems.append(f"{field}={value!r} must be {wanted}")
+            problems.append(f"{setting}={value!r} must be {wanted}")
 
     def resolve(self, *, has_optimizer: bool = False) -> Resolved:
         """The components and numbers that the names and None stand for.
@@ -198,13 +260,18 @@ class ZOConfig:
             backend=("triton" if has_triton() else "eager") if self.backend == "auto" else self.backend,
         )
 
+    @classmethod
+    def help_for(cls, setting: str) -> str:
+        """What a setting is, in a few sentences; for command lines and documentation."""
+        return str(cls.__dataclass_fields__[setting].metadata["help"])
+
     def replace(self, **changes: Any) -> ZOConfig:
         """A copy with some fields changed.
 
         Raises:
             ConfigError: a field is not known, or a value cannot work.
         """
-        known = [field.name for field in fields(self)]
+        known = [setting.name for setting in fields(self)]
         unknown = [name for name in changes if name not in known]
         if unknown:
             raise ConfigError([f"{name!r} is not a setting; the settings are {', '.join(known)}" for name in unknown])
@@ -219,10 +286,10 @@ class ZOConfig:
             "target": TARGETS,
         }
         result: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            registry = registries.get(field.name)
-            result[field.name] = (
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            registry = registries.get(setting.name)
+            result[setting.name] = (
                 value if registry is None or value == "auto" else registry.describe(registry.resolve(value))
             )
         return result
@@ -231,6 +298,17 @@ class ZOConfig:
     def from_dict(cls, values: dict[str, Any]) -> ZOConfig:
         """The inverse of `to_dict`; fields that are left out have their defaults."""
         return cls().replace(**values)
+
+
+# For help(), notebooks and LightningCLI, which look for the settings here.
+ZOConfig.__doc__ = "\n".join(
+    [
+        inspect.cleandoc(ZOConfig.__doc__ or ""),
+        "",
+        "Attributes:",
+        *(f"    {setting.name}: {ZOConfig.help_for(setting.name)}" for setting in fields(ZOConfig)),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -245,24 +323,6 @@ class Resolved:
     eps: float
     num_probes: int
     backend: str
-
-
-def parse_bytes(value: int | str | None) -> int | None:
-    """A number of bytes; units are powers of 1000 (``"8GB"``) or of 1024 (``"8GiB"``).
-
-    Raises:
-        ValueError: it is neither a number above 0 nor a text like these.
-    """
-    if value is None:
-        return None
-    match = re.fullmatch(r"\s*([\d.]+)\s*(?:([KMGT])(i?)B)?\s*", str(value), re.IGNORECASE)
-    if match is None or isinstance(value, bool):
-        raise ValueError(value)
-    power = " KMGT".index((match[2] or " ").upper())
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size <= 0:
-        raise ValueError(value)
-    return size
 
 
 def has_triton() -> bool:

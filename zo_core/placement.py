@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .config import AUTO, Resolved, ZOConfig, parse_bytes
+from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
 from .noise import NOISES
 from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import Torch, UpdateRule
+from .sizes import parse_bytes
 from .targets import Slot
 from .updates import changes_often
 

@@ -3,8 +3,9 @@
 from .blocks import find_blocks
 from .build import describe, offload
 from .oracle import Carried, LockstepOracle
-from .store import DiskStore, Piece, read_header
+from .store import DiskStore
 from .streaming import Block, Streaming
+from .tensor_file import Piece, read_header
 
 __all__ = [
     "Block",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..oracle.materialise import is_compiled
+from ..sizes import human
 from ..targets import check_values, in_several_ways, memory_of, plain_parameters
 from .blocks import find_blocks
 from .store import DiskStore, RamStore
@@ -160,11 +161,6 @@ def describe(model: nn.Module, streaming: Streaming) -> None:
         human(size),
         human(written),
     )
-
-
-def human(size: int) -> str:
-    """A number of bytes in words."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

@@ -23,7 +23,8 @@ from ..noise.hashing import used_once
 from ..oracle.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment
-from .store import DiskStore, RamStore, Tensors
+from .store import DiskStore, RamStore
+from .tensor_file import Tensors
 
 #: Changes some tensors of a block, given all of them by name.
 Update = Callable[[Tensors], None]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import StateError, ZOError
+from ..files import replacing
 from .header import check_run
 from .log import SeedLog
 from .replay import engine_for, moved_names, replay
@@ -81,7 +82,8 @@ def _replay(options: argparse.Namespace) -> int:
     model = _model(options.base, log)
     step = replay(model, log, options.until, frozen=False)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, options.out, metadata={"format": "pt"})
+    with replacing(options.out) as fresh:
+        save_file(tensors, fresh, metadata={"format": "pt"})
     print(f"{options.out} has the weights at step {step}")
     return 0
 

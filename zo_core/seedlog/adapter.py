@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import StateError
+from ..files import write_whole
 from .fingerprint import fingerprint
 from .log import FILE_NAME, SeedLog
 from .replay import engine_for, replay
@@ -66,9 +67,9 @@ def save_adapter(
         "trained_weights": trained,
     }
     data = log.upto(config["steps"])
-    (folder / FILE_NAME).write_bytes(data)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(log, config, len(data), loading), encoding="utf-8")
+    write_whole(folder / FILE_NAME, data)
+    write_whole(folder / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(folder / "README.md", card(log, config, len(data), loading).encode())
     return folder
 
 

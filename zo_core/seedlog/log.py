@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError
+from ..files import write_whole
 from ..modes import rng_state, same_rng
 from ..records import StepRecord
 from ..rules import RULES
@@ -110,7 +111,7 @@ class SeedLogWriter:
         self.sync()
         os.close(self._file)
         set_aside(self.path)
-        _write(self.path, encode_header(make_header(self.engine)))
+        write_whole(self.path, encode_header(make_header(self.engine)))
         parsed = SeedLog.read(self.path).parsed
         self.next_step, self.chain, self._logged = parsed.next_step, parsed.chain, {}
         self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
@@ -138,7 +139,7 @@ class SeedLogWriter:
         header = make_header(engine)
         for note in (*header["limits"], *header["notes"]):
             logger.warning("seed log: %s", note)
-        _write(path, encode_header(header))
+        write_whole(path, encode_header(header))
         return cls(engine, path, SeedLog.read(path).parsed)
 
     @classmethod
@@ -157,7 +158,7 @@ class SeedLogWriter:
         if log.next_step > engine.step_count:
             kept = log.upto(engine.step_count)
             set_aside(path)
-            _write(path, kept)
+            write_whole(path, kept)
         return cls.attach(engine, path, follow=True)
 
     def logged(self) -> LoggedStep | None:
@@ -276,16 +277,6 @@ def set_aside(path: Path) -> Path | None:
     os.rename(path, other)
     logger.info("the seed log of an earlier run is kept as %s", other)
     return other
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file that is either whole or not there."""
-    fresh = path.with_name(path.name + ".tmp")
-    with open(fresh, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
 
 
 def _continued(engine: ZeroOrder, path: Path) -> Parsed:

@@ -1,4 +1,4 @@
-"""``python -m zo_core.estimate``."""
+"""``python -m hf_zo.estimate``."""
 
 from .cli import main
 

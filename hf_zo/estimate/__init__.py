@@ -1,6 +1,6 @@
 """Will it fit, and how long will a step take? Worked out from a model's shapes, without its weights.
 
-    python -m zo_core.estimate meta-llama/Llama-3.2-1B
+    python -m hf_zo.estimate meta-llama/Llama-3.2-1B
 
 Nothing is guessed where the implementation can be asked: the blocks are those that streaming would
 choose, and the memory of a probe is counted while one runs on the meta device, where tensors have

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ZOConfig, parse_bytes
-from ..errors import ConfigError, ModelError
-from ..offload.build import beyond, plan, resident_bytes
-from ..offload.streaming import ARENA_SLOTS, Block, _aligned
-from ..targets import Slot, slot_keys
+from zo_core.config import ZOConfig
+from zo_core.errors import ConfigError, ModelError
+from zo_core.offload.build import beyond, plan, resident_bytes
+from zo_core.offload.streaming import ARENA_SLOTS, Block, _aligned
+from zo_core.sizes import parse_bytes
+from zo_core.targets import Slot, slot_keys
+
 from .noise import noise_bytes
 from .rates import Rates
 from .trace import Segment, formula, run_probe, together

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
-from ..errors import ConfigError
+from zo_core.errors import ConfigError
 
 
 def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -22,14 +23,8 @@ def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
         weights are one parameter.
 
     Raises:
-        ConfigError: transformers is missing, or there is no such configuration or class.
+        ConfigError: there is no such configuration or class.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            [f"reading the configuration of {name_or_path!r} needs transformers; pip install 'zo-trainer[hf]'"]
-        ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:

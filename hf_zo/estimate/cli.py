@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from ..config import ZOConfig
-from ..errors import ZOError
+from zo_core.config import ZOConfig
+from zo_core.errors import ZOError
+from zo_core.sizes import parse_number
+
 from .plan import Workload, estimate
 from .rates import Rates, measure_rates
 from .skeleton import skeleton
@@ -67,11 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per batch (1)")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the model computes (cuda)")
-    parser.add_argument("--device-memory", help="let blocks that fit stay on the device, for example 16GB")
-    parser.add_argument("--blocks", nargs="+", help="names of the streamed modules, if they are not found")
-    parser.add_argument("--estimator", default="spsa", help="spsa or fzoo")
-    parser.add_argument("--num-probes", type=int, help="directions per step")
-    parser.add_argument("--rule", default="auto", help="sgd, momentum or sign")
+    parser.add_argument("--device-memory", help=ZOConfig.help_for("device_memory"))
+    parser.add_argument("--blocks", nargs="+", help=ZOConfig.help_for("blocks"))
+    parser.add_argument("--estimator", default="spsa", help=ZOConfig.help_for("estimator"))
+    parser.add_argument("--num-probes", type=int, help=ZOConfig.help_for("num_probes"))
+    parser.add_argument("--rule", default="auto", help=ZOConfig.help_for("rule"))
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--lora-targets", default=",".join(LORA_TARGETS), help="names of the layers with adapters")
     parser.add_argument("--link", type=_rate, help="bytes per second between host and device, for example 25G")
@@ -84,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rate(text: str) -> float:
-    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)([KMGTP]?)B?(?:/s)?", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0.0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0, with K, M, G, T or P behind it or none")
-    return float(match[1]) * 1000.0 ** " KMGTP".index((match[2] or " ").upper())
+    try:
+        return parse_number(text.removesuffix("/s"))
+    except ValueError:
+        message = f"{text!r} must be a number above 0, with K, M, G, T or P behind it or none"
+        raise argparse.ArgumentTypeError(message) from None

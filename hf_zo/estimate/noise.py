@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..cache import ENTRY_BYTES
-from ..noise import Noise
-from ..noise.direction import CPU_CHUNK
-from ..noise.hashing import BATCH_WORDS, WORD_BYTES
-from ..noise.low_rank import LEFT_BYTES, RIGHT_BYTES
-from ..noise.rounding import DROPPED_BITS
-from ..targets import Slot
+from zo_core.cache import ENTRY_BYTES
+from zo_core.noise import Noise
+from zo_core.noise.direction import CPU_CHUNK
+from zo_core.noise.hashing import BATCH_WORDS, WORD_BYTES
+from zo_core.noise.low_rank import LEFT_BYTES, RIGHT_BYTES
+from zo_core.noise.rounding import DROPPED_BITS
+from zo_core.targets import Slot
 
 
 def noise_bytes(noise: Noise, slots: Sequence[Slot], directions: int, threads: int, streamed: bool) -> int:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from ..offload.build import human
+from zo_core.sizes import human
+
 from .plan import Row, Workload
 
 
@@ -24,7 +25,7 @@ def as_table(title: str, rows: Sequence[Row], work: Workload) -> str:
 
 
 def _cell(size: int) -> str:
-    return f"{size / 1e12:.2f} TB" if size >= 1e12 else human(size) if size else "-"
+    return human(size) if size else "-"
 
 
 def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
