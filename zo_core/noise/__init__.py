@@ -1,7 +1,7 @@
 """Noise as a pure function, and the arithmetic that moves weights along it."""
 
 from .base import NOISES, ElementNoise, Noise
-from .direction import Direction, stacked_values
+from .direction import Alternatives, Direction, stacked_values
 from .gaussian import Gaussian
 from .hashing import derive_seed
 from .low_rank import FactorDirection, LowRank, LowRankDirection, stacked_factors
@@ -11,6 +11,7 @@ from .sparse import Sparse
 
 __all__ = [
     "NOISES",
+    "Alternatives",
     "Direction",
     "ElementNoise",
     "FactorDirection",
