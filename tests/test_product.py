@@ -302,6 +302,7 @@ def test_steps_that_are_repeated_from_a_log_end_windows_where_they_ended(
 ) -> None:
     run = Run(noise, rule, place, tmp_path / "log.zo")
     ends = finish(run, close)
+    assert same_bits(ends, expected(run, close)[1])
     again = Run(noise, rule, place)
     log = SeedLogWriter.attach(again.zo, tmp_path / "log.zo", follow=True)
     while (entry := log.logged()) is not None:
