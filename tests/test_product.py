@@ -125,6 +125,7 @@ def nothing(run: Run) -> None:
 
 def close(run: Run) -> None:
     run.zo.close()
+    run.place = "resident"
 
 
 def schedule(run: Run) -> None:
@@ -227,6 +228,12 @@ VERBS: tuple[Verb, ...] = (
 )
 
 
+def close_and_ask(run: Run) -> None:
+    """Trial steps are not the one whose record says that windows have ended."""
+    close(run)
+    _ask(run, lambda closure: run.zo.suggest_lr([closure], 2), 12)
+
+
 def close_and_load(run: Run) -> None:
     """The reference for `close` where updates wait: then weights, state and step are all that there is of the run."""
     close(run)
@@ -309,12 +316,14 @@ def test_a_schedule_changes_whatever_moves_in_the_next_step(noise: str, rule: st
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("noise", ["low_rank", "sampled_low_rank"])
-def test_steps_that_are_repeated_from_a_log_end_windows_where_they_ended(
-    tmp_path: Path, noise: str, rule: str, place: str
-) -> None:
+@pytest.mark.parametrize("verb", [close_and_ask, close_and_load], ids=lambda verb: verb.__name__)
+def test_a_log_says_where_windows_were_ended(tmp_path: Path, verb: Verb, noise: str, rule: str, place: str) -> None:
     run = Run(noise, rule, place, tmp_path / "log.zo")
-    ends = finish(run, close)
+    ends = finish(run, verb)
     assert same_bits(ends, expected(run, close)[1])
+    base = Blocks(0)
+    replay(base, tmp_path / "log.zo")
+    assert same_bits(weights(base), ends)
     again = Run(noise, rule, place)
     log = SeedLogWriter.attach(again.zo, tmp_path / "log.zo", follow=True)
     while (entry := log.logged()) is not None:

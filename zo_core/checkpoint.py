@@ -137,6 +137,8 @@ def marked(state: dict[str, Any], engine: ZeroOrder | None) -> dict[str, Any]:
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
+        if engine.merged:
+            mark["merged"] = True  # which the log will say with the next step
         mark["drawn"] = engine.seed  # of the directions: a second run with one trainer has another than the given one
     return {**state, MARK: mark}
 
@@ -209,6 +211,7 @@ def took_over(state: Mapping[str, Any], engine: ZeroOrder) -> None:
         {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
     )
     engine.seed = mark.get("drawn", given["seed"])
+    engine.merged = mark.get("merged", False)
     engine.continuity.ahead, engine.continuity.whole = 0, True
 
 
@@ -267,4 +270,4 @@ def begin_again(engine: ZeroOrder) -> None:
         engine.store_state()
     engine.seed = next_seed(engine.seed)
     engine.step_count = continuity.ahead = 0
-    continuity.whole = True
+    engine.merged, continuity.whole = False, True

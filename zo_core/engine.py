@@ -163,7 +163,6 @@ class ZeroOrder(LiveSettings):
 
     def store_state(self) -> None:
         """Takes over what was loaded into the optimizer."""
-        self.merged = False  # the state has windows of its own
         with self.hidden():
             if self.lazy is not None:
                 self.lazy.loaded(self.optimizer.state)

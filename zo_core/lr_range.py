@@ -141,7 +141,7 @@ class Snapshot:
         self.state = {tensor: _copies(held) for tensor, held in engine.optimizer.state.items()}
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
-        self.first_steps = engine.first_steps
+        self.first_steps, self.merged = engine.first_steps, engine.merged
 
     def rewind(self) -> None:
         """Weights, rule state and random generators as they were."""
@@ -161,7 +161,7 @@ class Snapshot:
         """Everything as it was."""
         self.rewind()
         self.engine.step_count, self.engine.listeners = self.step, self.listeners
-        self.engine.first_steps = self.first_steps
+        self.engine.first_steps, self.engine.merged = self.first_steps, self.merged
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
 
