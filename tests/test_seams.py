@@ -116,7 +116,10 @@ def inherited(package: str) -> Iterator[tuple[str, str]]:
     for info in pkgutil.walk_packages(root.__path__, f"{package}."):
         if info.name.endswith("__main__"):
             continue
-        module = import_module(info.name)
+        try:
+            module = import_module(info.name)
+        except ImportError:  # a library that is not for every platform
+            continue
         for cls in vars(module).values():
             if not inspect.isclass(cls) or cls.__module__ != module.__name__:
                 continue
