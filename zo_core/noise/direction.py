@@ -284,8 +284,9 @@ def piece_size(noise: Elements) -> int:
 
 def fused_backend(name: str, theta: Tensor) -> Any:
     """The module with the fused passes for ``theta``, or None for the eager ones."""
-    usable = {"triton": theta.is_cuda, "compile": theta.numel() > 0}
-    return importlib.import_module(f".{name}_backend", __package__) if usable.get(name) else None
+    modules = {"triton": (".triton_backend", theta.is_cuda), "compile": (".compile_backend", theta.numel() > 0)}
+    module, usable = modules.get(name, ("", False))
+    return importlib.import_module(module, __package__) if usable else None
 
 
 def flat(tensor: Tensor) -> Tensor:
