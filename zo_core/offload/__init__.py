@@ -1,7 +1,7 @@
 """Training models larger than the device, or than the memory, block by block."""
 
 from .blocks import find_blocks
-from .build import describe, offload
+from .build import describe, move_streamed, offload
 from .oracle import Carried, LockstepOracle
 from .store import DiskStore
 from .streaming import Block, Streaming
@@ -16,6 +16,7 @@ __all__ = [
     "Streaming",
     "describe",
     "find_blocks",
+    "move_streamed",
     "offload",
     "read_header",
 ]
