@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zo_core.cache import HEAP_BYTES
 from zo_core.config import ZOConfig
 from zo_core.errors import ConfigError, ModelError
 from zo_core.offload.build import beyond, plan, resident_bytes
+from zo_core.offload.oracle import TRIM_BYTES
 from zo_core.offload.streaming import ARENA_SLOTS, Block, _aligned
 from zo_core.sizes import parse_bytes
 from zo_core.targets import Slot, slot_keys
@@ -87,7 +89,7 @@ class Row:
         parts: what ``device`` is made of.
         traced: the model's forward was run on the meta device, else activations are a formula.
 
-    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory.
+    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory, where blocks are small.
     """
 
     name: str
@@ -180,8 +182,9 @@ def _row(
             else:
                 state += shape.numel() * dtype.itemsize
     on_cpu = work.device == "cpu"
-    scratch = together(segments, points if blocks else 1, pooled=on_cpu)
     sizes = [block.nbytes for block in blocks]
+    kept = 0 if max(sizes, default=0) >= TRIM_BYTES else HEAP_BYTES
+    scratch = together(segments, points if blocks else 1, pooled=on_cpu, kept=kept)
     trained = [b for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held)]
     in_arena = [sum(_aligned(*spec) for spec in block.specs.values()) for block in blocks]
     parts = {
