@@ -64,7 +64,7 @@ def _source(source: Any) -> tuple[SeedLog, int, str | None, str]:
     state = source.state
     best = source.args.load_best_model_at_end and state.best_model_checkpoint is not None
     until = state.best_global_step if best else state.global_step
-    name = str(getattr(getattr(source.model, "config", None), "_name_or_path", "") or "")
+    name = str(getattr(getattr(source.model, "config", None), "name_or_path", "") or "")
     return log, until, fingerprint(engine)["digest"], name
 
 

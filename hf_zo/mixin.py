@@ -30,8 +30,9 @@ from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values
 
 from .arguments import ZOArguments, front_end
+from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import add_counters, check_arguments, counters, warn_about_numbers
+from .checks import check_arguments, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
@@ -76,6 +77,7 @@ class ZOTrainerMixin(_Trainer):
         self._zo_root: nn.Module | None = None
         self._zo_waiting: list[tuple[LossCall, list[Tensor] | None]] = []
         self._zo_losses: list[Tensor] = []
+        self._zo_together = True
         self._zo_journal: Journal | None = None
         self._zo_summary = Summary()
         with quantised_training(args, kwargs, zo_config):
@@ -212,7 +214,7 @@ class ZOTrainerMixin(_Trainer):
         self.zo.listeners.append(lambda record: self._zo_summary.add(record))
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
             self.zo.regroup = partial(self.zo.optimizer.cover, alike=partial(by_decay, self, root))
-        self.zo.carried.append((lambda: counters(self), vars(self).update))
+        self.zo.carried.append((lambda: Attributes(self), lambda found: found.put(self)))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
@@ -271,14 +273,14 @@ class ZOTrainerMixin(_Trainer):
         """Measures a loss, or lets it wait for the other micro-batches, with which it shares a sweep."""
         self._zo_waiting.append((call, None))
         quiet = isinstance(zo.oracle, LockstepOracle) and zo.oracle.quiet
-        if quiet and not self.accelerator.sync_gradients:
+        if quiet and self._zo_together and not self.accelerator.sync_gradients:
             return torch.zeros(())
         calls = [each for each, found in self._zo_waiting if found is None]
-        now = counters(self)
         with watching():
             losses = zo.losses([each.loss for each in calls])
-        vars(self).update(now)
-        add_counters(self, calls)
+        changes = [(each.found, each.left) for each in calls]
+        take_over(self, changes)
+        self._zo_together = all(only_counts(*change) for change in changes)
         self._zo_waiting[-len(calls) :] = list(zip(calls, losses, strict=True))
         return torch.stack(losses[-1]).mean().float()
 
@@ -299,6 +301,7 @@ class ZOTrainerMixin(_Trainer):
         def draw(call: LossCall) -> Tensor:
             if entry.draws:
                 zo.oracle.losses((Point(0, 0.0),), call.loss)
+                take_over(self, [(call.found, call.left)])
             return torch.tensor(entry.loss)
 
         with LossCalls(self, draw).answered():

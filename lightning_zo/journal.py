@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.strategies.launchers.launcher import _Launcher
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from fsspec.utils import get_protocol
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -27,9 +26,9 @@ logger = logging.getLogger("lightning_zo")
 Where = bool | str | os.PathLike[str]
 
 
-class Asked(_Launcher):
-    """Launches nothing, but sees what `fit` was called with: "last" is None to everybody who comes later,
-    if there is no checkpoint yet.
+class Asked:
+    """A launcher that launches nothing, but sees what `fit` was called with: "last" is None to everybody who comes
+    later, if there is no checkpoint yet.
     """
 
     is_interactive_compatible = True
@@ -156,7 +155,7 @@ def log_path(trainer: Trainer, where: Where) -> Path | None:
         return (path / FILE_NAME if path.is_dir() else path).absolute()
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     folders = [callback.dirpath for callback in callbacks]
-    local = [f for f in (*folders, trainer.log_dir, trainer.default_root_dir) if f and _is_local_file_protocol(f)]
+    local = [f for f in (*folders, trainer.log_dir, trainer.default_root_dir) if f and get_protocol(str(f)) == "file"]
     if not local:
         logger.warning(
             "no seed log is written, because checkpoints and logs of this run go to another machine and a log is "

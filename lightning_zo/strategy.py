@@ -70,12 +70,14 @@ class ZOStrategy(SingleDeviceStrategy):
     """
 
     strategy_name = "zo"
+    # In place of the properties of the same names.
+    launcher: Any = None
+    root_device: Any = torch.device("cpu")
 
     # dict comes first in the annotation: LightningCLI passes on what YAML has, and our own check explains mistakes.
     def __init__(self, config: dict[str, Any] | ZOConfig | None = None, log: bool | str | os.PathLike[str] = True):
         super().__init__()
-        self._asked = Asked()
-        self._launcher: Any = self._asked
+        self.launcher = Asked()
         if isinstance(config, Mapping):
             config = ZOConfig.from_dict(dict(config))
         elif config is not None and not isinstance(config, ZOConfig):
@@ -109,7 +111,7 @@ class ZOStrategy(SingleDeviceStrategy):
                     "Trainer(devices=1)"
                 ]
             )
-        self._root_device = devices[0]
+        self.root_device = devices[0]
 
     @property
     def num_nodes(self) -> int:
@@ -170,7 +172,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self._settings = settings(trainer, self.config, self.root_device)
         self._start()
         self.log_path = log_path(trainer, self.log)
-        self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self._asked.ckpt_path)
+        self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
 
     def _start(self) -> ZeroOrder:
         """Makes an engine for what the optimizer holds now; a running one hands over its state."""
@@ -382,10 +384,8 @@ class ZOStrategy(SingleDeviceStrategy):
             self._start()
         assert self.zo is not None, "setup_optimizers makes the engine"
         face, state = self.zo.optimizer, checkpoint["optimizer_states"][0]
-        if isinstance(face, SGDFace):
-            face.load_sgd_state_dict(state)
-        else:
-            face.load_state_dict(state)
+        load = face.load_sgd_state_dict if isinstance(face, SGDFace) else face.load_state_dict
+        load(state)
 
 
 def register() -> None:

@@ -260,7 +260,7 @@ class ForwardState:
         Returns:
             Whether anything had changed.
         """
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch.DisableTorchFunction():
             parts = self.changed()
             for part in parts:
                 part.put(part.start)
@@ -283,7 +283,7 @@ class ForwardState:
         Returns:
             Whether there was anything new: then the probes have seen each other's state.
         """
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             found: dict[tuple[int, str], _Part] = {part.key: part for part in self.changed()}
         new = found.keys() - self.shared.keys()
         self.shared.update(found)
@@ -304,12 +304,12 @@ class ForwardState:
 
     def get(self) -> list[tuple[_Part, Any]]:
         """What the probe that has the turn has made of the state."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch.DisableTorchFunction():
             return [(part, part.take()) for part in self.shared.values()]
 
     def put(self, state: list[tuple[_Part, Any]]) -> None:
         """Puts back what `get` returned."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch.DisableTorchFunction():
             for part, value in state:
                 part.put(value)
 

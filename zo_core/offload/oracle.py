@@ -192,11 +192,11 @@ class LockstepOracle:
         return self.originals[slot][0]
 
     def _open(self, block: Block) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             self.streaming.open(block, only=self.frozen[block])
 
     def _shut(self, block: Block) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:

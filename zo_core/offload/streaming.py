@@ -292,7 +292,7 @@ class Streaming:
     def _settle(self, block: Block, name: str) -> None:
         if self.read.pop((block, name), None) is None:  # to store another one of the block has settled all
             return
-        with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch.inference_mode(False), torch.DisableTorchFunction():
             now = block.holders[name][0].data
             if not same_bits(now, self._stored(block, name)):
                 if self.reader is not None:

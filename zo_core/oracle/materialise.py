@@ -138,7 +138,7 @@ class ProbeView:
     def materialise(self, slot: Slot) -> None:
         """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
         self.given = True
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             original = self.original(slot)
             scratch = original
             if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
@@ -154,7 +154,7 @@ class ProbeView:
     def release(self, slot: Slot) -> None:
         """Points the slot at NaN."""
         self.present.pop(slot, None)
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             for tensor in slot.tensors:
                 tensor.data = nan_like(tensor, dense=slot.scaling is not None)
                 self.absent[id(tensor)] = slot
@@ -162,7 +162,7 @@ class ProbeView:
 
     def suspend(self) -> None:
         """Another probe gets the turn: what this one sees is taken out of the parameters."""
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             for slot in self.present:
                 for tensor in slot.tensors:
                     tensor.data = nan_like(tensor, dense=slot.scaling is not None)
@@ -170,7 +170,7 @@ class ProbeView:
 
     def resume(self) -> None:
         """This probe has the turn again."""
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             for slot, scratch in self.present.items():
                 for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
                     tensor.data = shown
