@@ -69,6 +69,10 @@ class Continuity:
         self.ahead = 0
         self.whole = True
 
+    def speak_as(self, front: FrontEnd) -> None:
+        """Messages name things as the users of a front end do from now on."""
+        self.front = front
+
     @contextmanager
     def applying(self) -> Iterator[None]:
         """Around whatever moves weights; an interrupt in there leaves some moved and others not."""
@@ -298,3 +302,18 @@ def begin_again(engine: ZeroOrder) -> None:
     engine.at(0, next_seed(engine.seed))
     continuity.ahead = 0
     continuity.whole = True
+
+
+def take_over(engine: ZeroOrder, before: ZeroOrder) -> None:
+    """Goes on with the run of another engine over the same optimizer, which holds other tensors now.
+
+    Args:
+        engine: has measured nothing yet.
+        before: was closed. Its listeners hear of the steps that follow.
+    """
+    engine.listeners = before.listeners
+    engine.at(engine.step_count, before.seed)
+    engine.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
+    engine.optimizer.state.update(before.optimizer.state)
+    engine.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, engine.slots)
+    engine.store_state()

@@ -2,14 +2,13 @@
 
 from .blocks import find_blocks
 from .build import describe, offload
-from .oracle import Carried, LockstepOracle
+from .oracle import LockstepOracle
 from .store import DiskStore
 from .streaming import Block, Streaming
 from .tensor_file import Piece, read_header
 
 __all__ = [
     "Block",
-    "Carried",
     "DiskStore",
     "LockstepOracle",
     "Piece",

@@ -5,14 +5,17 @@ from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
 from .log import FILE_NAME, SeedLog, SeedLogWriter
 from .replay import engine_for, replay
+from .run import RunLog, Start
 from .stopped import Stopped
 
 __all__ = [
     "FILE_NAME",
     "LoggedStep",
+    "RunLog",
     "SeedLog",
     "SeedLogWriter",
     "Settings",
+    "Start",
     "Stopped",
     "engine_for",
     "fingerprint",
