@@ -23,8 +23,7 @@ from zo_core.config import AUTO
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.offload import LockstepOracle, Streaming
 from zo_core.optimizer import TorchOptimizerFace
-from zo_core.oracle import as_scalar
-from zo_core.oracle.materialise import is_compiled
+from zo_core.oracle import as_scalar, is_compiled
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values

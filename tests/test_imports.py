@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,14 +64,19 @@ OPTIONAL = {
 ADAPTERS = ("hf_zo", "lightning_zo")
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Absolute names of what a file imports anywhere, except where only type checkers look."""
+def imports(path: Path, *, typing: bool = False) -> Iterator[str]:
+    """Absolute names of what a file imports anywhere.
+
+    Args:
+        path: of the file.
+        typing: with what it imports where only type checkers look.
+    """
     package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
     tree = ast.parse(path.read_text(encoding="utf-8"))
     hidden = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not typing
         for statement in node.body
         for inner in ast.walk(statement)
     }
@@ -118,6 +124,68 @@ def test_adapters_do_not_import_each_other(package: str) -> None:
     others = set(ADAPTERS) - {package}
     for path in files(package):
         assert not [name for name in imports(path) if name.split(".")[0] in others], path
+
+
+@pytest.mark.parametrize("path", [p for name in ADAPTERS for p in files(name)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_adapters_import_what_zo_core_makes_public(path: Path) -> None:
+    """From zo_core itself, or else from one of its rooms: what a package exports, or a file has without underscore."""
+    top = importlib.import_module("zo_core")
+    for full in imports(path, typing=True):
+        first, *rest = full.split(".")
+        if first != "zo_core":
+            continue
+        room, name = ".".join([first, *rest[:-1]]), rest[-1]
+        assert room.count(".") <= 1, f"{full} is inside of a room"
+        module = importlib.import_module(room)
+        found = getattr(module, name)
+        exported = module.__all__ if hasattr(module, "__all__") else [name]
+        assert name in exported, f"{room} does not export {name}"
+        assert not name.startswith("_"), full
+        if not hasattr(module, "__path__"):
+            assert getattr(found, "__module__", room) == room, f"{name} is from {found.__module__}"
+        public = name in top.__all__ and getattr(top, name) is found
+        assert room == "zo_core" or not public, f"from zo_core import {name}, as users do"
+
+
+#: What an engine is called in the adapters.
+ENGINES = {"zo", "engine"}
+#: Settings that users may set, too.
+SETTABLE = {"lr", "eps", "weight_decay", "rule"}
+
+
+def is_engine(node: ast.expr) -> bool:
+    """Whether an expression is an engine: ``zo``, ``self.zo``."""
+    return (node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else "") in ENGINES
+
+
+def of_engine(node: ast.expr) -> bool:
+    """Whether an expression is an engine or a part of one."""
+    inner = isinstance(node, (ast.Attribute, ast.Subscript)) and of_engine(node.value)
+    return inner or is_engine(node)
+
+
+def trespasses(source: str) -> list[str]:
+    """Where code sets what is an engine's, or reads what it keeps to itself."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and of_engine(node.value):
+            name = node.attr if isinstance(node, ast.Attribute) else ""
+            sets = not isinstance(node.ctx, ast.Load) and not (is_engine(node.value) and name in SETTABLE)
+            if sets or name.startswith("_"):
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("path", [p for name in ADAPTERS for p in files(name)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_adapters_set_nothing_of_an_engine_s(path: Path) -> None:
+    assert not trespasses(path.read_text(encoding="utf-8"))
+
+
+def test_what_an_adapter_must_not_do_is_seen() -> None:
+    bad = ("zo.step_count = 1", "self.zo.listeners = []", "engine.continuity.ahead += 1", "self.engine.given['a'] = 1")
+    assert [len(trespasses(line)) for line in (*bad, "x = zo._plan", "del self.zo.rule.beta")] == [1] * 6
+    good = ("zo = ZeroOrder(model)", "self.zo = zo", "engine.rule = Momentum(0.5)", "x = zo.optimizer.state['a']")
+    assert not [line for line in good if trespasses(line)]
 
 
 def test_importing_zo_core_loads_no_trainer() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zo_core.errors import ConfigError
+from zo_core import ConfigError
 
 
 def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

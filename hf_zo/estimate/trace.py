@@ -21,12 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from zo_core import Point, Rademacher, Slot
 from zo_core.modes import eval_mode
-from zo_core.noise import Direction, Rademacher
-from zo_core.oracle.materialise import Materialised
-from zo_core.oracle.scratch import ScratchPool
-from zo_core.records import Point
-from zo_core.targets import Slot
+from zo_core.noise import Direction
+from zo_core.oracle import Materialised, ScratchPool
 
 #: glibc's heap of a thread keeps at most so much of what was freed; larger pieces go back at once.
 HEAP_BYTES = 64 << 20

@@ -1,20 +1,24 @@
 """Training models larger than the device, or than the memory, block by block."""
 
 from .blocks import find_blocks
-from .build import describe, offload
+from .build import beyond, describe, offload, plan_blocks, resident_bytes
 from .oracle import LockstepOracle
 from .store import DiskStore
-from .streaming import Block, Streaming
+from .streaming import ARENA_SLOTS, Block, Streaming
 from .tensor_file import Piece, read_header
 
 __all__ = [
+    "ARENA_SLOTS",
     "Block",
     "DiskStore",
     "LockstepOracle",
     "Piece",
     "Streaming",
+    "beyond",
     "describe",
     "find_blocks",
     "offload",
+    "plan_blocks",
     "read_header",
+    "resident_bytes",
 ]

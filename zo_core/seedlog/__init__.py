@@ -1,6 +1,6 @@
 """Seed logs: a whole fine-tune in a small file, replayed bit for bit."""
 
-from .adapter import load_adapter, save_adapter
+from .adapter import ADAPTER_FILES, load_adapter, save_adapter
 from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
 from .log import FILE_NAME, SeedLog, SeedLogWriter
@@ -9,6 +9,7 @@ from .run import RunLog, Start
 from .stopped import Stopped
 
 __all__ = [
+    "ADAPTER_FILES",
     "FILE_NAME",
     "LoggedStep",
     "RunLog",
