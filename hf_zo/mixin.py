@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
-from zo_core.checkpoint import begin_again
 from zo_core.config import AUTO
+from zo_core.following import begin_again
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.offload import LockstepOracle, Streaming
 from zo_core.optimizer import TorchOptimizerFace

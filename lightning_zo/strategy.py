@@ -24,7 +24,8 @@ from torch import Tensor
 
 from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
-from zo_core.checkpoint import FrontEnd, take_over
+from zo_core.checkpoint import FrontEnd
+from zo_core.following import take_over
 from zo_core.offload import Streaming
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep

@@ -3,10 +3,11 @@
 from .adapter import ADAPTER_FILES, load_adapter, save_adapter
 from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
-from .log import FILE_NAME, SeedLog, SeedLogWriter
+from .log import FILE_NAME, SeedLog
 from .replay import engine_for, replay
 from .run import RunLog, Start
 from .stopped import Stopped
+from .writer import SeedLogWriter
 
 __all__ = [
     "ADAPTER_FILES",

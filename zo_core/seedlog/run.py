@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import StateError
 from ..files import replacing
 from .format import LoggedStep
-from .log import SeedLogWriter, set_aside
+from .log import set_aside
 from .stopped import Stopped
+from .writer import SeedLogWriter
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
