@@ -133,15 +133,15 @@ HABITS = [
     Habit("torch:nn.Module.hooks", "zo_core/forward_state.py", "hooks of a forward's own", _hooks_are_counted),
     Habit("torch:Tensor._version", "zo_core/forward_state.py", "counts writes in place, not through .data", _versions),
     *(
-        Habit("torch:UntypedStorage._cdata", f"zo_core/{file}.py", "tells memory from other memory", _one_storage)
-        for file in ("cache", "oracle/scratch", "offload/streaming", "estimate/trace")
+        Habit("torch:UntypedStorage._cdata", f"{file}.py", "tells memory from other memory", _one_storage)
+        for file in ("zo_core/cache", "zo_core/oracle/scratch", "zo_core/offload/streaming", "hf_zo/estimate/trace")
     ),
     *(
         Habit(f"torch.optim.optimizer:{name}", "zo_core/rules/torch_rule.py", "hooks of all optimizers", _global_hooks)
         for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
     ),
     Habit("torch:_has_compatible_shallow_copy_type", "zo_core/stand_ins.py", "asked by Module.to", _moves_ask),
-    Habit("torch.ops.aten:_local_scalar_dense", "zo_core/estimate/trace.py", "bool(tensor) on meta", _reads_a_truth),
+    Habit("torch.ops.aten:_local_scalar_dense", "hf_zo/estimate/trace.py", "bool(tensor) on meta", _reads_a_truth),
     *(
         Habit(f"torch:{name}", f"zo_core/{file}.py", "tells compiled modules", _compiled)
         for name, file in (

@@ -60,7 +60,7 @@ def torch_rule(_: Path) -> None:
 
 
 def estimate(path: Path) -> None:
-    from zo_core.estimate import Workload, estimate, skeleton
+    from hf_zo.estimate import Workload, estimate, skeleton
 
     model = skeleton(str(saved_llama(path / "model")))
     assert estimate(model, Workload(batch_size=2, length=8, device="cpu", config=ZOConfig()))

@@ -61,7 +61,7 @@ SEAMS = [
     ),
     Seam(
         "transformers:PreTrainedModel._from_config",
-        "zo_core/estimate/skeleton.py",
+        "hf_zo/estimate/skeleton.py",
         "makes a model of the class that a configuration names, in a given dtype",
         runs.estimate,
     ),
@@ -171,7 +171,7 @@ SEAMS = [
         )
         for name, why, run in (
             (
-                "lazy",
+                "updates.windows",
                 "tells a probe from a forward of the user's own, which sees updates that wait",
                 runs.windows,
             ),
@@ -203,9 +203,19 @@ SEAMS = [
         runs.range_test,
     ),
     Seam("torch.nn:Module._parameters", "zo_core/forward_state.py", "frozen weights that forwards move", runs.resident),
-    Seam("torch.nn:Module._parameters", "zo_core/lazy.py", "state dicts with the updates that wait", runs.windows),
+    Seam(
+        "torch.nn:Module._parameters",
+        "zo_core/updates/windows.py",
+        "state dicts with the updates that wait",
+        runs.windows,
+    ),
     Seam("torch.nn:Module._buffers", "zo_core/forward_state.py", "buffers that a forward changes", runs.resident),
-    Seam("torch.nn:Module._forward_pre_hooks", "zo_core/lazy.py", "finds whose updates wait for a model", runs.windows),
+    Seam(
+        "torch.nn:Module._forward_pre_hooks",
+        "zo_core/updates/windows.py",
+        "finds whose updates wait for a model",
+        runs.windows,
+    ),
     Seam(
         "torch.utils._python_dispatch:is_traceable_wrapper_subclass",
         "zo_core/targets/base.py",
@@ -222,10 +232,10 @@ SEAMS = [
     ),
     Seam(
         "torch.utils._pytree:tree_leaves",
-        "zo_core/estimate/trace.py",
+        "hf_zo/estimate/trace.py",
         "the tensors among the results of an operation",
         runs.estimate,
-        ours="zo_core.estimate.trace",
+        ours="hf_zo.estimate.trace",
     ),
     # bitsandbytes, torchao
     Seam(

@@ -83,13 +83,14 @@ def is_private(name: str) -> bool:
 
 
 def defined(trees: list[ast.Module]) -> set[str]:
-    """All names that our own code gives to something."""
+    """All names that our own code gives to something of its own."""
     names: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            names.add(node.attr)
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                names.add(node.attr)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
     return names
@@ -115,7 +116,10 @@ def inherited(package: str) -> Iterator[tuple[str, str]]:
     for info in pkgutil.walk_packages(root.__path__, f"{package}."):
         if info.name.endswith("__main__"):
             continue
-        module = import_module(info.name)
+        try:
+            module = import_module(info.name)
+        except ImportError:  # a library that is not for every platform
+            continue
         for cls in vars(module).values():
             if not inspect.isclass(cls) or cls.__module__ != module.__name__:
                 continue

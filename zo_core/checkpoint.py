@@ -60,6 +60,7 @@ class Run(Protocol):
     rule: UpdateRule
     num_probes: int
     seed: int
+    merged: bool
     continuity: Continuity
 
     @property
@@ -175,6 +176,8 @@ def marked(
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
+        if engine.merged:
+            mark["merged"] = True  # which the log will say with the next step
         mark["drawn"] = engine.seed  # of the directions: a second run with one trainer has another than the given one
     mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
     return {**state, MARK: mark}
@@ -266,6 +269,7 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
         {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
     )
     engine.seed = mark.get("drawn", given["seed"])
+    engine.merged = mark.get("merged", False)
     engine.continuity.ahead, engine.continuity.whole = 0, True
 
 

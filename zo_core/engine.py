@@ -23,7 +23,7 @@ from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .noise import Direction
+from .noise import Alternatives, Direction
 from .offload import LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
@@ -415,8 +415,10 @@ class ZeroOrder(LiveSettings):
         return LockstepOracle(*parts, **self._how())
 
     def _resident(self) -> ResidentOracle:
-        oracle = StackedOracle if self.config.stack_probes else ResidentOracle
-        return oracle(self.model, self.slots, self._perturbation, **self._how())
+        parts = self.model, self.slots, self._perturbation
+        if self.config.stack_probes:
+            return StackedOracle(*parts, alternatives=self._alternatives, **self._how())
+        return ResidentOracle(*parts, **self._how())
 
     def _how(self) -> dict[str, Any]:
         return {
@@ -426,8 +428,11 @@ class ZeroOrder(LiveSettings):
             "keep_mode": self._kept,
         }
 
-    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
-        return self.directions.probe(self.updaters.of[slot], slot, points)
+    def _perturbation(self, slot: Slot, point: Point) -> Direction:
+        return self.directions.probe(self.updaters.of[slot], slot, point)
+
+    def _alternatives(self, slot: Slot, points: Sequence[Point]) -> Alternatives:
+        return self.directions.alternatives(self.updaters.of[slot], slot, points)
 
     def direction(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""

@@ -76,7 +76,7 @@ def begin_again(engine: Running) -> None:
         engine.store_state()
     engine.at(0, next_seed(engine.seed))
     continuity.ahead = 0
-    continuity.whole = True
+    engine.merged, continuity.whole = False, True
 
 
 def take_over(engine: Running, before: Running) -> None:

@@ -33,7 +33,7 @@ class Snapshot:
         self.thresholds = dict(engine.optimizer.thresholds)
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
-        self.first_steps = engine.first_steps
+        self.first_steps, self.merged = engine.first_steps, engine.merged
 
     def rewind(self) -> None:
         """Weights, rule state and random generators as they were."""
@@ -57,7 +57,7 @@ class Snapshot:
         self.rewind()
         engine = self.engine
         engine.at(self.step)
-        engine.listeners, engine.first_steps = self.listeners, self.first_steps
+        engine.listeners, engine.first_steps, engine.merged = self.listeners, self.first_steps, self.merged
         for group, rate in zip(engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
 

@@ -1,7 +1,7 @@
 """Noise as a pure function, and the arithmetic that moves weights along it."""
 
 from .base import NOISES, ElementNoise, Noise
-from .direction import Direction, compute_dtype, stacked_values
+from .direction import Alternatives, Direction, compute_dtype, stacked_values
 from .gaussian import Gaussian
 from .hashing import derive_seed
 from .low_rank import FactorDirection, LowRank, LowRankDirection, stacked_factors
@@ -12,6 +12,7 @@ from .sparse import Sparse
 
 __all__ = [
     "NOISES",
+    "Alternatives",
     "Direction",
     "ElementNoise",
     "FactorDirection",

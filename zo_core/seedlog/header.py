@@ -121,6 +121,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
+        "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none whatever the noise
         "limits": limits,
         "notes": notes,
         "prefix": _prefix(engine),
