@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from zo_core import SeedLog, StateError
-from zo_core.seedlog import fingerprint, load_adapter, save_adapter
-from zo_core.seedlog.adapter import FILES
+from zo_core.seedlog import ADAPTER_FILES, fingerprint, load_adapter, save_adapter
 
 if TYPE_CHECKING:
     from .mixin import ZOTrainerMixin
@@ -99,4 +98,4 @@ def load_zo_adapter(
 def _download(repo_id: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(repo_id, revision=revision, allow_patterns=FILES)
+    return snapshot_download(repo_id, revision=revision, allow_patterns=ADAPTER_FILES)

@@ -28,6 +28,9 @@ class Attributes:
         self.names = frozenset(own)
         self.values = {name: value for name, value in own.items() if type(value) in PLAIN}
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attributes) and not self.changes(other) and not other.changes(self)
+
     def put(self, owner: Any) -> None:
         """Gives the object these values again; an object in place of one of them stays."""
         own = vars(owner)

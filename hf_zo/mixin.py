@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
-from zo_core.checkpoint import begin_again
 from zo_core.config import AUTO
+from zo_core.following import begin_again
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.offload import LockstepOracle, Streaming, move_streamed
 from zo_core.optimizer import TorchOptimizerFace
-from zo_core.oracle import as_scalar
-from zo_core.oracle.materialise import is_compiled
+from zo_core.oracle import as_scalar, is_compiled
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values
@@ -213,11 +212,11 @@ class ZOTrainerMixin(_Trainer):
             lr = AUTO if config.lr == AUTO else None
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
         self.zo = ZeroOrder(root, config, optimizer=given)
-        self.zo.continuity.front = front_end(self.args, self._zo_given)
+        self.zo.continuity.speak_as(front_end(self.args, self._zo_given))
         self.zo.listeners.append(lambda record: self._zo_summary.add(record))
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
-            self.zo.regroup = partial(self.zo.optimizer.cover, alike=partial(by_decay, self, root))
-        self.zo.carried.append((lambda: Attributes(self), lambda found: found.put(self)))
+            self.zo.cover_new(partial(by_decay, self, root))
+        self.zo.carry(lambda: Attributes(self), lambda found: found.put(self))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
@@ -245,10 +244,10 @@ class ZOTrainerMixin(_Trainer):
         """
         step = partial(super().training_step, num_items_in_batch=num_items_in_batch)
         zo = self._zo_at_step(model)
-        if zo.wants_lr:
-            self._find_lr(partial(super().training_step, model), inputs, num_items_in_batch)
-        log = None if self._zo_journal is None else self._zo_journal.open(zo)
-        entry = None if log is None else log.logged()
+        batches = partial(self._lr_batches, partial(super().training_step, model), inputs, num_items_in_batch)
+        zo.find_lr(batches, schedulers(self))
+        log = self._zo_journal
+        entry = None if log is None else log.logged(zo)
         if entry is not None:
             return self._repeat(entry, partial(step, model, inputs))
         calls = LossCalls(self, partial(self._measure, zo, nullcontext if log is None else log.watching))
@@ -267,7 +266,7 @@ class ZOTrainerMixin(_Trainer):
         if zo.step_count != self.state.global_step:
             self._zo_waiting, self._zo_losses = [], []
             zo.at(self.state.global_step)
-        zo.oracle.keep_mode = self._zo_model()
+        zo.keep_mode(self._zo_model())
         if model is not self.model and any(map(is_compiled, model.modules())):
             zo.copy_whole()
         return zo
@@ -312,13 +311,12 @@ class ZOTrainerMixin(_Trainer):
         zo.repeat(entry.probes, entry.loss)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
-    def _find_lr(self, step: Callable[..., Tensor], inputs: Any, items: Any) -> None:
-        """The range test, on the data of a few steps; the batch at hand where no other can be had."""
-        assert self.zo is not None
-        zo = self.zo
+    @contextmanager
+    def _lr_batches(self, step: Callable[..., Tensor], inputs: Any, items: Any) -> Iterator[list[Callable[[], Any]]]:
+        """For the range test: the losses of a few steps' data; of the batch at hand where no other can be had."""
         random, count = rng_state(), self.current_gradient_accumulation_steps
         with unnoticed(self):
-            closures = []
+            closures: list[Callable[[], Any]] = []
             for batches, each in samples(self, count) or [([inputs], items)]:
                 calls: list[LossCall] = []
                 for raw in batches:
@@ -328,7 +326,7 @@ class ZOTrainerMixin(_Trainer):
                     calls += prepared.calls
                 closures.append(partial(_sum, calls, count / len(batches)))
             set_rng_state(random)
-            zo.find_lr(closures, schedulers(self))
+            yield closures
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self.zo is None else self.zo.effective(), numbers_allowed(self):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
 from zo_core.checkpoint import FrontEnd
+from zo_core.following import take_over
 from zo_core.offload import Streaming, move_streamed
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
@@ -187,13 +188,8 @@ class ZOStrategy(SingleDeviceStrategy):
             before.close(torch.device("cpu"))
         zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
-            zo.listeners = before.listeners
-            zo.at(zo.step_count, before.seed)
-            zo.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
-            zo.optimizer.state.update(before.optimizer.state)
-            zo.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, zo.slots)
-            zo.store_state()
-        zo.continuity.front = FRONT_END
+            take_over(zo, before)
+        zo.continuity.speak_as(FRONT_END)
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()
         self._trained = self._trainable()
@@ -242,8 +238,8 @@ class ZOStrategy(SingleDeviceStrategy):
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
         self._runs += 1
-        if zo.wants_lr:
-            self._find_lr(zo, run, args, kwargs)
+        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers)
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
@@ -271,10 +267,12 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.optimizer.follow()  # the log has the learning rate of this step
         return None if self._journal is None else self._journal.logged(zo)
 
-    def _find_lr(self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The range test, on a few batches; on the one at hand where no others can be had."""
+    @contextmanager
+    def _lr_batches(
+        self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[list[Callable[[], Any]]]:
+        """For the range test: the losses of a few batches; of the one at hand where no others can be had."""
         module = self._module()
-        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         probes = Probes(module, 0, 1, zo.streaming is not None)
 
         def closure(batch: Any) -> Any:
@@ -283,7 +281,7 @@ class ZOStrategy(SingleDeviceStrategy):
 
         drawn = batches(module.trainer) or [args[0]]
         with self.precision_plugin.train_step_context(), probes.recording(), self._guard.stepping():
-            zo.find_lr([partial(closure, batch) for batch in drawn], schedulers)
+            yield [partial(closure, batch) for batch in drawn]
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""
@@ -348,10 +346,10 @@ class ZOStrategy(SingleDeviceStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As any strategy's; the seed log knows of it."""
         if self._journal is not None:
-            self._journal.begin_checkpoint()
+            self._journal.sync()
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self._journal is not None and "optimizer_states" in checkpoint:  # others have the weights alone
-            self._journal.end_checkpoint(checkpoint["global_step"])
+            self._journal.note_checkpoint(checkpoint["global_step"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """As any strategy's, and 4-bit layers take scales."""

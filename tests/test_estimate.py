@@ -19,9 +19,9 @@ from hf_zo.estimate import Rates, Row, Workload, as_json, as_table, estimate, me
 from hf_zo.estimate.cli import main
 from hf_zo.estimate.trace import Segment, together
 from hf_zo.estimate.variants import Int4Linear
-from zo_core import ConfigError, ZeroOrder, ZOConfig
+from zo_core import ZeroOrder, ZOConfig
 from zo_core.cache import HEAP_BYTES
-from zo_core.offload.build import plan
+from zo_core.offload import plan_blocks
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,8 +81,8 @@ def test_streamed_bytes_are_those_of_a_step(name: str, num_probes: int, rule: st
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_on_meta_are_those_of_the_model(name: str) -> None:
-    assert [b.name for b in plan(on_meta(name))] == [b.name for b in plan(tiny(name))]
-    assert [list(b.holders) for b in plan(on_meta(name))] == [list(b.holders) for b in plan(tiny(name))]
+    assert [b.name for b in plan_blocks(on_meta(name))] == [b.name for b in plan_blocks(tiny(name))]
+    assert [list(b.holders) for b in plan_blocks(on_meta(name))] == [list(b.holders) for b in plan_blocks(tiny(name))]
 
 
 def test_device_memory_keeps_blocks_that_fit() -> None:

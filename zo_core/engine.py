@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from .errors import LossError, ModelError, StateError
 from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
 from .following import follow_model, trainable
+from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .noise import Alternatives, Direction
-from .offload import Carried, LockstepOracle, Streaming
+from .offload import LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of
@@ -59,7 +61,7 @@ class ZeroOrder(LiveSettings):
         listeners: called with the `StepRecord` of every step.
         followers: called when weights were frozen, unfrozen, added or replaced, before the next step.
         regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
-            does nothing, and what that does not hold does not move.
+            does nothing, and what that does not hold does not move. See `cover_new`.
         lr, eps, weight_decay: of the first parameter group; setting one sets that of all groups.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to say.
         suggestion: with ``lr="auto"``, from the first step on: what the range test found.
@@ -92,7 +94,8 @@ class ZeroOrder(LiveSettings):
         self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
-        self.carried: list[Carried] = []
+        self._carried: list[Carried] = []
+        self._kept: nn.Module | None = None
         keep_codes_plain(model)
         slots = self.choose()
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
@@ -147,8 +150,7 @@ class ZeroOrder(LiveSettings):
                     f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
                     "write zo.step(lambda: model(**batch).loss)"
                 )
-        if self.wants_lr:
-            self.find_lr(closures)
+        self.find_lr(lambda: nullcontext(closures))
         found = self.losses(closures)
         for losses in found:
             self.add(losses)
@@ -345,15 +347,22 @@ class ZeroOrder(LiveSettings):
         """Whether the learning rate has still to be found; a run that goes on from a checkpoint has one."""
         return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
 
-    def find_lr(self, closures: Sequence[Callable[[], Any]], schedulers: Sequence[Any] = ()) -> None:
-        """Trains with the rate that `suggest_lr` finds, for ``lr="auto"``.
+    def find_lr(
+        self,
+        batches: Callable[[], AbstractContextManager[Sequence[Callable[[], Any]]]],
+        schedulers: Sequence[Any] = (),
+    ) -> None:
+        """With ``lr="auto"``, before the first step: trains with the rate that `suggest_lr` finds. Else nothing.
 
         Args:
-            closures: one per batch.
+            batches: makes a context, in which the test is done, with one closure per batch; not called without need.
             schedulers: those of the optimizer; what they have computed follows the new rate.
         """
+        if not self.wants_lr:
+            return
         check_replaceable(self.optimizer, schedulers)
-        self.suggestion = self.suggest_lr(closures)
+        with batches() as closures:
+            self.suggestion = self.suggest_lr(closures)
         set_lr(self.optimizer, self.suggestion.lr, schedulers)
         logger.warning(
             "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
@@ -403,7 +412,7 @@ class ZeroOrder(LiveSettings):
             return self._resident()
         self.places.streaming = streaming
         parts = self.model, self.slots, self._perturbation, streaming
-        return LockstepOracle(*parts, **self._how(), carried=self.carried)
+        return LockstepOracle(*parts, **self._how())
 
     def _resident(self) -> ResidentOracle:
         parts = self.model, self.slots, self._perturbation
@@ -412,7 +421,12 @@ class ZeroOrder(LiveSettings):
         return ResidentOracle(*parts, **self._how())
 
     def _how(self) -> dict[str, Any]:
-        return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
+        return {
+            "dropout": self.config.dropout,
+            "realisation": realisation(self.noise),
+            "carried": self._carried,
+            "keep_mode": self._kept,
+        }
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:
         return self.directions.probe(self.updaters.of[slot], slot, point)
@@ -461,6 +475,29 @@ class ZeroOrder(LiveSettings):
     def hidden(self) -> AbstractContextManager[None]:
         """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
         return self.updaters.windows.hidden()
+
+    def keep_mode(self, module: nn.Module) -> None:
+        """From now on probes leave the ``training`` flag of this module alone, for trainers that read it."""
+        self._kept = self.oracle.keep_mode = module
+
+    def cover_new(self, alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
+        """From now on the optimizer takes slots that become trainable in mid-run, though it was passed.
+
+        Args:
+            alike: whether a slot belongs into a group; see `ZOOptimizer.cover`.
+        """
+        self.regroup = partial(self.optimizer.cover, alike=alike)
+
+    def carry(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        """State beside the model that a closure changes is treated as the model's own, from the next step on.
+
+        All probes of a step begin with the same, and the step leaves what one call of the closure leaves.
+
+        Args:
+            get: returns the state, or a copy if it is changed in place; equal states compare so.
+            put: sets what ``get`` has returned.
+        """
+        self._carried.append((get, put))
 
     def copy_whole(self) -> None:
         """From now on each probe copies all slots at once, for closures that run compiled code."""

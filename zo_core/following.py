@@ -1,15 +1,14 @@
-"""An engine whose model changes under it: weights that are frozen, unfrozen, replaced or added in mid-run."""
+"""An engine that goes on with something new: other weights that move, or a run after the one before."""
 
 from __future__ import annotations
 
 import logging
 import operator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
+from .checkpoint import next_seed
+from .running import Running
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def follow_model(engine: ZeroOrder) -> None:
+def follow_model(engine: Running) -> None:
     """Trains what the model has now: weights may have been frozen, unfrozen, added or replaced.
 
     Raises:
@@ -56,3 +55,40 @@ def follow_model(engine: ZeroOrder) -> None:
     )
     for follower in engine.followers:
         follower()
+
+
+def begin_again(engine: Running) -> None:
+    """A new run, from step 0, over weights that this engine has moved.
+
+    It draws directions of its own. All else begins anew as well, so its log replays on the weights that it began
+    with; a torch optimizer keeps its state.
+    """
+    continuity = engine.continuity
+    if not engine.step_count and not continuity.ahead:
+        return
+    engine.discard()
+    engine.updaters.settle()
+    engine.flush()
+    engine.optimizer.thresholds.clear()
+    if not engine.rule.wants_optimizer:
+        for state in engine.optimizer.state.values():
+            state.clear()
+        engine.store_state()
+    engine.at(0, next_seed(engine.seed))
+    continuity.ahead = 0
+    engine.merged, continuity.whole = False, True
+
+
+def take_over(engine: Running, before: Running) -> None:
+    """Goes on with the run of another engine over the same optimizer, which holds other tensors now.
+
+    Args:
+        engine: has measured nothing yet.
+        before: was closed. Its listeners hear of the steps that follow.
+    """
+    engine.listeners = before.listeners
+    engine.at(engine.step_count, before.seed)
+    engine.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
+    engine.optimizer.state.update(before.optimizer.state)
+    engine.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, engine.slots)
+    engine.store_state()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ MAX_ENTRIES = 1 << 12
 
 #: Bytes of which copies are made in advance, smallest tensors first; others are copied once they have changed.
 IN_ADVANCE = 64 << 20
+
+#: State beside the model's: a function that gets it, and one that sets it.
+Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
 _MISSING = object()
 
@@ -168,10 +171,12 @@ class ForwardState:
     Args:
         model: the module whose forwards are measured.
         moving: tensors that probes and streaming point at other memory, by ``id``.
+        carried: what else closures may change, beside the model.
     """
 
-    def __init__(self, model: nn.Module, moving: Collection[int]):
-        self.model, self.moving = model, frozenset(moving)
+    def __init__(self, model: nn.Module, moving: Collection[int], carried: Sequence[Carried] = ()):
+        self.model, self.moving, self.carried = model, frozenset(moving), carried
+        self.beside: list[Any] = []
         self.places: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.contents: list[_Contents] = []
         self.values: dict[int, _Values] = {}
@@ -185,6 +190,7 @@ class ForwardState:
 
     def begin(self) -> None:
         """Takes the state as it is now for the one that every probe begins with."""
+        self.beside = self._beside()
         self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
         found: dict[int, tuple[str, Tensor]] = {}
@@ -258,8 +264,9 @@ class ForwardState:
         """Goes back to the state at the beginning.
 
         Returns:
-            Whether anything had changed.
+            Whether anything of the model had changed.
         """
+        self._put_beside(self.beside)
         with torch.no_grad(), torch.DisableTorchFunction():
             parts = self.changed()
             for part in parts:
@@ -302,16 +309,30 @@ class ForwardState:
                 shared[key] = now[key]
         self.shared = shared
 
-    def get(self) -> list[tuple[_Part, Any]]:
+    def get(self) -> tuple[list[tuple[_Part, Any]], list[Any]]:
         """What the probe that has the turn has made of the state."""
         with torch.no_grad(), torch.DisableTorchFunction():
-            return [(part, part.take()) for part in self.shared.values()]
+            return [(part, part.take()) for part in self.shared.values()], self._beside()
 
-    def put(self, state: list[tuple[_Part, Any]]) -> None:
+    def put(self, state: tuple[list[tuple[_Part, Any]], list[Any]]) -> None:
         """Puts back what `get` returned."""
+        parts, beside = state
         with torch.no_grad(), torch.DisableTorchFunction():
-            for part, value in state:
+            for part, value in parts:
                 part.put(value)
+        self._put_beside(beside)
+
+    @property
+    def beside_changed(self) -> bool:
+        """Whether what is beside the model differs from what it was at the beginning."""
+        return self.beside != self._beside()
+
+    def _beside(self) -> list[Any]:
+        return [get() for get, _ in self.carried]
+
+    def _put_beside(self, values: list[Any]) -> None:
+        for (_, put), value in zip(self.carried, values, strict=False):  # more may be carried from the next step on
+            put(value)
 
 
 def _entries(container: Any) -> Iterator[Any]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import ConfigError
 from .modes import rng_state, set_rng_state
 from .offload import Streaming
+from .running import Running
 from .targets import Slot
 from .updates.base import copies
-
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
 
 
 class Snapshot:
@@ -26,7 +23,7 @@ class Snapshot:
         ConfigError: trained weights are streamed.
     """
 
-    def __init__(self, engine: ZeroOrder):
+    def __init__(self, engine: Running):
         check_resident(engine.streaming, engine.slots)
         engine.flush()
         self.engine = engine

@@ -21,12 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from zo_core import Point, Rademacher, Slot
 from zo_core.modes import eval_mode
-from zo_core.noise import Direction, Rademacher
-from zo_core.oracle.materialise import Materialised
-from zo_core.oracle.scratch import ScratchPool
-from zo_core.records import Point
-from zo_core.targets import Slot
+from zo_core.noise import Direction
+from zo_core.oracle import Materialised, ScratchPool
 
 #: Perturbed copies are told apart by number of elements and dtype, as `ScratchPool` does; None is all else.
 Kind = tuple[int, torch.dtype] | None

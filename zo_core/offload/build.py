@@ -62,7 +62,7 @@ def offload(
             f"{name} is a {type(weight).__name__}, and a weight that is made of several tensors cannot be streamed; "
             "leave out offload, or quantise with bitsandbytes (BitsAndBytesConfig(load_in_4bit=True))"
         )
-    blocks = plan(model, names, moving, staying)
+    blocks = plan_blocks(model, names, moving, staying)
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
     home = {id(tensor) for block in blocks for held in block.holders.values() for tensor in held}
@@ -89,7 +89,7 @@ def offload(
     return streaming
 
 
-def plan(
+def plan_blocks(
     model: nn.Module,
     names: Sequence[str] | None = None,
     moving: Collection[int] = (),

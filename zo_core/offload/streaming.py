@@ -62,6 +62,11 @@ class Block:
     def nbytes(self) -> int:
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.specs.values())
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena slot that it takes, where each tensor begins at a multiple of 64."""
+        return sum(_aligned(*spec) for spec in self.specs.values())
+
 
 class Reader(Protocol):
     """Knows more about the values of streamed parameters than the store."""
@@ -198,7 +203,7 @@ class Streaming:
     @property
     def slot_bytes(self) -> int:
         """Size of an arena slot."""
-        return max(sum(_aligned(*spec) for spec in block.specs.values()) for block in self.blocks)
+        return max(block.arena_bytes for block in self.blocks)
 
     def _arena(self) -> Tensor:
         with torch.inference_mode(False):

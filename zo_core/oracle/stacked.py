@@ -278,7 +278,7 @@ def is_stack(value: Any) -> bool:
     return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
 
 
-def copies(value: Any) -> list[Any]:
+def each_copy(value: Any) -> list[Any]:
     """What a value is in each of the copies that a closure runs on; outside of stacked probes it is one."""
     if is_stack(value):
         return list(_functorch.get_unwrapped(value).movedim(_functorch.maybe_get_bdim(value), 0).unbind())

@@ -17,11 +17,10 @@ from ..targets import TARGETS, WRAPPERS
 from ..version import __version__
 from .fingerprint import check_base, check_slots, fingerprint
 from .format import Settings
+from .log import SeedLog
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
-    from .log import SeedLog
-
 
 #: Settings that decide what a run measures. Doing its steps again does not depend on them.
 MEASURING = ("estimator", "eps", "clip", "dropout")
