@@ -28,11 +28,11 @@ from .streaming import Block, Streaming
 
 logger = logging.getLogger(__name__)
 
-#: What belongs to the process and a closure may change: a function that gets it, and one that sets it.
+#: Process state that a closure may change: a function that gets it, and one that sets it.
 Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
-#: Where a block has as many bytes, a probe that hands over gives back what the heap of its thread has kept: the
-#: next one has a heap of its own. It takes about a millisecond, and such a block much longer.
+#: With blocks of at least this size, a probe that hands over returns what its thread's heap has kept, because the
+#: next probe has a heap of its own. That takes about a millisecond, and such a block much longer.
 TRIM_BYTES = 8 << 20
 
 
@@ -45,12 +45,12 @@ class LockstepOracle:
         direction: the perturbation of one slot at one point.
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
-        realisation: how the model comes to compute with the perturbed weights.
-        carried: what each probe finds as it left it, besides random states, the modes of the modules and what
-            else forwards change.
+        realisation: how the model is made to compute with the perturbed weights.
+        carried: state that is kept separately for each probe, besides random states, the modes of the modules
+            and what else forwards change.
 
     Attributes:
-        quiet: whether no sweep so far has left a trace in random states or in the model; None before the first.
+        quiet: whether no sweep so far has changed random states or the model; None before the first.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         state: what forwards may change besides the weights.
     """
@@ -94,7 +94,7 @@ class LockstepOracle:
 
     @property
     def carried(self) -> list[Carried]:
-        """What each probe finds as it left it; random states come first."""
+        """The state that is kept separately for each probe; random states come first."""
         return [*self._own, *self._more]
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
@@ -102,9 +102,9 @@ class LockstepOracle:
         return self._sweep(points, [closure])
 
     def together(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[list[Tensor]]:
-        """As `ResidentOracle.together`, in one sweep, unless a closure leaves something for the next one.
+        """As `ResidentOracle.together`, in one sweep, unless a closure changes state that the next one uses.
 
-        Random numbers that it draws, or a buffer that it changes; then each has a sweep of its own from now on.
+        Examples are drawing random numbers or changing a buffer; then each closure has its own sweep from now on.
         """
         if self.quiet is not False and len(closures) > 1:
             start = [get() for get, _ in self.carried]
@@ -122,7 +122,7 @@ class LockstepOracle:
             try:
                 losses = self._one_sweep(points, closures)
             except Exception:
-                if not self._seen:  # what nobody kept apart was seen by the other probes
+                if not self._seen:  # otherwise state of another probe may have caused it
                     raise
             else:
                 self._seen |= self.state.share()
@@ -155,7 +155,7 @@ class LockstepOracle:
         return losses
 
     def copy_whole(self) -> None:
-        """Not possible here."""
+        """Raises `ConfigError`: the model of a closure that runs compiled code cannot be streamed."""
         raise ConfigError(["a compiled model cannot be streamed, its blocks are out of reach; leave out torch_compile"])
 
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
