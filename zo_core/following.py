@@ -1,4 +1,4 @@
-"""An engine whose model changes under it: weights that are frozen, unfrozen, replaced or added in mid-run."""
+"""Follows changes to the model during a run: weights that are frozen, unfrozen, replaced or added."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def follow_model(engine: ZeroOrder) -> None:
-    """Trains what the model has now: weights may have been frozen, unfrozen, added or replaced.
+    """Makes an engine train the weights that are trainable now; some may have been frozen, unfrozen, added or replaced.
 
     Raises:
-        ModelError: nothing that moves is left.
+        ModelError: no trainable weight is left.
     """
     now = trainable(engine.model)
     if len(now) == len(engine.trainable) and all(map(operator.is_, now, engine.trainable)):

@@ -182,7 +182,7 @@ def _take_scales(into: Any, state: dict[str, Tensor], name: str, errors: list[st
     scales = own_float_scales(into)
     values = own_float_scales(_bitsandbytes().functional.QuantState.from_dict(found, device=scales.device))
     if values.shape != scales.shape:
-        errors.append(f"size mismatch for {name}.absmax: {list(values.shape)} came for {list(scales.shape)}")
+        errors.append(f"size mismatch for {name}.absmax: got {list(values.shape)}, expected {list(scales.shape)}")
         return
     with torch.no_grad():
         scales.copy_(values)

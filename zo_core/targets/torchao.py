@@ -141,6 +141,6 @@ def load_weights(
             state.pop(f"{prefix}_{leaf}_{name}")
             if value.shape != getattr(weight, name).shape:
                 came, here = list(value.shape), list(getattr(weight, name).shape)
-                errors.append(f"size mismatch for {prefix}{leaf}.{name}: {came} came for {here}")
+                errors.append(f"size mismatch for {prefix}{leaf}.{name}: got {came}, expected {here}")
                 return
         state[f"{prefix}{leaf}"] = weight.__tensor_unflatten__(parts, attributes, weight.shape, weight.stride())
