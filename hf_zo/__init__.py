@@ -1,21 +1,30 @@
-"""Forward-only fine-tuning for Hugging Face: swap ``Trainer`` for ``ZOTrainer``."""
+"""Forward-only fine-tuning for Hugging Face: swap ``Trainer`` for ``ZOTrainer``.
 
-try:
-    import accelerate as _accelerate  # noqa: F401
-    import transformers as _transformers  # noqa: F401
-except ImportError as error:
+The names are loaded at their first use: `Trainer` takes seconds to import, and ``zo-estimate`` has no use for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+_missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+if _missing:
     raise ImportError(
-        f"hf_zo needs transformers and accelerate ({error}); install them with: pip install 'zo-trainer[hf]'"
-    ) from error
+        f"hf_zo needs transformers and accelerate (there is no {' and no '.join(_missing)}); install them with: "
+        "pip install 'zo-trainer[hf]'"
+    )
 
-from zo_core import ZOConfig
+if TYPE_CHECKING:
+    from zo_core import ZOConfig
 
-from .adapter import load_zo_adapter, save_zo_adapter
-from .arguments import ZOArguments, ZOTrainingArguments
-from .low_rank import low_rank_adapter
-from .mixin import ZOTrainerMixin
-from .offload import from_pretrained_offloaded
-from .trainer import ZOTrainer
+    from .adapter import load_zo_adapter, save_zo_adapter
+    from .arguments import ZOArguments, ZOTrainingArguments
+    from .low_rank import low_rank_adapter
+    from .mixin import ZOTrainerMixin
+    from .offload import from_pretrained_offloaded
+    from .trainer import ZOTrainer
 
 __all__ = [
     "ZOArguments",
@@ -28,3 +37,29 @@ __all__ = [
     "low_rank_adapter",
     "save_zo_adapter",
 ]
+
+#: The module of each name.
+_MODULES = {
+    "ZOArguments": "hf_zo.arguments",
+    "ZOConfig": "zo_core",
+    "ZOTrainer": "hf_zo.trainer",
+    "ZOTrainerMixin": "hf_zo.mixin",
+    "ZOTrainingArguments": "hf_zo.arguments",
+    "from_pretrained_offloaded": "hf_zo.offload",
+    "load_zo_adapter": "hf_zo.adapter",
+    "low_rank_adapter": "hf_zo.low_rank",
+    "save_zo_adapter": "hf_zo.adapter",
+}
+
+
+if not TYPE_CHECKING:  # or type checkers would take any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

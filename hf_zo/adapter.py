@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from zo_core import SeedLog, StateError
-from zo_core.seedlog import fingerprint, load_adapter, save_adapter
-from zo_core.seedlog.adapter import FILES
+from zo_core.seedlog import ADAPTER_FILES, fingerprint, load_adapter, save_adapter
 
 if TYPE_CHECKING:
     from .mixin import ZOTrainerMixin
@@ -64,7 +63,7 @@ def _source(source: Any) -> tuple[SeedLog, int, str | None, str]:
     state = source.state
     best = source.args.load_best_model_at_end and state.best_model_checkpoint is not None
     until = state.best_global_step if best else state.global_step
-    name = str(getattr(getattr(source.model, "config", None), "_name_or_path", "") or "")
+    name = str(getattr(getattr(source.model, "config", None), "name_or_path", "") or "")
     return log, until, fingerprint(engine)["digest"], name
 
 
@@ -99,4 +98,4 @@ def load_zo_adapter(
 def _download(repo_id: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(repo_id, revision=revision, allow_patterns=FILES)
+    return snapshot_download(repo_id, revision=revision, allow_patterns=ADAPTER_FILES)

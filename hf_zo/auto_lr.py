@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from zo_core.modes import rng_state, set_rng_state
 
-from .checks import counters
+from .attributes import Attributes
 
 #: How many steps' worth of data the test sees.
 STEPS = 8
@@ -44,11 +44,12 @@ def samples(trainer: Any, count: int) -> list[tuple[list[Any], Any]]:
 @contextmanager
 def unnoticed(trainer: Any) -> Iterator[None]:
     """What the trainer counts about its forwards is as before afterwards, TRL's metrics included."""
-    kept = {**counters(trainer), **copy.deepcopy({k: v for k, v in vars(trainer).items() if k == "_metrics"})}
+    found, metrics = Attributes(trainer), copy.deepcopy({k: v for k, v in vars(trainer).items() if k == "_metrics"})
     try:
         yield
     finally:
-        vars(trainer).update(kept)
+        found.put(trainer)
+        vars(trainer).update(metrics)
 
 
 def schedulers(trainer: Any) -> list[Any]:

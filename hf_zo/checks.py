@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainingArguments
 
 from zo_core import ConfigError, ZeroOrder
 from zo_core.advice import lr_advice
-
-if TYPE_CHECKING:
-    from .loss_calls import LossCall
 
 logger = logging.getLogger("hf_zo")
 
@@ -87,18 +83,3 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
 def default(args: TrainingArguments, name: str) -> Any:
     """The value of a field that nobody has set; TRL's arguments have other defaults than `TrainingArguments`."""
     return type(args).__dataclass_fields__[name].default
-
-
-def counters(trainer: Any) -> dict[str, int | float]:
-    """The plain numbers that a trainer keeps about itself."""
-    return {name: value for name, value in vars(trainer).items() if type(value) in (int, float)}
-
-
-def add_counters(trainer: Any, calls: Sequence[LossCall]) -> None:
-    """Lets a trainer have counted what one probe of each call has counted."""
-    now = counters(trainer)
-    more = {
-        name: sum(call.counted.get(name, value) - call.counters.get(name, value) for call in calls)
-        for name, value in now.items()
-    }
-    vars(trainer).update({name: value + more[name] for name, value in now.items()})

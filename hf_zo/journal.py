@@ -15,12 +15,12 @@ from typing import Any
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from zo_core import SeedLog, SeedLogWriter, StateError, ZeroOrder
+from zo_core import SeedLog, StateError, ZeroOrder
 from zo_core.modes import rng_state, set_rng_state
-from zo_core.seedlog import FILE_NAME, Stopped
+from zo_core.seedlog import FILE_NAME, RunLog, Start
 
 
-class Journal:
+class Journal(RunLog):
     """Decides from ``resume_from_checkpoint`` what happens with the log in the output folder.
 
     * None: a new log begins, and an old one is kept under another name.
@@ -36,10 +36,8 @@ class Journal:
         before: the journal of the trainer's last run.
 
     Attributes:
-        path: of the log.
         checkpoint: what `Trainer.train` is to be given.
         running: between the start and the end of `train()`.
-        stopped: set when the run is interrupted.
         evaluated: metrics of the run's evaluations in this process, by step and their names.
 
     Raises:
@@ -47,15 +45,12 @@ class Journal:
     """
 
     def __init__(self, folder: str, resume: str | bool | None, before: Journal | None = None):
-        self.path = Path(folder) / FILE_NAME
+        super().__init__(Path(folder) / FILE_NAME, strict=True)
         self.resume = resume
-        self.log: SeedLogWriter | None = None
         self.checkpoint: str | bool | None = resume
         self.follows = resume is True and self.path.exists()
         self.running = False
-        self.stopped: Stopped | None = None
         self.evaluated: dict[tuple[int, frozenset[str]], dict[str, float]] = {}
-        self._held: Stopped | None = None
         if self.follows:
             self.checkpoint = self._last_checkpoint()
             if before is not None and before.path == self.path:
@@ -66,9 +61,12 @@ class Journal:
         """In the same process: random numbers as at the start of the run, and the weights if they are its last."""
         self.evaluated = before.evaluated
         set_rng_state(before._rng)
-        if self.checkpoint is None and before.stopped is not None and before.stopped.still(self.path):
-            self._held = self.stopped = before.stopped
-            before.stopped.engine.continuity.ahead = before.stopped.step
+        if self.checkpoint is None:
+            self.take_up(before)
+
+    def start(self, engine: ZeroOrder) -> Start:
+        """As the class says."""
+        return "follow" if self.follows else "branch" if self.resume else "attach"
 
     def _last_checkpoint(self) -> str | None:
         log = SeedLog.read(self.path)
@@ -85,19 +83,6 @@ class Journal:
 
     def _folder(self, step: int) -> Path:
         return self.path.parent / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-    def open(self, engine: ZeroOrder) -> SeedLogWriter:
-        """The log, which is begun or gone on with at the first step of the run."""
-        if self.log is None:
-            if self.follows:
-                held = self._held
-                engine.continuity.ahead = held.step if held is not None and held.engine is engine else 0
-                self.log = SeedLogWriter.attach(engine, self.path, follow=True)
-            elif self.resume:
-                self.log = SeedLogWriter.branch(engine, self.path)
-            else:
-                self.log = SeedLogWriter.attach(engine, self.path)
-        return self.log
 
     def metrics(self, step: int, found: dict[str, float], *, behind: bool) -> dict[str, float]:
         """Metrics of an evaluation after so many steps.
@@ -124,27 +109,15 @@ class Journal:
         """The log is on the disk before the checkpoint, and a checkpoint that it overwrites is complete no more."""
         if self.log is not None:
             (self._folder(step) / TRAINER_STATE_NAME).unlink(missing_ok=True)
-            self.log.checkpoint(step)
-
-    def end(self) -> None:
-        """Closes the log; `open` would begin again."""
-        if self.log is not None:
-            self.log.close()
-            self.log = None
+            self.note_checkpoint(step)
 
     def __enter__(self) -> Journal:
         self.running = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
-        try:
-            if self.log is not None:
-                self.stopped = (
-                    Stopped.of(self.log) if kind is not None and issubclass(kind, KeyboardInterrupt) else None
-                )
-        finally:  # whoever interrupts that as well has to load the model again
-            self.running = False
-            self.end()
+        self.running = False
+        self.stop(interrupted=kind is not None and issubclass(kind, KeyboardInterrupt))
 
 
 def _is_complete(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zo_core import ConfigError
 
-from .checks import counters
+from .attributes import Attributes
 
 #: What float32 arithmetic may add to a loss on its way from ``compute_loss``, relative to its size.
 ROUNDING = 1e-5
@@ -27,12 +27,13 @@ class LossCall:
     """A call of ``compute_loss``, to be made again by each probe.
 
     Args:
-        trainer: whose plain counters (tokens seen, say) start from the same values in each probe.
+        trainer: whose plain attributes (tokens seen, say) start from the same values in each probe.
         compute_loss: the trainer's own.
         arguments, keywords: what it was called with.
 
     Attributes:
-        counted: the counters at the end of the last probe.
+        found: the trainer's attributes when it was called.
+        left: the same at the end of the last probe.
     """
 
     def __init__(
@@ -40,15 +41,19 @@ class LossCall:
     ):
         self.trainer, self.compute_loss = trainer, compute_loss
         self.arguments, self.keywords = arguments, keywords
-        self.counters = self.counted = counters(trainer)
+        self.found = self.left = Attributes(trainer)
         self.value = torch.zeros((), device=trainer.args.device, requires_grad=True)
         self.scale = 0.0
 
     def loss(self) -> Any:
         """One probe, on containers of its own: losses pop entries from their batch, and write into it."""
-        vars(self.trainer).update(self.counters)
-        loss = self.compute_loss(*map(_own, self.arguments), **{k: _own(v) for k, v in self.keywords.items()})
-        self.counted = counters(self.trainer)
+        now = Attributes(self.trainer)
+        self.found.put(self.trainer)
+        try:
+            loss = self.compute_loss(*map(_own, self.arguments), **{k: _own(v) for k, v in self.keywords.items()})
+            self.left = Attributes(self.trainer)
+        finally:
+            now.put(self.trainer)
         return loss[0] if isinstance(loss, tuple) else loss
 
     def stand_in(self, value: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zo_core import ConfigError, LowRank, ModelError
-from zo_core.noise.hashing import derive_seed
+from zo_core import ConfigError, LowRank, ModelError, derive_seed
 from zo_core.targets import keep_codes_plain
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
-from zo_core.checkpoint import begin_again
 from zo_core.config import AUTO
+from zo_core.following import begin_again
 from zo_core.modes import rng_state, set_rng_state
-from zo_core.offload import LockstepOracle, Streaming
+from zo_core.offload import LockstepOracle, Streaming, move_streamed
 from zo_core.optimizer import TorchOptimizerFace
-from zo_core.oracle import as_scalar
-from zo_core.oracle.materialise import is_compiled
+from zo_core.oracle import as_scalar, is_compiled
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values
 
 from .arguments import ZOArguments, front_end
+from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import add_counters, check_arguments, counters, warn_about_numbers
+from .checks import check_arguments, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
@@ -76,6 +76,7 @@ class ZOTrainerMixin(_Trainer):
         self._zo_root: nn.Module | None = None
         self._zo_waiting: list[tuple[LossCall, list[Tensor] | None]] = []
         self._zo_losses: list[Tensor] = []
+        self._zo_together = True
         self._zo_journal: Journal | None = None
         self._zo_summary = Summary()
         with quantised_training(args, kwargs, zo_config):
@@ -151,6 +152,9 @@ class ZOTrainerMixin(_Trainer):
         config = self._resolve_config(self._zo_given)
         if config.offload is not None and device.type != "cpu" and Streaming.of(model) is None:
             offload_model(model, config, config.resolve().target.slots(model), device)
+        if Streaming.of(model) is not None:
+            move_streamed(model, device)
+            return
         super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -208,11 +212,11 @@ class ZOTrainerMixin(_Trainer):
             lr = AUTO if config.lr == AUTO else None
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
         self.zo = ZeroOrder(root, config, optimizer=given)
-        self.zo.continuity.front = front_end(self.args, self._zo_given)
+        self.zo.continuity.speak_as(front_end(self.args, self._zo_given))
         self.zo.listeners.append(lambda record: self._zo_summary.add(record))
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
-            self.zo.regroup = partial(self.zo.optimizer.cover, alike=partial(by_decay, self, root))
-        self.zo.carried.append((lambda: counters(self), vars(self).update))
+            self.zo.cover_new(partial(by_decay, self, root))
+        self.zo.carry(lambda: Attributes(self), lambda found: found.put(self))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
@@ -240,10 +244,10 @@ class ZOTrainerMixin(_Trainer):
         """
         step = partial(super().training_step, num_items_in_batch=num_items_in_batch)
         zo = self._zo_at_step(model)
-        if zo.wants_lr:
-            self._find_lr(partial(super().training_step, model), inputs, num_items_in_batch)
-        log = None if self._zo_journal is None else self._zo_journal.open(zo)
-        entry = None if log is None else log.logged()
+        batches = partial(self._lr_batches, partial(super().training_step, model), inputs, num_items_in_batch)
+        zo.find_lr(batches, schedulers(self))
+        log = self._zo_journal
+        entry = None if log is None else log.logged(zo)
         if entry is not None:
             return self._repeat(entry, partial(step, model, inputs))
         calls = LossCalls(self, partial(self._measure, zo, nullcontext if log is None else log.watching))
@@ -262,7 +266,7 @@ class ZOTrainerMixin(_Trainer):
         if zo.step_count != self.state.global_step:
             self._zo_waiting, self._zo_losses = [], []
             zo.at(self.state.global_step)
-        zo.oracle.keep_mode = self._zo_model()
+        zo.keep_mode(self._zo_model())
         if model is not self.model and any(map(is_compiled, model.modules())):
             zo.copy_whole()
         return zo
@@ -271,14 +275,14 @@ class ZOTrainerMixin(_Trainer):
         """Measures a loss, or lets it wait for the other micro-batches, with which it shares a sweep."""
         self._zo_waiting.append((call, None))
         quiet = isinstance(zo.oracle, LockstepOracle) and zo.oracle.quiet
-        if quiet and not self.accelerator.sync_gradients:
+        if quiet and self._zo_together and not self.accelerator.sync_gradients:
             return torch.zeros(())
         calls = [each for each, found in self._zo_waiting if found is None]
-        now = counters(self)
         with watching():
             losses = zo.losses([each.loss for each in calls])
-        vars(self).update(now)
-        add_counters(self, calls)
+        changes = [(each.found, each.left) for each in calls]
+        take_over(self, changes)
+        self._zo_together = all(only_counts(*change) for change in changes)
         self._zo_waiting[-len(calls) :] = list(zip(calls, losses, strict=True))
         return torch.stack(losses[-1]).mean().float()
 
@@ -299,6 +303,7 @@ class ZOTrainerMixin(_Trainer):
         def draw(call: LossCall) -> Tensor:
             if entry.draws:
                 zo.oracle.losses((Point(0, 0.0),), call.loss)
+                take_over(self, [(call.found, call.left)])
             return torch.tensor(entry.loss)
 
         with LossCalls(self, draw).answered():
@@ -306,13 +311,12 @@ class ZOTrainerMixin(_Trainer):
         zo.repeat(entry.probes, entry.loss)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
-    def _find_lr(self, step: Callable[..., Tensor], inputs: Any, items: Any) -> None:
-        """The range test, on the data of a few steps; the batch at hand where no other can be had."""
-        assert self.zo is not None
-        zo = self.zo
+    @contextmanager
+    def _lr_batches(self, step: Callable[..., Tensor], inputs: Any, items: Any) -> Iterator[list[Callable[[], Any]]]:
+        """For the range test: the losses of a few steps' data; of the batch at hand where no other can be had."""
         random, count = rng_state(), self.current_gradient_accumulation_steps
         with unnoticed(self):
-            closures = []
+            closures: list[Callable[[], Any]] = []
             for batches, each in samples(self, count) or [([inputs], items)]:
                 calls: list[LossCall] = []
                 for raw in batches:
@@ -322,7 +326,7 @@ class ZOTrainerMixin(_Trainer):
                     calls += prepared.calls
                 closures.append(partial(_sum, calls, count / len(batches)))
             set_rng_state(random)
-            zo.find_lr(closures, schedulers(self))
+            yield closures
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         with nullcontext() if self.zo is None else self.zo.effective(), numbers_allowed(self):

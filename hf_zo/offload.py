@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zo_core.errors import ConfigError, StateError
+from zo_core import ConfigError, StateError
 from zo_core.offload import Block, DiskStore, Piece, Streaming, describe, find_blocks, read_header
 
 #: What decides where weights go, which is decided here.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from zo_core import TARGETS, ZOConfig
-from zo_core.targets.auto import has_adapters
+from zo_core.targets import has_adapters
 
 FLAG = "_hf_peft_config_loaded"
 

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer import call
 from torch.utils.data import DataLoader, IterableDataset
 
 from zo_core.modes import rng_state, set_rng_state
@@ -43,4 +42,4 @@ def batches(trainer: Trainer) -> list[Any]:
 def _placed(trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -16,8 +16,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from zo_core.oracle.function_mode import upcast
-from zo_core.oracle.stacked import copies
+from zo_core.oracle import each_copy, upcast
 
 #: Probes of a streamed model run in turns, each in a thread with context variables of its own.
 _current: ContextVar[Run] = ContextVar("zo_probe")
@@ -40,7 +39,7 @@ class Run:
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Keeps what the module logs; a tensor may show a perturbed weight, so it is copied."""
-        value = _mean([one.clone() for one in copies(value.detach())]) if isinstance(value, Tensor) else value
+        value = _mean([one.clone() for one in each_copy(value.detach())]) if isinstance(value, Tensor) else value
         self.logged[name, self.names[name]] = (value, args, kwargs)
         self.names[name] += 1
 
@@ -95,9 +94,9 @@ class Probes:
             raise
         finally:
             _current.reset(token)
-        run.output = apply_to_collection(output, Tensor, lambda tensor: copies(tensor)[0])
+        run.output = apply_to_collection(output, Tensor, lambda tensor: each_copy(tensor)[0])
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        run.loss = None if loss is None else _mean(copies(loss))
+        run.loss = None if loss is None else _mean(each_copy(loss))
         if loss is None and not isinstance(output, Mapping):
             return 0.0
         if self.accumulated == 1 or not isinstance(loss, (Tensor, Number)):

@@ -9,7 +9,7 @@ import torch
 
 from zo_core import Momentum, StateError, ZOOptimizer
 from zo_core.checkpoint import check_state
-from zo_core.noise.direction import compute_dtype
+from zo_core.noise import compute_dtype
 
 BUFFER = "momentum_buffer"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from torch import Tensor
 from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
 from zo_core.checkpoint import FrontEnd
-from zo_core.offload import Streaming
+from zo_core.following import take_over
+from zo_core.offload import Streaming, move_streamed
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values, keep_codes_plain
@@ -70,12 +71,14 @@ class ZOStrategy(SingleDeviceStrategy):
     """
 
     strategy_name = "zo"
+    # In place of the properties of the same names.
+    launcher: Any = None
+    root_device: Any = torch.device("cpu")
 
     # dict comes first in the annotation: LightningCLI passes on what YAML has, and our own check explains mistakes.
     def __init__(self, config: dict[str, Any] | ZOConfig | None = None, log: bool | str | os.PathLike[str] = True):
         super().__init__()
-        self._asked = Asked()
-        self._launcher: Any = self._asked
+        self.launcher = Asked()
         if isinstance(config, Mapping):
             config = ZOConfig.from_dict(dict(config))
         elif config is not None and not isinstance(config, ZOConfig):
@@ -109,7 +112,7 @@ class ZOStrategy(SingleDeviceStrategy):
                     "Trainer(devices=1)"
                 ]
             )
-        self._root_device = devices[0]
+        self.root_device = devices[0]
 
     @property
     def num_nodes(self) -> int:
@@ -132,7 +135,9 @@ class ZOStrategy(SingleDeviceStrategy):
 
     def model_to_device(self) -> None:
         """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""
-        if self.config.offload is None or self.root_device.type == "cpu":
+        if self.model is not None and Streaming.of(self.model) is not None:
+            move_streamed(self.model, self.root_device)
+        elif self.config.offload is None or self.root_device.type == "cpu":
             super().model_to_device()
 
     # The run
@@ -170,7 +175,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self._settings = settings(trainer, self.config, self.root_device)
         self._start()
         self.log_path = log_path(trainer, self.log)
-        self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self._asked.ckpt_path)
+        self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
 
     def _start(self) -> ZeroOrder:
         """Makes an engine for what the optimizer holds now; a running one hands over its state."""
@@ -183,13 +188,8 @@ class ZOStrategy(SingleDeviceStrategy):
             before.close(torch.device("cpu"))
         zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
         if running and before is not None:
-            zo.listeners = before.listeners
-            zo.at(zo.step_count, before.seed)
-            zo.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
-            zo.optimizer.state.update(before.optimizer.state)
-            zo.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, zo.slots)
-            zo.store_state()
-        zo.continuity.front = FRONT_END
+            take_over(zo, before)
+        zo.continuity.speak_as(FRONT_END)
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()
         self._trained = self._trainable()
@@ -221,6 +221,8 @@ class ZOStrategy(SingleDeviceStrategy):
         if self._streaming is not None:
             self._streaming.close(torch.device("cpu"))
             self._streaming = None
+        if self.model is not None and Streaming.of(self.model) is not None:
+            move_streamed(self.model, torch.device("cpu"))
         super().teardown()
 
     # The step
@@ -236,8 +238,8 @@ class ZOStrategy(SingleDeviceStrategy):
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
         self._runs += 1
-        if zo.wants_lr:
-            self._find_lr(zo, run, args, kwargs)
+        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+        zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers)
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
@@ -265,10 +267,12 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.optimizer.follow()  # the log has the learning rate of this step
         return None if self._journal is None else self._journal.logged(zo)
 
-    def _find_lr(self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The range test, on a few batches; on the one at hand where no others can be had."""
+    @contextmanager
+    def _lr_batches(
+        self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[list[Callable[[], Any]]]:
+        """For the range test: the losses of a few batches; of the one at hand where no others can be had."""
         module = self._module()
-        schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         probes = Probes(module, 0, 1, zo.streaming is not None)
 
         def closure(batch: Any) -> Any:
@@ -277,7 +281,7 @@ class ZOStrategy(SingleDeviceStrategy):
 
         drawn = batches(module.trainer) or [args[0]]
         with self.precision_plugin.train_step_context(), probes.recording(), self._guard.stepping():
-            zo.find_lr([partial(closure, batch) for batch in drawn], schedulers)
+            yield [partial(closure, batch) for batch in drawn]
 
     def _at_step(self, step: int) -> ZeroOrder:
         """The engine, about to measure for the step with this index."""
@@ -342,10 +346,10 @@ class ZOStrategy(SingleDeviceStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As any strategy's; the seed log knows of it."""
         if self._journal is not None:
-            self._journal.begin_checkpoint()
+            self._journal.sync()
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self._journal is not None and "optimizer_states" in checkpoint:  # others have the weights alone
-            self._journal.end_checkpoint(checkpoint["global_step"])
+            self._journal.note_checkpoint(checkpoint["global_step"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """As any strategy's, and 4-bit layers take scales."""
@@ -382,10 +386,8 @@ class ZOStrategy(SingleDeviceStrategy):
             self._start()
         assert self.zo is not None, "setup_optimizers makes the engine"
         face, state = self.zo.optimizer, checkpoint["optimizer_states"][0]
-        if isinstance(face, SGDFace):
-            face.load_sgd_state_dict(state)
-        else:
-            face.load_state_dict(state)
+        load = face.load_sgd_state_dict if isinstance(face, SGDFace) else face.load_state_dict
+        load(state)
 
 
 def register() -> None:

@@ -275,6 +275,26 @@ def test_micro_batches_find_what_those_before_them_left(place: dict[str, Any]) -
         assert same(state(model), state(resident))
 
 
+@pytest.mark.parametrize("place", [*PLACES[:2], {"stack_probes": True, "noise": "low_rank"}], ids=str)
+def test_what_a_closure_counts_itself_counts_once(place: dict[str, Any]) -> None:
+    model, count, seen = Centre(), [0], []
+    zo = ZeroOrder(model, lr=1e-2, eps=1e-2, num_probes=2, **place)
+    zo.carry(lambda: count[0], lambda value: count.__setitem__(0, value))
+
+    def closure() -> Tensor:
+        seen.append(count[0])
+        count[0] += 1
+        return model(data(0))
+
+    for step in range(3):
+        seen.clear()
+        zo.step(closure)
+        assert set(seen) == {step}
+        assert count == [step + 1]
+    zo.measure_all([closure, closure])
+    assert count == [5]
+
+
 class Patching(Stateful):
     """Changes itself while its loss is computed, and back: a probe in between must not see it (Matryoshka losses)."""
 

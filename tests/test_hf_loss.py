@@ -316,8 +316,15 @@ def test_freezing_in_a_callback_freezes(tmp_path: Path) -> None:
                 model.model.requires_grad_(False)
                 kept.append(weights(model))
 
+    class Reads(ZOTrainer):
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            flags.append(model.training)
+            return super().compute_loss(model, *args, **kwargs)
+
     kept: list[dict[str, Tensor]] = []
+    flags: list[bool] = []
     model = tiny("llama", tied=False)
-    trainer = ZOTrainer(model, arguments(tmp_path, learning_rate=1e-3), train_dataset=texts(), callbacks=[Freeze()])
+    trainer = Reads(model, arguments(tmp_path, learning_rate=1e-3), train_dataset=texts(), callbacks=[Freeze()])
     trainer.train()
     assert set(differing(kept[0], weights(model))) == {"lm_head.weight"}
+    assert all(flags)  # in the step in which the engine learns of it, too

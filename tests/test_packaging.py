@@ -123,3 +123,14 @@ def test_what_is_optional_is_optional() -> None:
     names = ("peft", "bitsandbytes", "torchao", "lightning", "triton", "trl", "datasets")
     code = f"import sys; sys.modules.update(dict.fromkeys({names!r})); import zo_core, hf_zo; print('fine')"
     assert run(code) == "fine\n"
+
+
+def test_public_names_are_loaded_at_their_first_use() -> None:
+    """`Trainer` takes seconds to import, which ``zo-estimate --help`` need not wait for."""
+    code = (
+        "import json, sys, hf_zo, hf_zo.estimate.cli; early = [m for m in ('transformers', 'accelerate') if m in "
+        "sys.modules]; listed = set(hf_zo.__all__) <= set(dir(hf_zo)); from hf_zo import *; "
+        "print(json.dumps([early, listed, [name for name in hf_zo.__all__ if name not in globals()]]))"
+    )
+    assert json.loads(run(code).splitlines()[-1]) == [[], True, []]
+    assert run("import hf_zo; print(hasattr(hf_zo, 'ZOTrainr'))") == "False\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ConfigError, LossError, LowRank, Point, SeedLogWriter, ZeroOrder, ZOConfig, replay
-from zo_core.noise import stacked_factors, stacked_values
+from zo_core.noise import Alternatives, stacked_factors, stacked_values
 from zo_core.noise.direction import FLOAT_DTYPES
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_runs_agree_up_to_rounding(name: str, dtype: torch.dtype) -> None:
 def test_small_tensors_have_the_bits_of_separate_probes(dtype: torch.dtype) -> None:
     theta = torch.linspace(-1, 1, 77, dtype=torch.float64).to(dtype)
     terms = tuple((NOISE.seed(0, 1, i), c) for i in range(3) for c in (1e-3, -1e-3, 0.0))
-    stack = stacked_values(theta, NOISE.direction("b", theta.shape, terms))
+    stack = stacked_values(theta, Alternatives.of(NOISE.direction("b", theta.shape, terms)))
     for row, term in zip(stack, terms, strict=True):
         one = NOISE.direction("b", theta.shape, (term,))
         assert torch.equal(row, one.add_to(theta, out=torch.empty_like(theta)))
@@ -110,15 +111,15 @@ def test_factors_share_the_bases_of_the_window(known: int) -> None:
     terms = tuple((seed, c) for seed in seeds for c in (0.5, -0.25))
     bases = tuple(seed >> 64 for seed in seeds[:known])
     base = (torch.randn(6, 2 * known), NOISE.rights(bases, "w", shape, CPU)) if known else None
-    direction = NOISE.direction("w", shape, terms)
-    direction = type(direction)(NOISE, "w", terms, shape=shape, base=base, bases=bases)
-    lefts, right = stacked_factors(direction, CPU)
-    some = stacked_factors(direction, CPU, torch.tensor([4, 4, 0]))[0].clone()
-    lefts = stacked_factors(direction, CPU)[0]
+    direction = replace(NOISE.direction("w", shape, terms), base=base, bases=bases)
+    alternatives = Alternatives.of(direction)
+    lefts, right = stacked_factors(alternatives, CPU)
+    some = stacked_factors(alternatives, CPU, torch.tensor([4, 4, 0]))[0].clone()
+    lefts = stacked_factors(alternatives, CPU)[0]
     assert len(right) == 2 * 3
     assert torch.equal(some, lefts[:, [4, 4, 0]])
     for left, term in zip(lefts, terms, strict=True):
-        one = type(direction)(NOISE, "w", (term,), shape=shape, base=base, bases=bases)
+        one = replace(direction, terms=(term,))
         a, b = (x.double() for x in one.factors(CPU))
         # Two float32 factors of the same column are summed before they are multiplied: one rounding more.
         assert torch.allclose(left.double() @ right.double(), a @ b, rtol=0, atol=8 * U * a.abs().sum(1).max().item())
@@ -432,8 +433,9 @@ def test_updates_that_wait_are_not_lost_beside_eps_in_16_bit_factors(dtype: torc
     assert waiting is not None
     left, right = waiting.factors(CPU)
     seed = zo.noise.seed(zo.seed, 1, 0)
-    direction = zo._perturbation(slot, Point(seed, zo.eps), Point(seed, -zo.eps))
-    lefts, common = stacked_factors(direction, CPU, apart=True)
+    points = [Point(seed, zo.eps), Point(seed, -zo.eps)]
+    alternatives = zo.directions.alternatives(zo.updaters.of[slot], slot, points)
+    lefts, common = stacked_factors(alternatives, CPU, apart=True)
     moved = (lefts.to(dtype).double() @ common.double()).mean(0)
     # The parts along eps U cancel exactly, and each entry of the left factor was rounded once.
     bound = torch.finfo(dtype).eps / 2 * (left.abs().double() @ right.abs().double())

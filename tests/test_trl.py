@@ -32,14 +32,18 @@ class ZODPOTrainer(ZOTrainerMixin, DPOTrainer):
     pass
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def small_tokenizer() -> PreTrainedTokenizerFast:
     words = [*SPECIAL, *(f"w{index}" for index in range(VOCAB - len(SPECIAL)))]
     inner = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return small_tokenizer()
 
 
 def sentence(index: int, length: int) -> str:

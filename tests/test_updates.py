@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import closure, tiny
 
-from zo_core import RULES, Momentum, Point, Sgd, Sign, StepRecord, ZeroOrder
+from zo_core import RULES, Momentum, Point, SeedLogWriter, Sgd, Sign, StepRecord, ZeroOrder, replay
 from zo_core.stand_ins import same_bits
 
 LOW_RANK = {"name": "low_rank", "refresh": 50}
@@ -119,6 +120,19 @@ def test_a_snapshot_takes_back_whatever_steps_have_done(noise: Any, rule: str) -
         assert all(same_bits(value, state[index][name]) for name, value in found.items())
     run(zo, 3), run(straight, 3)
     assert equal(zo, straight)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum"])
+def test_a_log_says_that_its_run_had_no_windows(tmp_path: Path, rule: str) -> None:
+    """As for compiled models, whose forwards nothing could correct."""
+    zo = engine(noise=LOW_RANK, rule=rule)
+    zo.copy_whole()
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    run(zo, 4)
+    log.close()
+    base = tiny("llama")
+    assert replay(base, tmp_path / "log") == 4
+    assert all(same_bits(value, weights(zo)[name]) for name, value in base.state_dict().items())
 
 
 class Halves:

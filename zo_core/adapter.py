@@ -70,7 +70,7 @@ def save_adapter(engine: ZeroOrder, folder: str | os.PathLike[str]) -> None:
         "target_modules": sorted(targets),
         "fan_in_fan_out": kinds == {True},
         "inference_mode": True,
-        "base_model_name_or_path": getattr(getattr(engine.model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": getattr(getattr(engine.model, "config", None), "name_or_path", None) or None,
     }
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)

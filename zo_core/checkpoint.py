@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
+
+from .config import ZOConfig
 from .errors import StateError
-from .estimators import ESTIMATORS
-from .noise import NOISES
-from .noise.hashing import derive_seed
-from .rules import RULES
-from .targets import TARGETS
+from .estimators import ESTIMATORS, Estimator
+from .noise import NOISES, Noise, derive_seed
+from .rules import RULES, UpdateRule
+from .targets import TARGETS, Target
 from .writers import OWN, is_own, written_by
-
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
 
 MARK = "zo"
 #: Version of the mark; a newer mark may contain something that this version does not know.
@@ -52,6 +51,30 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
+class Run(Protocol):
+    """The part of an engine that this module uses: the settings of its run, and its progress."""
+
+    config: ZOConfig
+    estimator: Estimator
+    noise: Noise
+    rule: UpdateRule
+    num_probes: int
+    seed: int
+    merged: bool
+    continuity: Continuity
+
+    @property
+    def target(self) -> Target: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    def at(self, step: int, seed: int | None = None) -> None: ...
+
+
 class Continuity:
     """What an engine knows about the run that it is part of.
 
@@ -63,11 +86,15 @@ class Continuity:
         whole: False during an update, and after one that was interrupted.
     """
 
-    def __init__(self, engine: ZeroOrder):
+    def __init__(self, engine: Run):
         self.given = settings_of(engine)
         self.front = FrontEnd()
         self.ahead = 0
         self.whole = True
+
+    def speak_as(self, front: FrontEnd) -> None:
+        """Makes messages use the wording of a front end from now on."""
+        self.front = front
 
     @contextmanager
     def applying(self) -> Iterator[None]:
@@ -103,7 +130,7 @@ class Continuity:
         return bool(mine == value)
 
 
-def settings_of(engine: ZeroOrder) -> dict[str, Any]:
+def settings_of(engine: Run) -> dict[str, Any]:
     """The settings that a continued run has to share, as plain values; learning rates may change, and are left out."""
     groups = engine.optimizer.param_groups
     torch_rule = engine.rule.wants_optimizer
@@ -134,7 +161,7 @@ def _plain(value: Any) -> Any:
 
 def marked(
     state: dict[str, Any],
-    engine: ZeroOrder | None,
+    engine: Run | None,
     windows: Mapping[int, Mapping[str, Any]],
     thresholds: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -149,6 +176,8 @@ def marked(
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
+        if engine.merged:
+            mark["merged"] = True  # which the log records with the next step
         mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
     mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
     return {**state, MARK: mark}
@@ -172,7 +201,7 @@ def thresholds_of(state: Mapping[str, Any]) -> Any:
     return state.get(MARK, {}).get("thresholds", state.get("thresholds", {}))
 
 
-def check_state(state: Any, engine: ZeroOrder | None, own: str | None, extra: Collection[str] = ()) -> None:
+def check_state(state: Any, engine: Run | None, own: str | None, extra: Collection[str] = ()) -> None:
     """Raises `StateError` for a state of another optimizer, or of a run with other settings.
 
     Args:
@@ -213,7 +242,7 @@ def _known(state: Mapping[str, Any], own: str | None, extra: Collection[str]) ->
     return {name: [float(group[name]) for group in state["param_groups"]] for name in ("eps", "weight_decay")}
 
 
-def check_settings(engine: ZeroOrder, other: Mapping[str, Any], whose: str) -> None:
+def check_settings(engine: Run, other: Mapping[str, Any], whose: str) -> None:
     """Raises `StateError`, naming both values, if settings of an engine differ from ``other``.
 
     Args:
@@ -232,7 +261,7 @@ def check_settings(engine: ZeroOrder, other: Mapping[str, Any], whose: str) -> N
         )
 
 
-def took_over(state: Mapping[str, Any], engine: ZeroOrder) -> None:
+def took_over(state: Mapping[str, Any], engine: Run) -> None:
     """Adopts what a loaded state records and this run leaves open: the seed and the weight decay."""
     mark = state.get(MARK, {})
     given = engine.continuity.given
@@ -240,6 +269,7 @@ def took_over(state: Mapping[str, Any], engine: ZeroOrder) -> None:
         {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
     )
     engine.seed = mark.get("drawn", given["seed"])
+    engine.merged = mark.get("merged", False)
     engine.continuity.ahead, engine.continuity.whole = 0, True
 
 
@@ -251,7 +281,7 @@ def _foreign(state: Mapping[str, Any], writer: str | None, own: str, front: Fron
     return f"the optimizer state of this checkpoint was written by {by}, and {mine}; {front.weights_alone}{way}"
 
 
-def check_checkpoint(state: Any, engine: ZeroOrder) -> None:
+def check_checkpoint(state: Any, engine: Run) -> None:
     """Raises `StateError` if this is no checkpoint of an engine, or if its seed is not the one that the user set."""
     missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
     if missing:
@@ -266,7 +296,7 @@ def check_checkpoint(state: Any, engine: ZeroOrder) -> None:
         check_settings(engine, {"seed": state["seed"]}, "this checkpoint")
 
 
-def resume_at(engine: ZeroOrder, state: Mapping[str, Any]) -> None:
+def resume_at(engine: Run, state: Mapping[str, Any]) -> None:
     """Adopts the step and the seed of a checkpoint whose optimizer state was loaded."""
     if MARK not in state["optimizer"]:
         engine.continuity.given["seed"] = state["seed"]
@@ -276,25 +306,3 @@ def resume_at(engine: ZeroOrder, state: Mapping[str, Any]) -> None:
 def next_seed(seed: int) -> int:
     """The seed of the next run after one with this seed."""
     return derive_seed(seed, 0, -1)  # no direction has this index
-
-
-def begin_again(engine: ZeroOrder) -> None:
-    """Starts a new run at step 0, on weights that this engine has moved.
-
-    It draws directions of its own. All other state is reset as well, so that its log replays on the weights that it
-    started from; only a torch optimizer keeps its state.
-    """
-    continuity = engine.continuity
-    if not engine.step_count and not continuity.ahead:
-        return
-    engine.discard()
-    engine.updaters.settle()
-    engine.flush()
-    engine.optimizer.thresholds.clear()
-    if not engine.rule.wants_optimizer:
-        for state in engine.optimizer.state.values():
-            state.clear()
-        engine.store_state()
-    engine.at(0, next_seed(engine.seed))
-    continuity.ahead = 0
-    continuity.whole = True

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-from .noise import Direction, Noise
+from .noise import Alternatives, Direction, Noise
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
 from .step import StepPlan
@@ -50,8 +50,15 @@ class Directions:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
         return self._along(slot, ((seed, self.ratios([slot])[slot]),), None, dict(self.optimizer.thresholds))
 
-    def probe(self, updater: Updater, slot: Slot, points: tuple[Point, ...]) -> Direction:
-        """What is added to a slot's weights in memory to measure at a point; one separate term for each point."""
+    def probe(self, updater: Updater, slot: Slot, point: Point) -> Direction:
+        """What is added to a slot's weights in memory to measure at a point."""
+        return self._at(updater, slot, [point])
+
+    def alternatives(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Alternatives:
+        """As `probe`, for each of several points."""
+        return Alternatives.of(self._at(updater, slot, points))
+
+    def _at(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Direction:
         plan = self.plan
         ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
         terms = tuple((point.seed, point.scale * ratio) for point in points)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from .errors import LossError, ModelError, StateError
 from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
 from .following import follow_model, trainable
+from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .noise import Direction
-from .offload import Carried, LockstepOracle, Streaming
+from .noise import Alternatives, Direction
+from .offload import LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, resolve, slots_of
@@ -59,7 +61,7 @@ class ZeroOrder(LiveSettings):
         listeners: called with the `StepRecord` of every step.
         followers: called before the next step when weights were frozen, unfrozen, added or replaced.
         regroup: adds slots that have become trainable to the optimizer's groups. For an optimizer that was passed
-            in it does nothing, and slots that it does not hold do not move.
+            in it does nothing, and slots that it does not hold do not move. See `cover_new`.
         lr, eps, weight_decay: of the first parameter group; setting one sets it in all groups.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise.
@@ -92,7 +94,8 @@ class ZeroOrder(LiveSettings):
         self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
-        self.carried: list[Carried] = []
+        self._carried: list[Carried] = []
+        self._kept: nn.Module | None = None
         keep_codes_plain(model)
         slots = self.choose()
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
@@ -163,8 +166,7 @@ class ZeroOrder(LiveSettings):
                     f"a {type(closure).__name__} was passed as the closure, and the loss is needed at several weights; "
                     "write zo.step(lambda: model(**batch).loss)"
                 )
-        if self.wants_lr:
-            self.find_lr(closures)
+        self.find_lr(lambda: nullcontext(closures))
         found = self.losses(closures)
         for losses in found:
             self.add(losses)
@@ -361,15 +363,22 @@ class ZeroOrder(LiveSettings):
         """Whether the learning rate still has to be found; a run that continues from a checkpoint has one."""
         return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
 
-    def find_lr(self, closures: Sequence[Callable[[], Any]], schedulers: Sequence[Any] = ()) -> None:
-        """Sets the rate that `suggest_lr` finds, for ``lr="auto"``.
+    def find_lr(
+        self,
+        batches: Callable[[], AbstractContextManager[Sequence[Callable[[], Any]]]],
+        schedulers: Sequence[Any] = (),
+    ) -> None:
+        """Sets the rate that `suggest_lr` finds; does nothing without ``lr="auto"`` or after the first step.
 
         Args:
-            closures: one per batch.
+            batches: returns a context for the test, which yields one closure per batch; only called if needed.
             schedulers: schedulers of the optimizer; the rates that they have computed are scaled to the new one.
         """
+        if not self.wants_lr:
+            return
         check_replaceable(self.optimizer, schedulers)
-        self.suggestion = self.suggest_lr(closures)
+        with batches() as closures:
+            self.suggestion = self.suggest_lr(closures)
         set_lr(self.optimizer, self.suggestion.lr, schedulers)
         logger.warning(
             "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
@@ -419,17 +428,27 @@ class ZeroOrder(LiveSettings):
             return self._resident()
         self.places.streaming = streaming
         parts = self.model, self.slots, self._perturbation, streaming
-        return LockstepOracle(*parts, **self._how(), carried=self.carried)
+        return LockstepOracle(*parts, **self._how())
 
     def _resident(self) -> ResidentOracle:
-        oracle = StackedOracle if self.config.stack_probes else ResidentOracle
-        return oracle(self.model, self.slots, self._perturbation, **self._how())
+        parts = self.model, self.slots, self._perturbation
+        if self.config.stack_probes:
+            return StackedOracle(*parts, alternatives=self._alternatives, **self._how())
+        return ResidentOracle(*parts, **self._how())
 
     def _how(self) -> dict[str, Any]:
-        return {"dropout": self.config.dropout, "realisation": realisation(self.noise)}
+        return {
+            "dropout": self.config.dropout,
+            "realisation": realisation(self.noise),
+            "carried": self._carried,
+            "keep_mode": self._kept,
+        }
 
-    def _perturbation(self, slot: Slot, *points: Point) -> Direction:
-        return self.directions.probe(self.updaters.of[slot], slot, points)
+    def _perturbation(self, slot: Slot, point: Point) -> Direction:
+        return self.directions.probe(self.updaters.of[slot], slot, point)
+
+    def _alternatives(self, slot: Slot, points: Sequence[Point]) -> Alternatives:
+        return self.directions.alternatives(self.updaters.of[slot], slot, points)
 
     def direction(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
@@ -472,6 +491,29 @@ class ZeroOrder(LiveSettings):
     def hidden(self) -> AbstractContextManager[None]:
         """A context in which parameters with pending updates show what is in memory, for the engine's own code."""
         return self.updaters.windows.hidden()
+
+    def keep_mode(self, module: nn.Module) -> None:
+        """Makes probes leave the ``training`` flag of this module alone from now on, for trainers that read it."""
+        self._kept = self.oracle.keep_mode = module
+
+    def cover_new(self, alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
+        """Makes an optimizer that was passed in take slots that become trainable during a run from now on.
+
+        Args:
+            alike: whether a slot belongs in a group; see `ZOOptimizer.cover`.
+        """
+        self.regroup = partial(self.optimizer.cover, alike=alike)
+
+    def carry(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        """Treats further state that a closure changes like that of the model, from the next step on.
+
+        All probes of a step start from the same state, and the step leaves what one call of the closure leaves.
+
+        Args:
+            get: returns the state, or a copy if it is changed in place; equal states have to compare equal.
+            put: sets what ``get`` has returned.
+        """
+        self._carried.append((get, put))
 
     def copy_whole(self) -> None:
         """Makes each probe copy all slots at once from now on, for closures that run compiled code."""

@@ -1,15 +1,14 @@
-"""Follows changes to the model during a run: weights that are frozen, unfrozen, replaced or added."""
+"""An engine that continues with something new: other weights that move, or a new run."""
 
 from __future__ import annotations
 
 import logging
 import operator
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
+from .checkpoint import next_seed
+from .running import Running
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def follow_model(engine: ZeroOrder) -> None:
+def follow_model(engine: Running) -> None:
     """Makes an engine train the weights that are trainable now; some may have been frozen, unfrozen, added or replaced.
 
     Raises:
@@ -56,3 +55,40 @@ def follow_model(engine: ZeroOrder) -> None:
     )
     for follower in engine.followers:
         follower()
+
+
+def begin_again(engine: Running) -> None:
+    """Starts a new run at step 0, on weights that this engine has moved.
+
+    It draws directions of its own. All other state is reset as well, so that its log replays on the weights that
+    it started from; only a torch optimizer keeps its state.
+    """
+    continuity = engine.continuity
+    if not engine.step_count and not continuity.ahead:
+        return
+    engine.discard()
+    engine.updaters.settle()
+    engine.flush()
+    engine.optimizer.thresholds.clear()
+    if not engine.rule.wants_optimizer:
+        for state in engine.optimizer.state.values():
+            state.clear()
+        engine.store_state()
+    engine.at(0, next_seed(engine.seed))
+    continuity.ahead = 0
+    engine.merged, continuity.whole = False, True
+
+
+def take_over(engine: Running, before: Running) -> None:
+    """Continues the run of another engine with the same optimizer, which holds other tensors now.
+
+    Args:
+        engine: the new engine, which has measured nothing yet.
+        before: the earlier engine, which is closed. Its listeners are called for later steps.
+    """
+    engine.listeners = before.listeners
+    engine.at(engine.step_count, before.seed)
+    engine.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
+    engine.optimizer.state.update(before.optimizer.state)
+    engine.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, engine.slots)
+    engine.store_state()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ MAX_ENTRIES = 1 << 12
 
 #: Bytes that are copied in advance, smallest tensors first; other tensors are copied once they have changed.
 IN_ADVANCE = 64 << 20
+
+#: State outside of the model: a function that gets it, and one that sets it.
+Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
 _MISSING = object()
 
@@ -168,10 +171,12 @@ class ForwardState:
     Args:
         model: the module whose forwards are measured.
         moving: tensors that probes and streaming point at other memory, by ``id``.
+        carried: further state that closures may change, outside of the model.
     """
 
-    def __init__(self, model: nn.Module, moving: Collection[int]):
-        self.model, self.moving = model, frozenset(moving)
+    def __init__(self, model: nn.Module, moving: Collection[int], carried: Sequence[Carried] = ()):
+        self.model, self.moving, self.carried = model, frozenset(moving), carried
+        self.beside: list[Any] = []
         self.places: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.contents: list[_Contents] = []
         self.values: dict[int, _Values] = {}
@@ -185,6 +190,7 @@ class ForwardState:
 
     def begin(self) -> None:
         """Records the current state as the one that every probe starts from."""
+        self.beside = self._beside()
         self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
         found: dict[int, tuple[str, Tensor]] = {}
@@ -258,9 +264,10 @@ class ForwardState:
         """Restores the state that `begin` recorded.
 
         Returns:
-            Whether anything had changed.
+            Whether anything of the model had changed.
         """
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        self._put_beside(self.beside)
+        with torch.no_grad(), torch.DisableTorchFunction():
             parts = self.changed()
             for part in parts:
                 part.put(part.start)
@@ -283,7 +290,7 @@ class ForwardState:
         Returns:
             Whether anything was new; in that case the probes have seen each other's state.
         """
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             found: dict[tuple[int, str], _Part] = {part.key: part for part in self.changed()}
         new = found.keys() - self.shared.keys()
         self.shared.update(found)
@@ -302,16 +309,30 @@ class ForwardState:
                 shared[key] = now[key]
         self.shared = shared
 
-    def get(self) -> list[tuple[_Part, Any]]:
+    def get(self) -> tuple[list[tuple[_Part, Any]], list[Any]]:
         """The state as the running probe has changed it."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            return [(part, part.take()) for part in self.shared.values()]
+        with torch.no_grad(), torch.DisableTorchFunction():
+            return [(part, part.take()) for part in self.shared.values()], self._beside()
 
-    def put(self, state: list[tuple[_Part, Any]]) -> None:
+    def put(self, state: tuple[list[tuple[_Part, Any]], list[Any]]) -> None:
         """Puts back what `get` returned."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            for part, value in state:
+        parts, beside = state
+        with torch.no_grad(), torch.DisableTorchFunction():
+            for part, value in parts:
                 part.put(value)
+        self._put_beside(beside)
+
+    @property
+    def beside_changed(self) -> bool:
+        """Whether the state outside of the model differs from that which `begin` recorded."""
+        return self.beside != self._beside()
+
+    def _beside(self) -> list[Any]:
+        return [get() for get, _ in self.carried]
+
+    def _put_beside(self, values: list[Any]) -> None:
+        for (_, put), value in zip(self.carried, values, strict=False):  # more may be carried from the next step on
+            put(value)
 
 
 def _entries(container: Any) -> Iterator[Any]:

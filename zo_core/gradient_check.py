@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from .errors import ConfigError, LossError
 from .modes import probe_modes, rng_state, set_rng_state
 from .records import Point
-
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
+from .running import Running
 
 #: The step index of a check, whose directions are far from those of any training run.
 CHECK_STEP = (1 << 30) - 1
@@ -56,7 +54,7 @@ class GradientCheck:
         return "\n".join([*rows, f"relative difference {self.error:.2g}: {verdict}"])
 
 
-def check_gradient(engine: ZeroOrder, closure: Callable[[], Any], directions: int) -> GradientCheck:
+def check_gradient(engine: Running, closure: Callable[[], Any], directions: int) -> GradientCheck:
     """Implements `ZeroOrder.check`."""
     if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
         raise ConfigError([f"directions={directions!r} must be a whole number of at least 1"])
@@ -85,7 +83,7 @@ def check_gradient(engine: ZeroOrder, closure: Callable[[], Any], directions: in
     return GradientCheck(measured, exact, apart / size if size else math.inf if apart else 0.0)
 
 
-def _gradients(engine: ZeroOrder, closure: Callable[[], Any]) -> list[Tensor | None]:
+def _gradients(engine: Running, closure: Callable[[], Any]) -> list[Tensor | None]:
     """The gradient of each slot, by backpropagation through one call of the closure."""
     oracle, tensors = engine.oracle, [slot.tensor for slot in engine.slots]
     modes = probe_modes(engine.model, dropout=oracle.dropout, keep=oracle.keep_mode)
@@ -100,7 +98,7 @@ def _gradients(engine: ZeroOrder, closure: Callable[[], Any]) -> list[Tensor | N
         return list(torch.autograd.grad(loss, tensors, allow_unused=True))
 
 
-def _along(engine: ZeroOrder, seed: int, gradients: list[Tensor | None]) -> float:
+def _along(engine: Running, seed: int, gradients: list[Tensor | None]) -> float:
     """``z . grad`` for the direction of a seed, in the units of each slot's eps."""
     parts = []
     for slot, gradient in zip(engine.slots, gradients, strict=True):

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .errors import ConfigError, LossError
 from .modes import set_rng_state
 from .records import Point
-
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
+from .running import Running
+from .snapshot import Snapshot
 
 Closure = Callable[[], Any]
 
@@ -91,7 +90,7 @@ class LrSuggestion:
         return self.table()
 
 
-def range_test(engine: ZeroOrder, closures: Sequence[Closure], steps: int | None = None) -> LrSuggestion:
+def range_test(engine: Running, closures: Sequence[Closure], steps: int | None = None) -> LrSuggestion:
     """Finds a rate by trial runs from the engine's current state; see `zo_core.suggest_lr`.
 
     Afterwards weights, rule state, learning rates, random generators and the step count are restored
@@ -176,8 +175,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any
 class _Test:
     """One range test, made of trials that all start from the same snapshot."""
 
-    def __init__(self, engine: ZeroOrder, closures: Sequence[Closure], steps: int | None):
-        self.engine, self.closures, self.before = engine, closures, engine.snapshot()
+    def __init__(self, engine: Running, closures: Sequence[Closure], steps: int | None):
+        self.engine, self.closures, self.before = engine, closures, Snapshot(engine)
         self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
         self.steps = steps or max(LEAST_STEPS, round(FORWARDS / self.points))
         self.forwards = 0

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .checkpoint import check_state, marked, plain_state, thresholds_of, took_over, window_of
+from .checkpoint import Run, check_state, marked, plain_state, thresholds_of, took_over, window_of
 from .errors import ConfigError, StateError
 from .estimators import Spsa
 from .targets import Slot
+from .updates import Places, Updaters
 from .writers import OWN, written_by
 
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
+
+class Driver(Run, Protocol):
+    """The part of an engine that its optimizer uses."""
+
+    places: Places
+    updaters: Updaters
+
+    def measure(self, closure: Callable[[], Any]) -> Tensor: ...
+
+    def apply(self) -> Any: ...
+
+    def flush(self) -> None: ...
+
+    def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None: ...
 
 
 class ZOOptimizer(torch.optim.Optimizer):
@@ -48,7 +61,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         eps: float = Spsa.default_eps,
         weight_decay: float = 0.0,
     ):
-        self.engine: ZeroOrder | None = None
+        self.engine: Driver | None = None
         #: Thresholds of a noise that masks by magnitude, by slot: fixed when training begins, hence part of the state.
         self.thresholds: dict[str, float] = {}
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import ConfigError
 from .modes import rng_state, set_rng_state
 from .offload import Streaming
+from .running import Running
 from .targets import Slot
 from .updates.base import copies
-
-if TYPE_CHECKING:
-    from .engine import ZeroOrder
 
 
 class Snapshot:
@@ -26,7 +23,7 @@ class Snapshot:
         ConfigError: trained weights are streamed.
     """
 
-    def __init__(self, engine: ZeroOrder):
+    def __init__(self, engine: Running):
         check_resident(engine.streaming, engine.slots)
         engine.flush()
         self.engine = engine
@@ -36,7 +33,7 @@ class Snapshot:
         self.thresholds = dict(engine.optimizer.thresholds)
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
-        self.first_steps = engine.first_steps
+        self.first_steps, self.merged = engine.first_steps, engine.merged
 
     def rewind(self) -> None:
         """Restores weights, rule state and random generators."""
@@ -60,7 +57,7 @@ class Snapshot:
         self.rewind()
         engine = self.engine
         engine.at(self.step)
-        engine.listeners, engine.first_steps = self.listeners, self.first_steps
+        engine.listeners, engine.first_steps, engine.merged = self.listeners, self.first_steps, self.merged
         for group, rate in zip(engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
 

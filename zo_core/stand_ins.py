@@ -61,13 +61,13 @@ class StandIn:
     ) -> Any:
         kwargs = kwargs or {}
         if func in MOVES and isinstance(args[0], StandIn):
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch.DisableTorchFunctionSubclass():
                 if func(*args, **kwargs) is args[0]:
                     return args[0]
         if func not in WITHOUT_VALUES:
             _bring(args)
             _bring(kwargs.values())
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -107,7 +107,7 @@ def _bring(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, StandIn):
             bring = vars(value)["_zo_bring"]
-            with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
+            with torch.no_grad(), torch.inference_mode(False), torch.DisableTorchFunction():
                 bring()
             assert not isinstance(value, StandIn), "who brings the values makes the parameter an ordinary one"
         elif isinstance(value, (list, tuple)):

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from zo_core.config import ZOConfig
-from zo_core.errors import ZOError
+from zo_core import ZOConfig, ZOError
 from zo_core.sizes import parse_number
 
 from .plan import Workload, estimate

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_core.config import ZOConfig
-from zo_core.errors import ConfigError, ModelError
-from zo_core.offload.build import beyond, plan, resident_bytes
-from zo_core.offload.streaming import ARENA_SLOTS, Block, _aligned
+from zo_core import ConfigError, ModelError, Slot, ZOConfig
+from zo_core.cache import HEAP_BYTES
+from zo_core.noise import noise_bytes
+from zo_core.offload import ARENA_SLOTS, TRIM_BYTES, Block, beyond, plan_blocks, resident_bytes
 from zo_core.sizes import parse_bytes
-from zo_core.targets import Slot, slot_keys
+from zo_core.targets import slot_keys
 
-from .noise import noise_bytes
 from .rates import Rates
 from .trace import Segment, formula, run_probe, together
 from .variants import LORA_TARGETS, with_int4, with_lora
@@ -87,7 +86,7 @@ class Row:
         parts: what ``device`` is made of.
         traced: the model's forward was run on the meta device, else activations are a formula.
 
-    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory.
+    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory, where blocks are small.
     """
 
     name: str
@@ -146,7 +145,7 @@ def _streamed_or_not(name: str, model: nn.Module, work: Workload, active: int) -
     slots = slots_of(model)
     moving = {id(slot.tensor) for slot in slots}
     try:
-        blocks = plan(model, work.config.blocks, moving)
+        blocks = plan_blocks(model, work.config.blocks, moving)
     except ModelError:
         blocks = []
     if work.config.device_memory is not None and blocks:
@@ -180,19 +179,20 @@ def _row(
             else:
                 state += shape.numel() * dtype.itemsize
     on_cpu = work.device == "cpu"
-    scratch = together(segments, points if blocks else 1, pooled=on_cpu)
+    turns = points if blocks else 1
+    moving = [(slot.tensor, slot.scaling) for slot in slots]
+    noise = noise_bytes(settings.noise, moving, settings.num_probes, turns, streamed=bool(blocks))
     sizes = [block.nbytes for block in blocks]
+    kept = 0 if max(sizes, default=0) >= TRIM_BYTES else HEAP_BYTES
+    scratch = together(segments, turns, pooled=on_cpu, kept=kept)
     trained = [b for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held)]
-    in_arena = [sum(_aligned(*spec) for spec in block.specs.values()) for block in blocks]
     parts = {
         "weights": sum(_size(t) for key, t in stay.items() if key not in where),
         "rule": state,
-        "arena": min(ARENA_SLOTS, len(blocks)) * max(in_arena, default=0),
+        "arena": min(ARENA_SLOTS, len(blocks)) * max((block.arena_bytes for block in blocks), default=0),
         "copies": scratch.copies,
         "activations": scratch.activations,
-        "noise": noise_bytes(settings.noise, slots, settings.num_probes, points if blocks else 1, bool(blocks))
-        if on_cpu
-        else 0,
+        "noise": noise if on_cpu else 0,
     }
     # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0

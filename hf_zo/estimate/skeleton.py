@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-from zo_core.errors import ConfigError
+from zo_core import ConfigError
 
 
 def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -25,6 +24,8 @@ def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
     Raises:
         ConfigError: there is no such configuration or class.
     """
+    import transformers  # which takes a second, and --help has no use for it
+
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:

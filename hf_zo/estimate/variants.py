@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from zo_core.errors import ConfigError
+from zo_core import ConfigError
 
 #: Weights that share one scale: the default of bitsandbytes.
 BLOCK_SIZE = 64

@@ -1,16 +1,18 @@
 """Noise as a pure function, and the arithmetic that moves weights along it."""
 
 from .base import NOISES, ElementNoise, Noise
-from .direction import Direction, stacked_values
+from .direction import Alternatives, Direction, compute_dtype, stacked_values
 from .gaussian import Gaussian
 from .hashing import derive_seed
 from .low_rank import FactorDirection, LowRank, LowRankDirection, stacked_factors
+from .memory import noise_bytes
 from .rademacher import Rademacher
 from .sampled import Sampled
 from .sparse import Sparse
 
 __all__ = [
     "NOISES",
+    "Alternatives",
     "Direction",
     "ElementNoise",
     "FactorDirection",
@@ -21,7 +23,9 @@ __all__ = [
     "Rademacher",
     "Sampled",
     "Sparse",
+    "compute_dtype",
     "derive_seed",
+    "noise_bytes",
     "stacked_factors",
     "stacked_values",
 ]

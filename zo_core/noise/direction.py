@@ -240,17 +240,36 @@ class Direction:
                 store(work.add_(s), new, self.rounding_key(source.dtype), (self.offset or 0) + start)
 
 
-def stacked_values(theta: Tensor, direction: Direction) -> Tensor:
-    """``round(theta + s)`` for each of the terms separately, as `Direction.add_to` rounds it.
+@dataclass(frozen=True)
+class Alternatives:
+    """Several directions of one slot, one for each probe of a step; the terms of a `Direction` are a sum instead.
+
+    Attributes:
+        common: what they have in common: a direction without terms.
+        terms: a pair ``(seed, c)`` for each of them.
+    """
+
+    common: Direction
+    terms: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, direction: Direction) -> Alternatives:
+        """The terms of a direction as separate directions."""
+        return cls(replace(direction, terms=()), direction.terms)
+
+
+def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
+    """``round(theta + s)`` for each of several directions, as `Direction.add_to` rounds it.
 
     Args:
         theta: the values of the slot, with few elements.
-        direction: a direction of a noise with signs.
+        alternatives: directions of a noise with signs.
 
     Returns:
         ``[len(terms), *theta.shape]`` in the type of ``theta``.
     """
-    noise, slot, terms, device = direction.noise, direction.slot, direction.terms, theta.device
+    noise, slot = alternatives.common.noise, alternatives.common.slot
+    terms, device = alternatives.terms, theta.device
     places = {seed: place for place, seed in enumerate(dict.fromkeys(seed for seed, _ in terms))}
     z = noise.stack(tuple(places), slot, theta.numel(), device)
     scales = torch.tensor([float32(c) for _, c in terms], device=device)
@@ -265,8 +284,9 @@ def piece_size(noise: Elements) -> int:
 
 def fused_backend(name: str, theta: Tensor) -> Any:
     """The module with the fused passes for ``theta``, or None for the eager ones."""
-    usable = {"triton": theta.is_cuda, "compile": theta.numel() > 0}
-    return importlib.import_module(f".{name}_backend", __package__) if usable.get(name) else None
+    modules = {"triton": (".triton_backend", theta.is_cuda), "compile": (".compile_backend", theta.numel() > 0)}
+    module, usable = modules.get(name, ("", False))
+    return importlib.import_module(module, __package__) if usable else None
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..cache import ByteCache, kept, workspace
 from .base import NOISES, Noise
-from .direction import CPU_CHUNK, Direction, Scaling, float32
+from .direction import CPU_CHUNK, Alternatives, Direction, Scaling, float32
 from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
 from .rademacher import Rademacher
 
@@ -267,12 +267,12 @@ class FactorDirection(Direction):
 
 
 def stacked_factors(
-    direction: LowRankDirection, device: torch.device, rows: Tensor | None = None, apart: bool = False
+    alternatives: Alternatives, device: torch.device, rows: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Factors of the sums of ``base`` and each of the terms; these sums share their right factor.
 
     Args:
-        direction: the direction of a slot.
+        alternatives: the directions of a matrix.
         device: where to compute.
         rows: indices of the rows to return, ``[m']``; None for all m.
         apart: keep the columns of base and terms apart, for factors that will be rounded to 16 bits: pending
@@ -283,8 +283,10 @@ def stacked_factors(
         ``lefts[i] right``. A term whose basis is among the ``bases`` has columns of its own only if ``apart``.
         The next call for this device overwrites ``lefts``.
     """
+    direction = alternatives.common
+    assert isinstance(direction, LowRankDirection)
     noise, slot, shape = direction.factors_of, direction.slot, direction.shape
-    seeds, bases, factor = _layout(direction.bases, direction.terms, noise.rank, device, apart)
+    seeds, bases, factor = _layout(direction.bases, alternatives.terms, noise.rank, device, apart)
     left = noise.lefts(seeds, slot, shape, device)
     signs = left if rows is None else left[rows]
     # Fresh memory of this size would cost page faults at every matrix.

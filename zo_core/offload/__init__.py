@@ -1,21 +1,26 @@
 """Training models larger than the device, or than the memory, block by block."""
 
 from .blocks import find_blocks
-from .build import describe, offload
-from .oracle import Carried, LockstepOracle
+from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
+from .oracle import TRIM_BYTES, LockstepOracle
 from .store import DiskStore
-from .streaming import Block, Streaming
+from .streaming import ARENA_SLOTS, Block, Streaming
 from .tensor_file import Piece, read_header
 
 __all__ = [
+    "ARENA_SLOTS",
+    "TRIM_BYTES",
     "Block",
-    "Carried",
     "DiskStore",
     "LockstepOracle",
     "Piece",
     "Streaming",
+    "beyond",
     "describe",
     "find_blocks",
+    "move_streamed",
     "offload",
+    "plan_blocks",
     "read_header",
+    "resident_bytes",
 ]

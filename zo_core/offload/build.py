@@ -62,7 +62,7 @@ def offload(
             f"{name} is a {type(weight).__name__}, and a weight that is made of several tensors cannot be streamed; "
             "leave out offload, or quantise with bitsandbytes (BitsAndBytesConfig(load_in_4bit=True))"
         )
-    blocks = plan(model, names, moving, staying)
+    blocks = plan_blocks(model, names, moving, staying)
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
     home = {id(tensor) for block in blocks for held in block.holders.values() for tensor in held}
@@ -89,7 +89,7 @@ def offload(
     return streaming
 
 
-def plan(
+def plan_blocks(
     model: nn.Module,
     names: Sequence[str] | None = None,
     moving: Collection[int] = (),
@@ -117,6 +117,32 @@ def plan(
         if streamed:
             blocks.append(Block(name, module, streamed))
     return blocks
+
+
+def move_streamed(model: nn.Module, device: torch.device) -> None:
+    """Makes a streamed model compute on another device, where `Module.to` would allocate what is absent.
+
+    Args:
+        model: a model with streamed blocks.
+        device: where the resident part goes, and each block when its forward needs it.
+    """
+    streaming = Streaming.of(model)
+    assert streaming is not None
+    if streaming.device != device:
+        streaming.compute_on(device)
+    streamed = {id(tensor) for block in streaming.blocks for held in block.holders.values() for tensor in held}
+
+    def move(module: nn.Module) -> None:
+        if not any(id(parameter) in streamed for parameter in module.parameters()):
+            module.to(device)
+            return
+        for child in module.children():
+            move(child)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in streamed:
+                tensor.data = tensor.data.to(device)
+
+    move(model)
 
 
 def beyond(blocks: list[Block], resident: int, memory: int | None) -> list[Block]:

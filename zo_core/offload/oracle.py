@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..cache import trim_heaps
 from ..errors import ConfigError
-from ..forward_state import ForwardState
+from ..forward_state import Carried, ForwardState
 from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
 from ..oracle.materialise import Materialised, Originals, ProbeView, restore
@@ -27,9 +27,6 @@ from .lockstep import Lockstep
 from .streaming import Block, Streaming
 
 logger = logging.getLogger(__name__)
-
-#: Process state that a closure may change: a function that gets it, and one that sets it.
-Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
 #: With blocks of at least this size, a probe that hands over returns what its thread's heap has kept, because the
 #: next probe has a heap of its own. That takes about a millisecond, and such a block much longer.
@@ -46,12 +43,11 @@ class LockstepOracle:
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
         realisation: how the model is made to compute with the perturbed weights.
-        carried: state that is kept separately for each probe, besides random states, the modes of the modules
-            and what else forwards change.
+        carried: state outside of the model that closures may change.
+        keep_mode: the module whose ``training`` flag probes leave alone; None for none.
 
     Attributes:
         quiet: whether no sweep so far has changed random states or the model; None before the first.
-        keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         state: what forwards may change besides the weights.
     """
 
@@ -65,6 +61,7 @@ class LockstepOracle:
         dropout: bool,
         realisation: type[Materialised] = Materialised,
         carried: Sequence[Carried] = (),
+        keep_mode: nn.Module | None = None,
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
         self.realisation = realisation(model, slots, direction)
@@ -77,25 +74,20 @@ class LockstepOracle:
         # The first sweep of several probes looks at the model's state at every hand-over, later ones at their end.
         self._looking, self._seen = True, False
         self.quiet: bool | None = None
-        self.keep_mode: nn.Module | None = None
+        self.keep_mode = keep_mode
         held = [tensor for block in streaming.blocks for tensors in block.holders.values() for tensor in tensors]
         moving = [id(tensor) for tensor in (*held, *(tensor for slot in slots for tensor in slot.tensors))]
-        self.state = ForwardState(model, moving)
+        self.state = ForwardState(model, moving, carried)
         self.trims = streaming.device.type == "cpu" and max(b.nbytes for b in streaming.blocks) >= TRIM_BYTES
         self.views: list[ProbeView] = []
         self.states: list[list[Any]] = []
-        self._more = carried
-        self._own: list[Carried] = [
+        #: State that is kept separately for each probe; random states come first.
+        self.carried: list[Carried] = [
             (rng_state, set_rng_state),
             (lambda: modes(model), lambda flags: set_modes(model, flags)),
             (self.state.get, self.state.put),
         ]
         self.originals: Originals = {}
-
-    @property
-    def carried(self) -> list[Carried]:
-        """The state that is kept separately for each probe; random states come first."""
-        return [*self._own, *self._more]
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
@@ -132,7 +124,7 @@ class LockstepOracle:
             self._carry(start)
             self.state.rewind()
         self._looking &= len(points) * len(closures) == 1
-        silent = same_rng(start[0], rng_state()) and not self.state.shared
+        silent = same_rng(start[0], rng_state()) and not self.state.shared and not self.state.beside_changed
         self.quiet = silent and self.quiet is not False
         return losses
 
@@ -192,11 +184,11 @@ class LockstepOracle:
         return self.originals[slot][0]
 
     def _open(self, block: Block) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             self.streaming.open(block, only=self.frozen[block])
 
     def _shut(self, block: Block) -> None:
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:

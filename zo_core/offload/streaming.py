@@ -62,6 +62,11 @@ class Block:
     def nbytes(self) -> int:
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.specs.values())
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of an arena slot for the block, in which each tensor begins at a multiple of 64."""
+        return sum(_aligned(*spec) for spec in self.specs.values())
+
 
 class Reader(Protocol):
     """Corrects the values of streamed parameters when they are read outside of forwards."""
@@ -99,12 +104,34 @@ class Streaming:
         self.read: OrderedDict[tuple[Block, str], Tensor] = OrderedDict()
         self.pinned: dict[Block, int] = {}
         self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
-        # Each has memory of its own, so that parameters which share none do not seem to be tied.
-        self._absent = {(block, name): nan(*block.specs[name], device) for block in blocks for name in block.holders}
+        self._absent = self._all_absent()
         for block in blocks:
             self.evict_view(block)
             self._attach(block)
             self.attached[id(block.module)] = self
+
+    def _all_absent(self) -> dict[tuple[Block, str], Tensor]:
+        # Each has its own memory, so that parameters that share none do not seem to be tied.
+        pairs = ((block, name) for block in self.blocks for name in block.holders)
+        return {(block, name): nan(*block.specs[name], self.device) for block, name in pairs}
+
+    def compute_on(self, device: torch.device) -> None:
+        """Streams blocks to another device from now on; the caller moves what is resident.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
+        self.flush()
+        for block in self.blocks:
+            self.settle(block)
+        self.copies.close()
+        self.device, self.copies, self.previous = device, Copies(device), None
+        self._empty_arenas()
+        self._absent = self._all_absent()
+        for block in self.blocks:
+            for key, token in block.state.items():
+                token.data = nan(*block.specs[key], device)
+            self.evict_view(block)
 
     @classmethod
     def of(cls, model: nn.Module) -> Streaming | None:
@@ -207,7 +234,7 @@ class Streaming:
     @property
     def slot_bytes(self) -> int:
         """Size of an arena slot, in bytes."""
-        return max(sum(_aligned(*spec) for spec in block.specs.values()) for block in self.blocks)
+        return max(block.arena_bytes for block in self.blocks)
 
     def _arena(self) -> Tensor:
         with torch.inference_mode(False):
@@ -350,7 +377,7 @@ class Streaming:
     def _settle(self, block: Block, name: str) -> None:
         if self.read.pop((block, name), None) is None:  # storing another one of the block has settled all
             return
-        with torch.no_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
+        with torch.no_grad(), torch.inference_mode(False), torch.DisableTorchFunction():
             now = block.holders[name][0].data
             if not same_bits(now, self._stored(block, name)):
                 if self.reader is not None:

@@ -30,8 +30,7 @@ class Materialised:
         model: the module that the closures call.
         slots: what is perturbed.
         direction: called with a slot and a point, returns the `Direction` from the slot's weights in memory
-            to the weights at that point: ``scale * z``, and pending updates. A stacked oracle passes several
-            points, and gets a direction with one term for each.
+            to the weights at that point: ``scale * z``, and pending updates.
 
     Attributes:
         whole: copy everything at the start of the probe instead of layer by layer; needs memory for
@@ -140,7 +139,7 @@ class ProbeView:
     def materialise(self, slot: Slot) -> None:
         """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
         self.given = True
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             original = self.original(slot)
             scratch = original
             if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
@@ -156,7 +155,7 @@ class ProbeView:
     def release(self, slot: Slot) -> None:
         """Points the slot at NaN."""
         self.present.pop(slot, None)
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             for tensor in slot.tensors:
                 tensor.data = nan_like(tensor, dense=slot.scaling is not None)
                 self.absent[id(tensor)] = slot
@@ -164,7 +163,7 @@ class ProbeView:
 
     def suspend(self) -> None:
         """Called when this probe gives up the turn: points its parameters at NaN."""
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             for slot in self.present:
                 for tensor in slot.tensors:
                     tensor.data = nan_like(tensor, dense=slot.scaling is not None)
@@ -172,7 +171,7 @@ class ProbeView:
 
     def resume(self) -> None:
         """Called when this probe gets the turn again: points its parameters at its copies."""
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             for slot, scratch in self.present.items():
                 for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
                     tensor.data = shown

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LossError
-from ..forward_state import ForwardState
+from ..forward_state import Carried, ForwardState
 from ..modes import probe_modes, rng_state, set_rng_state
 from ..noise import Direction
 from ..records import Point
@@ -34,9 +34,10 @@ class ResidentOracle:
         direction: the perturbation of one slot at one point.
         dropout: run the probes with the model's own modes, dropout included, instead of eval mode.
         realisation: how the model is made to compute with the perturbed weights.
+        carried: state outside of the model that closures may change.
+        keep_mode: the module whose ``training`` flag probes leave alone; None for none.
 
     Attributes:
-        keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         state: what forwards may change besides the weights.
     """
 
@@ -48,11 +49,13 @@ class ResidentOracle:
         *,
         dropout: bool,
         realisation: type[Materialised] = Materialised,
+        carried: Sequence[Carried] = (),
+        keep_mode: nn.Module | None = None,
     ):
         self.model = model
         self.dropout = dropout
-        self.keep_mode: nn.Module | None = None
-        self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors])
+        self.keep_mode = keep_mode
+        self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors], carried)
         self.realisation = realisation(model, slots, direction)
         self._checked = self.realisation.whole
         self._warned_half = False

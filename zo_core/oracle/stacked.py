@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from ..noise import Direction, LowRankDirection, stacked_factors, stacked_values
+from ..noise import Alternatives, Direction, LowRankDirection, stacked_factors, stacked_values
 from ..noise.direction import float32
 from ..records import Point
 from ..stand_ins import METADATA
@@ -54,7 +54,7 @@ class StackedSight(Sight):
     Args:
         slots: what is perturbed.
         values: the values of a slot in memory.
-        direction: called with a slot and all points, returns a direction with one term per point.
+        alternatives: called with a slot and all points, returns one direction per point.
         points: one per copy.
     """
 
@@ -62,29 +62,31 @@ class StackedSight(Sight):
         self,
         slots: Sequence[Slot],
         values: Callable[[Slot], Tensor],
-        direction: Callable[..., Direction],
+        alternatives: Callable[[Slot, Sequence[Point]], Alternatives],
         points: Sequence[Point],
     ):
-        super().__init__(slots, values, lambda slot: direction(slot, *points), ScratchPool())
+        super().__init__(slots, values, _no_sum, ScratchPool())
+        self.alternatives = lambda slot: alternatives(slot, points)
         self.count = len(points)
         self.stacks: dict[Slot, Tensor] = {}
 
-    def low_rank(self, slot: Slot) -> LowRankDirection | None:
-        """The directions of a matrix; None if they are of full rank."""
-        direction = self.direction(slot)
-        if slot.region is not None or not isinstance(direction, LowRankDirection) or len(direction.shape) != 2:
+    def low_rank(self, slot: Slot) -> tuple[Alternatives, float] | None:
+        """The directions of a matrix, and the decay of its values; None if they are of full rank."""
+        found = self.alternatives(slot)
+        common = found.common
+        if slot.region is not None or not isinstance(common, LowRankDirection) or len(common.shape) != 2:
             return None
-        return direction
+        return found, float32(common.decay)
 
-    def lefts(self, direction: LowRankDirection, like: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def lefts(self, directions: Alternatives, like: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``left_c`` as ``[copies, m, K]``, and ``right`` ``[K, columns]``.
 
         Args:
-            direction: the directions of a matrix.
+            directions: the directions of a matrix.
             like: determines the device and the dtype of the factors.
             rows: indices of the rows to return; None for all m.
         """
-        left, right = stacked_factors(direction, like.device, rows, apart=like.dtype in HALF)
+        left, right = stacked_factors(directions, like.device, rows, apart=like.dtype in HALF)
         return left.to(like.dtype), right.to(like.dtype)
 
     def stack(self, slot: Slot) -> Tensor:
@@ -94,13 +96,17 @@ class StackedSight(Sight):
             _Matrix: the slot is a matrix of low rank or a scale, which is not copied.
         """
         if slot not in self.stacks:
-            direction = self.direction(slot)
-            if slot.scaling is not None or isinstance(direction, LowRankDirection):
+            found = self.alternatives(slot)
+            if slot.scaling is not None or isinstance(found.common, LowRankDirection):
                 raise _Matrix(slot.key)
             values = self.values(slot).detach()
-            stack = stacked_values(values, direction)
+            stack = stacked_values(values, found)
             self.stacks[slot] = stack if slot.region is None else slot.region.spread(values, stack)
         return self.stacks[slot]
+
+
+def _no_sum(slot: Slot) -> Direction:
+    raise _Matrix(slot.key)
 
 
 class StackedMode(FunctionalMode):
@@ -158,14 +164,14 @@ class StackedMode(FunctionalMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         slot = self.slots.get(id(weight))
-        if slot is None or (direction := self.sight.low_rank(slot)) is None:
+        if slot is None or (found := self.sight.low_rank(slot)) is None:
             return self._frozen(input, weight, bias) if slot is None and id(bias) not in self.slots else None
         bias = self.replaced(bias)
         shift = self.unwrap(bias)
         x = self._shared(self.replaced(input))
-        decay = float32(direction.decay)
+        directions, decay = found
         y = F.linear(x if decay == 1.0 else x * decay, self.sight.values(slot), bias if shift is None else None)
-        left, right = self.sight.lefts(direction, y)
+        left, right = self.sight.lefts(directions, y)
         inner = F.linear(x.to(y.dtype), right)
         if shift is not None:  # added together with the factors, which saves a pass over y
             left = torch.cat([left, shift.unsqueeze(2).to(y.dtype)], 2)
@@ -199,24 +205,25 @@ class StackedMode(FunctionalMode):
         renormed = kwargs.get("max_norm") is not None or (len(args) > 1 and args[1] is not None)
         if slot is None or renormed or self.unwrap(input) is not None:
             return None
-        if (direction := self.sight.low_rank(slot)) is None:
+        if (found := self.sight.low_rank(slot)) is None:
             return None
+        directions, decay = found
         values = self.sight.values(slot)
-        left, right = stacked_factors(direction, values.device, input.reshape(-1))
+        left, right = stacked_factors(directions, values.device, input.reshape(-1))
         y = F.embedding(input, values, *args, **kwargs)
-        if direction.decay != 1.0:
-            y = y * float32(direction.decay)
+        if decay != 1.0:
+            y = y * decay
         term = torch.matmul(left, right).view(-1, *y.shape)
         return self.wrap(term.add_(y) if term.dtype == y.dtype else (y + term).to(y.dtype))
 
     def addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor | None:
         slot = self.slots.get(id(mat2))
-        if slot is None or kwargs or (direction := self.sight.low_rank(slot)) is None:
+        if slot is None or kwargs or (found := self.sight.low_rank(slot)) is None:
             return None
         x, shift = self._shared(self.replaced(mat1)), self._shared(self.replaced(input))
-        decay = float32(direction.decay)
+        directions, decay = found
         y = torch.matmul(x if decay == 1.0 else x * decay, self.sight.values(slot))
-        left, right = self.sight.lefts(direction, y)
+        left, right = self.sight.lefts(directions, y)
         inner = torch.matmul(x.to(y.dtype), left)
         y = y + shift.view(len(shift), *(1,) * (3 - shift.ndim), *shift.shape[1:])
         return self.wrap(self._added(y, inner, right.expand(self.sight.count, -1, -1)))
@@ -271,7 +278,7 @@ def is_stack(value: Any) -> bool:
     return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
 
 
-def copies(value: Any) -> list[Any]:
+def each_copy(value: Any) -> list[Any]:
     """The value in each of the copies that a closure runs on; outside of stacked probes there is one."""
     if is_stack(value):
         return list(_functorch.get_unwrapped(value).movedim(_functorch.maybe_get_bdim(value), 0).unbind())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..modes import probe_modes, rng_state, set_rng_state
+from ..noise import Alternatives
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
@@ -28,10 +29,14 @@ class StackedOracle(ResidentOracle):
 
     The first step is measured both ways. If losses differ by more than rounding, or code cannot run on
     several copies, that is logged once, and from then on probes run one after another.
+
+    Args:
+        alternatives: the perturbations of one slot at some points; the other arguments are those of `ResidentOracle`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, alternatives: Callable[[Slot, Sequence[Point]], Alternatives], **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.alternatives = alternatives
         self.stacking, self._compared = True, False
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
@@ -76,7 +81,7 @@ class StackedOracle(ResidentOracle):
     def _stacked(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         slots = self.realisation.slots
         originals: Originals = {}
-        sight = StackedSight(slots, lambda slot: originals[slot][0], self.realisation.direction, points)
+        sight = StackedSight(slots, lambda slot: originals[slot][0], self.alternatives, points)
 
         def run(_: Tensor) -> Tensor:
             with StackedMode(sight):

@@ -1,18 +1,23 @@
 """Seed logs: a whole fine-tune in a small file, replayed bit for bit."""
 
-from .adapter import load_adapter, save_adapter
+from .adapter import ADAPTER_FILES, load_adapter, save_adapter
 from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
-from .log import FILE_NAME, SeedLog, SeedLogWriter
+from .log import FILE_NAME, SeedLog
 from .replay import engine_for, replay
+from .run import RunLog, Start
 from .stopped import Stopped
+from .writer import SeedLogWriter
 
 __all__ = [
+    "ADAPTER_FILES",
     "FILE_NAME",
     "LoggedStep",
+    "RunLog",
     "SeedLog",
     "SeedLogWriter",
     "Settings",
+    "Start",
     "Stopped",
     "engine_for",
     "fingerprint",

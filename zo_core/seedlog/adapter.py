@@ -17,7 +17,7 @@ from .log import FILE_NAME, SeedLog
 from .replay import engine_for, replay
 
 CONFIG_NAME = "zo_adapter.json"
-FILES = [CONFIG_NAME, FILE_NAME, "README.md"]
+ADAPTER_FILES = [CONFIG_NAME, FILE_NAME, "README.md"]
 
 #: How the model card loads the result, where nobody knows how the base model is made.
 LOADING = (

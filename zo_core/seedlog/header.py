@@ -17,11 +17,10 @@ from ..targets import TARGETS, WRAPPERS
 from ..version import __version__
 from .fingerprint import check_base, check_slots, fingerprint
 from .format import Settings
+from .log import SeedLog
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
-    from .log import SeedLog
-
 
 #: Settings that decide what a run measures. Doing its steps again does not depend on them.
 MEASURING = ("estimator", "eps", "clip", "dropout")
@@ -122,6 +121,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
+        "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none whatever the noise
         "limits": limits,
         "notes": notes,
         "prefix": _prefix(engine),

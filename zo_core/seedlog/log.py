@@ -1,31 +1,13 @@
-"""Seed logs: reading one, and writing one as training goes.
-
-    zo = ZeroOrder(model, lr=1e-6)
-    log = SeedLogWriter.attach(zo, "run/seedlog.zo")      # from here on every step is in the file
-
-A trainer that continues a run calls `attach` with ``follow=True`` and asks `SeedLogWriter.logged` before
-each step: as long as it returns one, the step is done again from the log instead of being measured.
-"""
+"""Reading a seed log."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..errors import StateError
-from ..files import write_whole
-from ..modes import rng_state, same_rng
-from ..records import StepRecord
-from ..rules import RULES
-from .format import LoggedStep, Parsed, encode_change, encode_header, encode_step, parse
-from .header import check_continued, current, make_header, updates
-
-if TYPE_CHECKING:
-    from ..engine import ZeroOrder
+from .format import LoggedStep, Parsed, parse
 
 logger = logging.getLogger(__name__)
 
@@ -85,183 +67,6 @@ class SeedLog:
         return self.path.read_bytes()[: self.parsed.end if end is None else end]
 
 
-class SeedLogWriter:
-    """Appends every step of an engine to a file; made by `attach`.
-
-    A step is handed to the operating system as soon as its weights are decided, so it survives the
-    process; `sync` makes what was written survive the machine.
-
-    Attributes:
-        path: of the file.
-        next_step: the first step that is not in it.
-    """
-
-    def __init__(self, engine: ZeroOrder, path: Path, parsed: Parsed):
-        self.engine, self.path = engine, path
-        self.next_step, self.chain = parsed.next_step, parsed.chain
-        self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
-        self._logged = {entry.step: entry for entry in parsed.steps if entry.step >= engine.step_count}
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        self._drew = False
-        engine.listeners.append(self._on_step)
-        engine.followers.append(self._begin_again)
-
-    def _begin_again(self) -> None:
-        """Other weights move from here on: the log so far is kept under another name, and a new one begins."""
-        self.sync()
-        os.close(self._file)
-        set_aside(self.path)
-        write_whole(self.path, encode_header(make_header(self.engine)))
-        parsed = SeedLog.read(self.path).parsed
-        self.next_step, self.chain, self._logged = parsed.next_step, parsed.chain, {}
-        self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-
-    @classmethod
-    def attach(cls, engine: ZeroOrder, path: str | os.PathLike[str], *, follow: bool = False) -> SeedLogWriter:
-        """Begins to log, at the engine's next step.
-
-        Args:
-            engine: with its weights and optimizer state as they are before that step.
-            path: of the file; its folder is made if it is missing.
-            follow: continue the log that is there, which must have come at least to this step; `logged`
-                then returns the steps that it has beyond. An engine without a seed of its own takes the log's.
-                Without ``follow`` a new log begins, and one that is there is kept under another name.
-
-        Raises:
-            StateError: with ``follow``, the log is not one of such a run, or it is of one with other settings.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if follow:
-            return cls(engine, path, _continued(engine, path))
-        set_aside(path)
-        header = make_header(engine)
-        for note in (*header["limits"], *header["notes"]):
-            logger.warning("seed log: %s", note)
-        write_whole(path, encode_header(header))
-        return cls(engine, path, SeedLog.read(path).parsed)
-
-    @classmethod
-    def branch(cls, engine: ZeroOrder, path: str | os.PathLike[str]) -> SeedLogWriter:
-        """Begins to log at a checkpoint: the log that led to it goes on from there, without later steps.
-
-        The whole log is kept under another name. One that did not lead there is replaced by a new one.
-        """
-        path = Path(path)
-        try:
-            log = SeedLog.read(path)
-            log.since(engine.step_count)
-            check_continued(engine, log)
-        except StateError:
-            return cls.attach(engine, path)
-        if log.next_step > engine.step_count:
-            kept = log.upto(engine.step_count)
-            set_aside(path)
-            write_whole(path, kept)
-        return cls.attach(engine, path, follow=True)
-
-    def logged(self) -> LoggedStep | None:
-        """The engine's next step as the log has it; None if it is yet to be measured.
-
-        Where the run was closed before that step, low-rank windows end here, too.
-
-        Raises:
-            StateError: the run's learning rate, weight decay, eps or seed are not those of the log.
-        """
-        entry = self._logged.get(self.engine.step_count)
-        if entry is not None:
-            mine = updates(*current(self.engine), RULES.describe(self.engine.rule))
-            logged = updates(entry.settings, entry.lrs, entry.rule)
-            names = [name for name, value in mine.items() if value != logged[name]]
-            if names:
-                said = self.engine.continuity.front.said
-                raise StateError(
-                    f"{self.path} has step {entry.step} with {said({name: logged[name] for name in names})}, and this "
-                    f"run has {said({name: mine[name] for name in names})}; continue with the arguments of that run, "
-                    "or start from a checkpoint by its name, which leaves the rest of the log aside"
-                )
-            if entry.merged and entry.step >= self.engine.continuity.ahead:
-                self.engine.updaters.settle()
-        return entry
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around a measurement: notices whether it draws from the global random generators."""
-        before = rng_state()
-        yield
-        self._drew = self._drew or not same_rng(before, rng_state())
-
-    def _on_step(self, record: StepRecord) -> None:
-        coefficients = tuple(probe.coefficient for probe in record.probes)
-        if record.step < self.next_step:
-            entry = self._logged.pop(record.step, None)
-            if entry is None or entry.coefficients != coefficients:
-                then = "before this log was opened" if entry is None else f"with the coefficients {entry.coefficients}"
-                raise StateError(
-                    f"{self.path} has step {record.step} {then}, and now it was done with {coefficients}; "
-                    "a run that goes back needs a new log"
-                )
-            return
-        settings, lrs = current(self.engine, self.settings.columns)
-        changes: dict[str, Any] = {}
-        if settings != self.settings:
-            changes["settings"] = settings.to_dict()
-        rule = RULES.describe(self.engine.rule)
-        if rule != self.rule:
-            changes["rule"] = rule
-        if self._drew != self.draws:
-            changes["draws"] = self._drew
-        if self.engine.merged:
-            changes["merged"] = True
-        if record.step != self.next_step:
-            changes["next_step"] = record.step
-        if changes:
-            self.note(changes)
-        self.settings, self.rule, self.draws, self._drew = settings, rule, self._drew, False
-        width = 1 + max(settings.columns)
-        columns = [lrs[settings.columns.index(column)] for column in range(width)]
-        padded = coefficients or (float("nan"),) * self.engine.num_probes
-        self._append(encode_step(record.step, padded, record.loss, columns, self.chain))
-        self.next_step = record.step + 1
-
-    def note(self, change: dict[str, Any]) -> None:
-        """Appends a change-record."""
-        self._append(encode_change(change, self.chain))
-
-    def checkpoint(self, step: int) -> None:
-        """Notes that a checkpoint of the weights at ``step`` is about to be written, and syncs."""
-        self.note({"checkpoint": step})
-        self.sync()
-
-    def _append(self, record: bytes) -> None:
-        size = os.fstat(self._file).st_size
-        try:
-            whole = os.write(self._file, record) == len(record)
-            reason = "the disk is full"
-        except OSError as error:
-            whole, reason = False, error.strerror or str(error)
-        if not whole:
-            os.truncate(self.path, size)
-            raise StateError(
-                f"the seed log {self.path} could not be written ({reason}) and ends before this step; free some space "
-                "and resume, or train without a log"
-            )
-        self.chain = int.from_bytes(record[-4:], "little")
-
-    def sync(self) -> None:
-        """Waits until the file is on the disk."""
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        """Syncs and stops logging. Calling it again does nothing."""
-        if self._on_step in self.engine.listeners:
-            self.engine.listeners.remove(self._on_step)
-            self.engine.followers.remove(self._begin_again)
-            self.sync()
-            os.close(self._file)
-
-
 def set_aside(path: Path) -> Path | None:
     """Gives a log that is there another name, which it returns; nothing is kept of one without steps."""
     if not path.exists():
@@ -277,20 +82,3 @@ def set_aside(path: Path) -> Path | None:
     os.rename(path, other)
     logger.info("the seed log of an earlier run is kept as %s", other)
     return other
-
-
-def _continued(engine: ZeroOrder, path: Path) -> Parsed:
-    """The log at ``path`` without a torn tail, after checking that it is of this run."""
-    log = SeedLog.read(path)
-    check_continued(engine, log)
-    parsed = log.parsed
-    if parsed.corrupt is None or not parsed.followed:
-        damaged = path.stat().st_size - parsed.end
-        if damaged:
-            logger.warning("%s ends in %d bytes of a record that was not finished; they are dropped", path, damaged)
-            os.truncate(path, parsed.end)
-        parsed.corrupt = None
-    log = SeedLog(path, parsed)
-    log.corrupt = parsed.corrupt
-    log.since(engine.step_count)
-    return parsed

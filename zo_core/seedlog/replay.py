@@ -75,6 +75,8 @@ def replay(
     if start == log.first_step:
         engine.optimizer.thresholds.clear()  # those of this run come from the weights that it began with
     steps = [entry for entry in log.steps if start <= entry.step < end]
+    if not log.header.get("windows", True):
+        engine.updaters.wait_no_more(engine.rule)
     apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
     engine.at(end, steps[-1].settings.seed if steps else None)
     if steps:

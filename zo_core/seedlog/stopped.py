@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import StateError
 from .fingerprint import fingerprint
-from .log import SeedLog, SeedLogWriter
+from .log import SeedLog
+from .writer import SeedLogWriter
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder

@@ -1,6 +1,6 @@
 """What training may change: a target returns these tensors of a model as slots."""
 
-from .auto import Auto
+from .auto import Auto, has_adapters
 from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, slot_keys
 from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain
@@ -22,6 +22,7 @@ __all__ = [
     "check_tensor",
     "check_values",
     "elsewhere",
+    "has_adapters",
     "in_several_ways",
     "keep_codes_plain",
     "memory_of",

@@ -62,7 +62,7 @@ def as_it_lies(function: Callable[Parameters, Result]) -> Callable[Parameters, R
 
     @wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
 
     return run

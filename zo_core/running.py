@@ -1,0 +1,55 @@
+"""The interface of the engine for modules that work with a whole engine, so that they need not import it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from .first_steps import FirstSteps
+from .noise import Direction
+from .offload import LockstepOracle, Streaming
+from .optimizer import Driver, ZOOptimizer
+from .oracle import ResidentOracle
+from .records import StepRecord
+from .targets import Slot
+
+
+class Running(Driver, Protocol):
+    """An engine, while it runs; see `ZeroOrder` for its attributes."""
+
+    model: nn.Module
+    slots: list[Slot]
+    trainable: list[nn.Parameter]
+    oracle: ResidentOracle | LockstepOracle
+    step_count: int
+    first_steps: FirstSteps | None
+    listeners: list[Callable[[StepRecord], object]]
+    followers: list[Callable[[], object]]
+    regroup: Callable[[list[Slot]], object]
+    optimizer: ZOOptimizer
+
+    @property
+    def streaming(self) -> Streaming | None: ...
+
+    def losses(self, closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]: ...
+
+    def add(self, losses: Sequence[Tensor]) -> None: ...
+
+    def apply(self) -> StepRecord: ...
+
+    def discard(self) -> None: ...
+
+    def direction(self, slot: Slot, seed: int) -> Direction: ...
+
+    def effective(self) -> AbstractContextManager[None]: ...
+
+    def hidden(self) -> AbstractContextManager[None]: ...
+
+    def choose(self) -> list[Slot]: ...
+
+    def take(self, slots: list[Slot]) -> None: ...
+
+    def stop(self) -> None: ...
