@@ -1,4 +1,4 @@
-"""The seed log of one `train()`: where it is, and what a run that is resumed takes up."""
+"""The seed log of one `train()`: where it is, and from where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -131,9 +131,9 @@ def _is_complete(folder: Path) -> bool:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """A pre-empted run ends like one that is interrupted: the log is closed, then the process exits.
+    """Makes a pre-empted run end like an interrupted one: the log is closed, then the process exits.
 
-    Nothing changes where somebody else handles the signal.
+    Does nothing if other code handles the signal.
     """
     default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not default or threading.current_thread() is not threading.main_thread():

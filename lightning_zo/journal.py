@@ -1,4 +1,4 @@
-"""The seed log of one `fit`: where it is, and what a run that is resumed takes up."""
+"""The seed log of one `fit`: where it is, and from where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Asked:
         return function(*args, **kwargs)
 
     def kill(self, signum: int) -> None:
-        """There are no other processes."""
+        """Does nothing: there are no other processes."""
 
 
 class Journal(RunLog):

@@ -398,9 +398,7 @@ class Streaming:
                 after += self._moments(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
         arena = self.arenas.pop()
-        with torch.inference_mode(
-            False
-        ):  # or views of another dtype would be inference tensors, which cannot be filled
+        with torch.inference_mode(False):  # or views of another dtype are inference tensors, which cannot be filled
             tensors = _carve(arena, block)
         self.loaded[block] = (arena, tensors)
         after += self._moments(block)
