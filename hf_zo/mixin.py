@@ -272,7 +272,7 @@ class ZOTrainerMixin(_Trainer):
         return zo
 
     def _measure(self, zo: ZeroOrder, watching: Callable[[], Any], call: LossCall) -> Tensor:
-        """Measures a loss, or lets it wait for the other micro-batches, with which it shares a sweep."""
+        """Measures a loss, or postpones it until the other micro-batches, with which it shares a sweep."""
         self._zo_waiting.append((call, None))
         quiet = isinstance(zo.oracle, LockstepOracle) and zo.oracle.quiet
         if quiet and self._zo_together and not self.accelerator.sync_gradients:

@@ -60,7 +60,7 @@ class ZOStrategy(SingleDeviceStrategy):
     Args:
         config: a `ZOConfig`, or a dict of its fields, as YAML has it. None takes the defaults. Without a
             ``seed`` the one of ``seed_everything`` counts, else 0.
-        log: whether every step goes to a seed log, ``seedlog.zo`` beside the checkpoints; or the path of it.
+        log: whether every step goes to a seed log, ``seedlog.zo`` next to the checkpoints; or its path.
 
     Attributes:
         zo: the engine of the run, from the start of ``fit`` on.

@@ -41,7 +41,7 @@ _FP16_STEPS = tl.constexpr(FP16_STEPS)
 
 
 def supports(direction: Direction, dtype: torch.dtype) -> bool:
-    """Whether there is a fused form: not for float64 weights, noises of a user's own, or very many terms."""
+    """Whether there is a fused form: not for float64 weights, user-defined noises, or very many terms."""
     return (
         type(direction.noise) in (Rademacher, Gaussian)
         and dtype in (torch.float32, *DROPPED_BITS)

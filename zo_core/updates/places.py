@@ -208,6 +208,6 @@ class Places:
             self.bring_back()
             self.streaming.close(device)
             self.streaming = None
-            for slot in kept:  # state is beside the weights, wherever these went
+            for slot in kept:  # state is on the device of the weights, wherever these went
                 state = self.states[slot.tensor]
                 state.update({kind: value.to(slot.tensor.device) for kind, value in state.items()})
