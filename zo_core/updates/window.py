@@ -86,7 +86,7 @@ class Window(Updater):
         if waiting is not None:
             self._write(replace(waiting, rounding_seed=rounding))
         with torch.inference_mode(False):
-            if waiting is not None and waiting.base is not None:
+            if self.state and waiting is not None and waiting.base is not None:
                 old, new = waiting.base[1], self._right(bases, device)
                 self.state = {kind: projected(value, old, new, self.noise.rank) for kind, value in self.state.items()}
             shape = (self.shape[0], len(bases) * self.noise.rank)
