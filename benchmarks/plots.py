@@ -13,6 +13,8 @@ import matplotlib.pyplot as plt
 
 from .report import RESULTS
 
+IN_DOCS = Path(__file__).parent.parent / "docs" / "img"
+
 COLOURS = ["#4053d3", "#ddb310", "#b51d14", "#00beff", "#00b25d", "#cacaca"]
 
 
@@ -22,14 +24,14 @@ def newest(stem: str) -> dict[str, Any] | None:
     return json.loads(found[-1].read_text()) if found else None
 
 
-def finish(figure: Any, axes: Any, result: dict[str, Any], name: str) -> Path:
+def finish(figure: Any, axes: Any, result: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:
     """Writes a figure, with what it was measured on beneath it."""
     axes.spines[["top", "right"]].set_visible(False)
     figure.text(
         0.01, 0.01, f"{result['hardware']}, torch {result['torch']}, {result['date']}", fontsize=7, color="#555"
     )
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    path = RESULTS / f"{name}.png"
+    path = folder / f"{name}.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -109,7 +111,7 @@ def memory_over_steps() -> Path | None:
     axes.set_ylabel("MB above the imports")
     axes.set_title(result["title"].split(";")[1].strip(), fontsize=8)
     axes.legend(frameon=False, fontsize=8)
-    return finish(figure, axes, result, "memory-over-steps")
+    return finish(figure, axes, result, "memory-over-steps", IN_DOCS)
 
 
 def draw() -> list[Path]:

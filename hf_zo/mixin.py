@@ -21,7 +21,7 @@ from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.config import AUTO
 from zo_core.following import begin_again
 from zo_core.modes import rng_state, set_rng_state
-from zo_core.offload import LockstepOracle, Streaming
+from zo_core.offload import LockstepOracle, Streaming, move_streamed
 from zo_core.optimizer import TorchOptimizerFace
 from zo_core.oracle import as_scalar, is_compiled
 from zo_core.placement import offload_model
@@ -152,6 +152,9 @@ class ZOTrainerMixin(_Trainer):
         config = self._resolve_config(self._zo_given)
         if config.offload is not None and device.type != "cpu" and Streaming.of(model) is None:
             offload_model(model, config, config.resolve().target.slots(model), device)
+        if Streaming.of(model) is not None:
+            move_streamed(model, device)
+            return
         super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
 from zo_core.checkpoint import FrontEnd
 from zo_core.following import take_over
-from zo_core.offload import Streaming
+from zo_core.offload import Streaming, move_streamed
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values, keep_codes_plain
@@ -135,7 +135,9 @@ class ZOStrategy(SingleDeviceStrategy):
 
     def model_to_device(self) -> None:
         """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""
-        if self.config.offload is None or self.root_device.type == "cpu":
+        if self.model is not None and Streaming.of(self.model) is not None:
+            move_streamed(self.model, self.root_device)
+        elif self.config.offload is None or self.root_device.type == "cpu":
             super().model_to_device()
 
     # The run
@@ -219,6 +221,8 @@ class ZOStrategy(SingleDeviceStrategy):
         if self._streaming is not None:
             self._streaming.close(torch.device("cpu"))
             self._streaming = None
+        if self.model is not None and Streaming.of(self.model) is not None:
+            move_streamed(self.model, torch.device("cpu"))
         super().teardown()
 
     # The step

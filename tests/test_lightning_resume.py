@@ -34,6 +34,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "ZOOptimizer": (OWN, {"rule": "momentum"}, "32-true"),
     "sparse": (PLAIN, {"noise": "sparse"}, "32-true"),
     "sparse blocks": (OWN, {"rule": "momentum", "noise": {"name": "sampled", "of": "sparse"}}, "bf16-true"),
+    "sgd, low rank": (PLAIN, {"noise": {"name": "low_rank", "refresh": 3}}, "32-true"),
     "low rank": (OWN, {"rule": "momentum", "noise": {"name": "low_rank", "refresh": 3}}, "bf16-true"),
 }
 
@@ -46,7 +47,7 @@ def saving(path: Path, every: int) -> ModelCheckpoint:
 @pytest.mark.parametrize(
     ("make", "settings", "precision"),
     [
-        pytest.param(*run, id=name, marks=[] if name == "sgd, bfloat16" else pytest.mark.slow)
+        pytest.param(*run, id=name, marks=[] if name in ("sgd, bfloat16", "sgd, low rank") else pytest.mark.slow)
         for name, run in RUNS.items()
     ],
 )

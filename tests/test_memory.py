@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pkgutil
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,45 @@ def test_a_large_model_does_not_grow_either(noise: str, rule: str, offload: str 
     """A direction has 12.6 MB of words or 200, so a cache that kept those of past steps would be full at once."""
     run = {"front": "bare", "noise": noise, "rule": rule, "offload": offload, "steps": steps, "size": "large"}
     assert grown(**run) < LARGE_BOUND
+
+
+#: A thread frees the last memory of its heap, several times; prints by how many MB the process is larger each time.
+FREED_LAST = """
+import ctypes, threading
+from zo_core.cache import trim_heaps
+
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def anonymous():
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def work():
+    for _ in range(3):
+        pieces = [c.malloc(8 << 20) for _ in range(4)]
+        for piece in pieces:
+            ctypes.memset(piece, 1, 8 << 20)
+        for piece in pieces:
+            c.free(piece)
+        trim_heaps()
+        print(anonymous() - before)
+
+c.free(c.malloc(31 << 20))  # from now on glibc takes pieces of up to 31 MiB from a heap
+before = anonymous()
+for _ in range(2):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such heaps")
+def test_what_a_thread_frees_last_goes_back_too() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment |= {"PYTHONPATH": str(ROOT.parent)}
+    command = [sys.executable, "-c", FREED_LAST]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert max(map(float, result.stdout.split())) < 4.0  # of 32
 
 
 # Steps

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from models import VOCAB
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from zo_core import ZeroOrder
+from hf_zo import ZOTrainer, from_pretrained_offloaded
+from zo_core import ZeroOrder, ZOConfig
 from zo_core.offload.store import RamStore
 
 pytestmark = [
@@ -63,6 +64,33 @@ def test_streamed_is_resident(tier: str, dtype: torch.dtype, tmp_path: Path) -> 
     assert all(torch.equal(value, resident[name]) for name, value in weights.items())
     if tier != "auto":
         assert peak < whole
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum"])
+def test_training_goes_on_after_close(rule: str) -> None:
+    losses = []
+    for place, settings in (("cpu", {"offload": "cpu", "device": "cuda"}), ("cuda", {})):
+        net = model(torch.float32).to(place)
+        zo = ZeroOrder(net, lr=1e-4, rule=rule, **settings)
+        ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1)).cuda()
+        for step in range(6):
+            if step == 3:
+                zo.close()
+            losses.append(zo.step(lambda net=net, ids=ids: net(input_ids=ids, labels=ids).loss).loss)
+    assert losses[:6] == losses[6:]
+
+
+def test_a_model_that_was_opened_for_the_cpu_trains_on_the_device(tmp_path: Path) -> None:
+    model(torch.float32).save_pretrained(tmp_path / "model")
+    ids = torch.randint(0, VOCAB, (8, 16), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    ends = []
+    for opened in (True, False):
+        net = from_pretrained_offloaded(LlamaForCausalLM, tmp_path / "model") if opened else model(torch.float32)
+        args = TrainingArguments(tmp_path / "run", max_steps=4, learning_rate=1e-4, report_to="none", disable_tqdm=True)
+        ZOTrainer(net, args, train_dataset=rows, zo_config=ZOConfig(rule="momentum")).train()
+        ends.append({name: value.cpu().clone() for name, value in net.state_dict().items()})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_host_memory_is_known_to_the_driver_and_exact() -> None:

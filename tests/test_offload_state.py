@@ -11,7 +11,7 @@ from models import batch
 from offload_helpers import TIERS, in_memory, make
 
 from zo_core import ZeroOrder
-from zo_core.offload import Streaming
+from zo_core.offload import Streaming, move_streamed
 
 pytestmark = pytest.mark.usefixtures("no_probe_thread_is_left")
 
@@ -102,3 +102,21 @@ def test_saving_and_resuming_continues_bit_for_bit(tier: str, tmp_path: Path) ->
         other.step(lambda: again(**inputs).loss)
     straight = model.state_dict()
     assert all(torch.equal(value, straight[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("rule", ["sgd", "momentum"])
+def test_a_streamed_model_goes_on_after_it_was_moved(tier: str, rule: str) -> None:
+    ends = []
+    for moves in (False, True):
+        model, inputs = make("llama")
+        zo = ZeroOrder(model, lr=1e-3, rule=rule, offload=tier)
+        for step in range(6):
+            if moves and step == 3:
+                assert zo.streaming is not None
+                zo.streaming.compute_on(torch.device("cpu"))
+                move_streamed(model, torch.device("cpu"))
+            zo.step(lambda model=model, inputs=inputs: model(**inputs).loss)
+        zo.close()
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(map(torch.equal, *ends))

@@ -153,14 +153,30 @@ def workspace(name: str, size: int, device: torch.device) -> Tensor:
     return buffer[:size]
 
 
+#: What glibc's heap of a thread has room for.
+HEAP_BYTES = 64 << 20
+
+#: Pieces that fill such a heap, nearly. Larger ones might not come from it: at first glibc takes 128 KiB and more
+#: from the system directly.
+PIECE_BYTES, PIECES = 60_000, 1_100
+
+_lids = threading.local()
+
+
 def trim_heaps() -> None:
     """Gives freed memory back to the operating system, where that is glibc's to decide.
 
-    glibc has a heap for every thread, which keeps up to 64 MiB of what was freed, and no other thread can use it.
+    glibc has a heap for every thread, which keeps up to 64 MiB of what was freed, and no other thread can use
+    it. ``malloc_trim`` takes from it what is free below a piece that is in use, but not what is free above
+    the last one, and that is where activations were. So a thread that asks for the first time gets a piece
+    near the end of its heap, which stays there for as long as the thread lives.
     """
     trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    if trim is None:
+        return
+    if not hasattr(_lids, "lid"):
+        _lids.lid = [torch.UntypedStorage(PIECE_BYTES) for _ in range(PIECES)][-1]
+    trim(0)
 
 
 @lru_cache(maxsize=1)

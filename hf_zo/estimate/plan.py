@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import ConfigError, ModelError, Slot, ZOConfig
+from zo_core.cache import HEAP_BYTES
 from zo_core.noise import noise_bytes
-from zo_core.offload import ARENA_SLOTS, Block, beyond, plan_blocks, resident_bytes
+from zo_core.offload import ARENA_SLOTS, TRIM_BYTES, Block, beyond, plan_blocks, resident_bytes
 from zo_core.sizes import parse_bytes
 from zo_core.targets import slot_keys
 
@@ -85,7 +86,7 @@ class Row:
         parts: what ``device`` is made of.
         traced: the model's forward was run on the meta device, else activations are a formula.
 
-    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory.
+    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory, where blocks are small.
     """
 
     name: str
@@ -179,10 +180,11 @@ def _row(
                 state += shape.numel() * dtype.itemsize
     on_cpu = work.device == "cpu"
     turns = points if blocks else 1
-    scratch = together(segments, turns, pooled=on_cpu)
     moving = [(slot.tensor, slot.scaling) for slot in slots]
     noise = noise_bytes(settings.noise, moving, settings.num_probes, turns, streamed=bool(blocks))
     sizes = [block.nbytes for block in blocks]
+    kept = 0 if max(sizes, default=0) >= TRIM_BYTES else HEAP_BYTES
+    scratch = together(segments, turns, pooled=on_cpu, kept=kept)
     trained = [b for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held)]
     parts = {
         "weights": sum(_size(t) for key, t in stay.items() if key not in where),

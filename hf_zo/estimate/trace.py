@@ -26,9 +26,6 @@ from zo_core.modes import eval_mode
 from zo_core.noise import Direction
 from zo_core.oracle import Materialised, ScratchPool
 
-#: glibc's heap of a thread keeps at most so much of what was freed; larger pieces go back at once.
-HEAP_BYTES = 64 << 20
-
 #: Perturbed copies are told apart by number of elements and dtype, as `ScratchPool` does; None is all else.
 Kind = tuple[int, torch.dtype] | None
 
@@ -190,7 +187,7 @@ def formula(model: nn.Module, slots: list[Slot], tokens: int, width: int, vocabu
     return [Segment(largest + sum(kept.values()) + peaks[None], peaks, kept + Counter({None: 4 * tokens * width}))]
 
 
-def together(segments: Sequence[Segment], probes: int, pooled: bool) -> Scratch:
+def together(segments: Sequence[Segment], probes: int, pooled: bool, kept: int = 0) -> Scratch:
     """What ``probes`` probes take that pass through each block in turn.
 
     While one runs through a block, each of the others waits at its beginning or at its end. With one
@@ -201,10 +198,9 @@ def together(segments: Sequence[Segment], probes: int, pooled: bool) -> Scratch:
         probes: how many run in lockstep.
         pooled: perturbed copies are kept for reuse, by size (`ScratchPool` on the CPU), instead of being
             returned to an allocator that finds room for anything.
+        kept: most bytes that the heap of a probe's thread keeps of what was freed (`trim_heaps`).
     """
     best, kinds = 0, Counter[Kind]()
-    # The heap of a thread keeps the most that its probe had within a block, until that probe ends.
-    within = max((segment.peaks[None] for segment in segments[:-1]), default=0)
     before: Counter[Kind] = Counter()
     for segment in segments:
         waiting = before | segment.end
@@ -216,5 +212,5 @@ def together(segments: Sequence[Segment], probes: int, pooled: bool) -> Scratch:
     copies = sum(size for kind, size in kinds.items() if kind is not None)
     if pooled:
         most = max((segment.peaks[None] for segment in segments), default=0)
-        return Scratch(copies, max(kinds[None], most + (probes - 1) * min(within, HEAP_BYTES)))
+        return Scratch(copies, max(kinds[None], most + (probes - 1) * min(most, kept)))
     return Scratch(min(copies, best), best - min(copies, best))

@@ -1,14 +1,15 @@
 """Training models larger than the device, or than the memory, block by block."""
 
 from .blocks import find_blocks
-from .build import beyond, describe, offload, plan_blocks, resident_bytes
-from .oracle import LockstepOracle
+from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
+from .oracle import TRIM_BYTES, LockstepOracle
 from .store import DiskStore
 from .streaming import ARENA_SLOTS, Block, Streaming
 from .tensor_file import Piece, read_header
 
 __all__ = [
     "ARENA_SLOTS",
+    "TRIM_BYTES",
     "Block",
     "DiskStore",
     "LockstepOracle",
@@ -17,6 +18,7 @@ __all__ = [
     "beyond",
     "describe",
     "find_blocks",
+    "move_streamed",
     "offload",
     "plan_blocks",
     "read_header",

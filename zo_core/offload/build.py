@@ -119,6 +119,32 @@ def plan_blocks(
     return blocks
 
 
+def move_streamed(model: nn.Module, device: torch.device) -> None:
+    """Lets a streamed model compute on another device, where `Module.to` would make a whole of what is absent.
+
+    Args:
+        model: with blocks that are streamed.
+        device: where the resident part goes, and each block when its forward needs it.
+    """
+    streaming = Streaming.of(model)
+    assert streaming is not None
+    if streaming.device != device:
+        streaming.compute_on(device)
+    streamed = {id(tensor) for block in streaming.blocks for held in block.holders.values() for tensor in held}
+
+    def move(module: nn.Module) -> None:
+        if not any(id(parameter) in streamed for parameter in module.parameters()):
+            module.to(device)
+            return
+        for child in module.children():
+            move(child)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if id(tensor) not in streamed:
+                tensor.data = tensor.data.to(device)
+
+    move(model)
+
+
 def beyond(blocks: list[Block], resident: int, memory: int | None) -> list[Block]:
     """The first of ``blocks``, as many as do not fit.
 

@@ -104,12 +104,30 @@ class Streaming:
         self.read: OrderedDict[tuple[Block, str], Tensor] = OrderedDict()
         self.pinned: dict[Block, int] = {}
         self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
-        # Each has memory of its own, so that parameters which share none do not seem to be tied.
-        self._absent = {(block, name): nan(*block.specs[name], device) for block in blocks for name in block.holders}
+        self._absent = self._all_absent()
         for block in blocks:
             self.evict_view(block)
             self._attach(block)
             self.attached[id(block.module)] = self
+
+    def _all_absent(self) -> dict[tuple[Block, str], Tensor]:
+        # Each has memory of its own, so that parameters which share none do not seem to be tied.
+        pairs = ((block, name) for block in self.blocks for name in block.holders)
+        return {(block, name): nan(*block.specs[name], self.device) for block, name in pairs}
+
+    def compute_on(self, device: torch.device) -> None:
+        """From here on blocks come to another device; what is resident is the caller's to move."""
+        self.flush()
+        for block in self.blocks:
+            self.settle(block)
+        self.copies.close()
+        self.device, self.copies, self.previous = device, Copies(device), None
+        self._empty_arenas()
+        self._absent = self._all_absent()
+        for block in self.blocks:
+            for key, token in block.state.items():
+                token.data = nan(*block.specs[key], device)
+            self.evict_view(block)
 
     @classmethod
     def of(cls, model: nn.Module) -> Streaming | None:

@@ -155,6 +155,10 @@ class Places:
         """Everything is resident from here on; ``device`` as in `Streaming.close`."""
         if self.streaming is not None:
             self.flush()
+            kept = list(self._kept)
             self.bring_back()
             self.streaming.close(device)
             self.streaming = None
+            for slot in kept:  # state is beside the weights, wherever these went
+                state = self.states[slot.tensor]
+                state.update({kind: value.to(slot.tensor.device) for kind, value in state.items()})
