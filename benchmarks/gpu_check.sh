@@ -46,8 +46,8 @@ fi
 part versions 60 $python -c "
 import accelerate, lightning, torch, transformers
 for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)"
-part tests-kernels 150 bash -c 'tests -n 8 tests/test_triton.py' &
-part tests-offload 150 bash -c 'tests tests/test_offload_cuda.py'
+part tests-kernels 150 bash -c 'tests -n 8 tests/gpu/test_triton.py' &
+part tests-offload 150 bash -c 'tests tests/gpu/test_offload_cuda.py'
 wait
 part link 30 $python -m benchmarks.link --megabytes $megabytes
 part overhead-float32 60 $python -m benchmarks.step_overhead --dtype float32 "${overhead[@]}"

@@ -1,0 +1,33 @@
+"""The script for machines with a GPU works where there is none, part by part."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs GNU timeout")
+def test_dry_run(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable}
+    run = subprocess.run([SCRIPT, tmp_path, "--dry-run"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    ended = (tmp_path / "summary").read_text().splitlines()
+    assert len(ended) == 9
+    assert all(line.endswith("right") for line in ended)
+    assert "zo step, streamed" in (tmp_path / "opt.log").read_text()
+
+
+def test_a_part_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": "false"}
+    run = subprocess.run([SCRIPT, tmp_path, "--dry-run"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    ended = (tmp_path / "summary").read_text().splitlines()
+    assert len(ended) == 9
+    assert all(line.endswith("exit status 1") for line in ended)

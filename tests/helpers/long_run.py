@@ -1,0 +1,149 @@
+"""One long run in a process of its own: prints its anonymous memory, in MB, after every step.
+
+python long_run.py '{"front": "bare", "noise": "rademacher", "rule": "sgd", "offload": null, "steps": 2000}'
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_core import ZeroOrder, ZOConfig
+
+#: Width of the blocks by size of the model: 80 thousand and 101 million parameters, in equal blocks.
+SHAPES = {"small": (6, 112), "large": (12, 2900)}
+
+
+class Model(nn.Module):
+    """Blocks that can be streamed; takes a batch by name and returns the loss, as trainers want it."""
+
+    def __init__(self, size: str):
+        super().__init__()
+        count, self.width = SHAPES[size]
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(self.width, self.width), nn.GELU()) for _ in range(count))
+        self.head = nn.Linear(self.width, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": nn.functional.cross_entropy(self.head(x), labels)}
+
+
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc alone has it
+
+
+def anonymous() -> float:
+    """RssAnon of this process in MB, without what was freed: how much of that the allocator keeps differs by MBs."""
+    TRIM(0)
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) / 1024
+
+
+def rows(model: Model, count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.randn(count, model.width, generator=generator)
+    return [{"x": x, "labels": torch.tensor(index % 8)} for index, x in enumerate(xs)]
+
+
+def bare(model: Model, config: ZOConfig, rule: str, steps: int, after: Callable[[], object]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9) if rule == "torch" else None
+    zo = ZeroOrder(model, config, optimizer=optimizer)
+    batches = torch.utils.data.DataLoader(rows(model, 64), batch_size=8)
+    done = 0
+    while done < steps:
+        for batch in batches:
+            zo.step(lambda: model(**batch)["loss"])  # noqa: B023
+            after()
+            done += 1
+    zo.close()
+
+
+def hf(model: Model, config: ZOConfig, rule: str, steps: int, after: Callable[[], object]) -> None:
+    from transformers import TrainerCallback, TrainingArguments
+
+    from hf_zo import ZOTrainer
+
+    class After(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            after()
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            learning_rate=1e-4,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        chosen = {"optimizers": (torch.optim.SGD(model.parameters(), lr=1e-4), None)} if rule == "torch" else {}
+        trainer = ZOTrainer(
+            model=model, args=args, train_dataset=rows(model, 64), callbacks=[After()], zo_config=config, **chosen
+        )
+        trainer.train()
+
+
+def lightning(model: Model, config: ZOConfig, rule: str, steps: int, after: Callable[[], object]) -> None:
+    import lightning as L
+
+    from lightning_zo import ZOStrategy
+
+    optimizers = {"torch": torch.optim.Adam, "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9)}
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self.model(**batch)["loss"]
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            after()
+
+        def configure_optimizers(self) -> Any:
+            return optimizers.get(rule, torch.optim.SGD)(self.parameters(), lr=1e-4)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            default_root_dir=folder,
+            max_steps=steps,
+            accelerator="cpu",
+            strategy=ZOStrategy(config),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), torch.utils.data.DataLoader(rows(model, 64), batch_size=8))
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = Model(asked.get("size", "small"))
+    rule = asked["rule"]
+    named = rule != "torch" and asked["front"] != "lightning"  # which takes it from its optimizer
+    settings = {"rule": rule} if named else {}
+    lr = {"lr": 1e-4} if asked["front"] == "bare" and rule != "torch" else {}
+    config = ZOConfig(noise=asked["noise"], offload=asked["offload"], **settings, **lr)
+    seen: list[float] = []
+    fronts = {"bare": bare, "hf": hf, "lightning": lightning}
+    fronts[asked["front"]](model, config, rule, asked["steps"], lambda: seen.append(anonymous()))
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Law: the estimate is what the implementation does, counted on a real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from models import FAMILIES, batch, closure, tiny
+from torch import nn
+
+from hf_zo.estimate import Rates, Row, Workload, as_json, as_table, estimate, measure_rates, skeleton
+from hf_zo.estimate.cli import main
+from hf_zo.estimate.trace import Segment, together
+from hf_zo.estimate.variants import Int4Linear
+from zo_core import ZeroOrder, ZOConfig
+from zo_core.cache import HEAP_BYTES
+from zo_core.offload import plan_blocks
+
+ROOT = Path(__file__).parents[2]
+
+
+def on_meta(name: str, tied: bool = True) -> nn.Module:
+    """The tiny model of a family as a stranger's configuration would give it."""
+    real = tiny(name, tied)
+    real.config.use_cache = False  # as `skeleton` does
+    with torch.device("meta"):
+        return type(real)(real.config).eval()
+
+
+def rows(model: nn.Module, **settings: object) -> dict[str, Row]:
+    work = {"batch_size": 2, "length": 8, "device": "cpu", "config": ZOConfig(**settings)}
+    return {row.name: row for row in estimate(model, Workload(**work))}
+
+
+def pool_bytes(zo: ZeroOrder) -> int:
+    return zo.oracle.realisation.pool.nbytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_resident_copies_are_those_of_a_step(name: str, tied: bool) -> None:
+    row = rows(on_meta(name, tied))["all weights, resident"]
+    model = tiny(name, tied)
+    zo = ZeroOrder(model, lr=1e-3)
+    zo.step(closure(name, model))
+    assert row.traced
+    assert row.parts["copies"] == pool_bytes(zo)
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    assert row.parts["weights"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert (row.host, row.disk, row.read, row.written) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("num_probes", "rule"), [(1, "sgd"), (2, "momentum")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streamed_bytes_are_those_of_a_step(name: str, num_probes: int, rule: str) -> None:
+    row = rows(on_meta(name), num_probes=num_probes, rule=rule)["all weights, from host"]
+    model = tiny(name)
+    zo = ZeroOrder(model, lr=1e-3, offload="cpu", num_probes=num_probes, rule=rule)
+    assert zo.streaming is not None
+    count = 0
+    for _ in range(3):  # an update is written in the sweep after it
+        before = zo.streaming.bytes_read, zo.streaming.bytes_written
+        zo.step(closure(name, model))
+        count = zo.streaming.bytes_written - before[1]
+    assert row.parts["copies"] == pool_bytes(zo)
+    assert row.read == zo.streaming.bytes_read - before[0]
+    assert row.written == count
+    held = [*zo.streaming.arenas, *(arena for arena, _ in zo.streaming.loaded.values())]
+    assert row.parts["arena"] == sum(arena.numel() for arena in held)
+    stored = [tensor for tensors in zo.streaming.store.blocks.values() for tensor in tensors.values()]
+    assert row.host == sum(tensor.numel() * tensor.element_size() for tensor in stored)
+    zo.close()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_on_meta_are_those_of_the_model(name: str) -> None:
+    assert [b.name for b in plan_blocks(on_meta(name))] == [b.name for b in plan_blocks(tiny(name))]
+    assert [list(b.holders) for b in plan_blocks(on_meta(name))] == [list(b.holders) for b in plan_blocks(tiny(name))]
+
+
+def test_device_memory_keeps_blocks_that_fit() -> None:
+    model = on_meta("llama")
+    whole = rows(model)["all weights, resident"].parts["weights"]
+    assert "all weights, from host" not in rows(model, offload="auto", device_memory=2 * whole)
+
+
+def test_more_tokens_take_more_activations_and_nothing_else() -> None:
+    few, many = (
+        {r.name: r for r in estimate(on_meta("llama"), Workload(1, length, "cpu"))}["all weights, resident"]
+        for length in (32, 128)
+    )
+    assert many.parts["activations"] == pytest.approx(4 * few.parts["activations"], rel=0.05)
+    assert {**many.parts, "activations": 0} == {**few.parts, "activations": 0}
+
+
+def test_logits_are_counted() -> None:
+    """Once as the model makes them, and once as logarithms; a float32 model needs no upcast."""
+    config = on_meta("llama").config
+    config.vocab_size = 4096
+    with torch.device("meta"):
+        model = type(on_meta("llama"))(config).eval()
+    row = {r.name: r for r in estimate(model, Workload(1, 32, "cpu"))}["all weights, resident"]
+    logits = 32 * 4096 * 4
+    assert 2 * logits <= row.parts["activations"] <= 2.2 * logits
+
+
+def test_heaps_that_are_not_trimmed_keep_what_their_probes_had() -> None:
+    """With large blocks a probe that waits has what is alive, with small ones also what it has freed."""
+    segments = [Segment(10, Counter({None: 10}), Counter({None: 3})), Segment(40, Counter({None: 40}), Counter())]
+    assert together(segments, 3, pooled=True).activations == 40 + 2 * 3
+    assert together(segments, 3, pooled=True, kept=HEAP_BYTES).activations == 40 + 2 * 40
+    assert together(segments, 3, pooled=True, kept=20).activations == 40 + 2 * 20
+
+
+def test_int4_and_lora_move_less() -> None:
+    found = rows(on_meta("llama"))
+    full, int4, lora = (found[f"{way}, from disk"] for way in ("all weights", "int4 scales", "LoRA 16"))
+    weights = 32 * 32 * 2 + 2 * 16 * 32 + 3 * 32 * 48  # of the linear layers of one block
+    assert int4.read == 0  # two blocks: both stay in the arena
+    assert int4.disk == 2 * (weights // 2 + 2 * 32 * 4)  # two weights a byte, and the norms of each block
+    assert (int4.written, lora.written) == (0, 0)
+    assert full.written > 0
+    assert lora.parts["copies"] < full.parts["copies"]
+
+
+def test_lora_is_that_of_peft() -> None:
+    row = rows(on_meta("llama"))["LoRA 16, resident"]
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=16))
+    zo = ZeroOrder(model, lr=1e-3)
+    zo.step(closure("llama", model))
+    assert row.parts["copies"] == pool_bytes(zo)
+    frozen = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    assert row.parts["weights"] == sum(t.numel() * t.element_size() for t in frozen.values())
+
+
+def test_int4_layers_are_those_of_bitsandbytes() -> None:
+    theirs = bitsandbytes.nn.Linear4bit(128, 96, bias=False, quant_type="nf4", compress_statistics=False)
+    theirs.load_state_dict({"weight": torch.ones(96, 128)})
+    weight = theirs.to("cpu").weight
+    with torch.device("meta"):
+        ours = Int4Linear(nn.Linear(128, 96, bias=False))
+    assert (ours.weight.shape, ours.weight.dtype) == (weight.shape, weight.dtype)
+    assert (ours.scales.shape, ours.scales.dtype) == (weight.quant_state.absmax.shape, weight.quant_state.absmax.dtype)
+
+
+def test_backpropagation_beside_it() -> None:
+    model = on_meta("llama")
+    count = sum(p.numel() for p in model.parameters())
+    assert rows(model)["backprop: AdamW, all weights"].device == 16 * count
+
+
+def test_time_is_bound_by_what_is_slowest() -> None:
+    model = on_meta("llama")
+
+    def seconds(rates: Rates, name: str) -> float | None:
+        found = {r.name: r for r in estimate(model, Workload(2, 8, "cuda", rates=rates))}
+        return found[name].seconds
+
+    matrices = sum(p.numel() for p in model.parameters())  # the embedding is the head, too
+    assert seconds(Rates(flops=1e6), "all weights, resident") == 2 * 2.0 * matrices * 16 / 1e6
+    assert seconds(Rates(flops=1e6), "all weights, from disk") is None
+    row = rows(model)["all weights, from disk"]
+    assert seconds(Rates(1e3, 1.0, 1e12), "all weights, from disk") == row.read + row.written
+
+
+class AsksForValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids[: int(input_ids.sum())]
+
+
+def test_a_forward_that_needs_values_falls_back_to_a_formula() -> None:
+    with torch.device("meta"):
+        found = rows(AsksForValues())
+    row = found["all weights, resident"]
+    assert not row.traced
+    assert row.parts["copies"] == 4 * (64 + 8)
+    assert "activations are a formula" in as_table("", list(found.values()), Workload())
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny("llama").config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_table_fits_80_columns(device: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), "--device", device, "--flops", "1T", "--link", "25GB/s", "--disk", "3e9"]) == 0
+    out = capsys.readouterr().out
+    assert "all weights, from disk" in out
+    assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80
+
+
+def test_large_numbers_fit_too() -> None:
+    row = Row("LoRA 128, int4, from host", *[999 * 10**12] * 5, forwards=2, seconds=1e9)
+    assert max(map(len, as_table("", [row], Workload()).splitlines())) <= 80
+
+
+def test_json_has_all_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main([str(folder), "--json", "--dtype", "float32", "--device", "cpu", "--batch-size", "2", "--length", "8"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out)
+    (row,) = [row for row in found["rows"] if row["name"] == "all weights, resident"]
+    expected = rows(on_meta("llama"))["all weights, resident"]
+    assert {**row, "parts": None} == {**json.loads(as_json("", [expected], Workload()))["rows"][0], "parts": None}
+    assert row["parts"] == expected.parts
+
+
+def test_a_skeleton_has_no_values_and_keeps_ties(folder: Path) -> None:
+    model = skeleton(str(folder), torch.float16)
+    assert all(p.is_meta and p.dtype == torch.float16 for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere/at/all"], "neither a folder with a config.json"),
+        (["FOLDER", "--batch-size", "0"], "batch_size=0 must be a whole number"),
+        (["FOLDER", "--estimator", "adam"], "estimator='adam' is not known"),
+        (["FOLDER", "--blocks", "layers"], "blocks='layers' is not a module"),
+        (["FOLDER", "--lora-targets", "nothing"], "its linear layers are"),
+    ],
+)
+def test_errors_say_what_to_write(
+    arguments: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([str(folder) if a == "FOLDER" else a for a in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_rates_are_measured(tmp_path: Path) -> None:
+    rates = measure_rates(torch.device("cpu"), torch.float32, str(tmp_path))
+    assert all(rate is not None and 1e6 < rate < 1e15 for rate in (rates.link, rates.disk, rates.flops))
+    assert not list(tmp_path.iterdir())
+
+
+def test_module_and_command_are_the_same() -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "hf_zo.estimate", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.startswith("usage: zo-estimate")
+
+
+def test_batches_of_the_tests_are_those_of_the_estimate() -> None:
+    assert tuple(batch("llama")["input_ids"].shape) == (2, 8)
+
+
+# Against the operating system
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peaks_are_within_ten_percent(tmp_path: Path) -> None:
+    from benchmarks.estimate import Case, measured, predicted, write_checkpoint
+
+    write_checkpoint(tmp_path, hidden=512, layers=12, vocabulary=16000)
+    for case in (Case("resident"), Case("from disk"), Case("from disk", "momentum"), Case("from disk", "sgd", 2)):
+        said = sum(predicted(tmp_path, case, 128).values())
+        was = measured(tmp_path, case, tokens=128, steps=7, keep=True)
+        assert said == pytest.approx(was, rel=0.1), case.name

@@ -1,0 +1,88 @@
+"""Law: however often a training process is killed with SIGKILL, nothing is lost and nothing is different."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zo_core import SeedLog
+
+ROOT = Path(__file__).parents[2]
+KILLS, STEPS = 24, 150
+
+
+def train(folder: Path, tier: str | None) -> None:
+    """What the process does: trains, or goes on with what is there, and writes the final weights."""
+    from hf_helpers import arguments, texts
+    from models import tiny
+    from safetensors.torch import save_model
+
+    from hf_zo import ZOTrainer, ZOTrainingArguments
+
+    offload = {"zo_offload": tier, "zo_offload_dir": str(folder / "blocks")} if tier else {}
+    args = arguments(
+        folder, ZOTrainingArguments, max_steps=STEPS, save_strategy="steps", save_steps=7, save_total_limit=2,
+        gradient_accumulation_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="cosine",
+        weight_decay=0.1, zo_rule="momentum", logging_strategy="no", zo_dropout=True, **offload,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tiny("bert", dtype=torch.bfloat16)
+    trainer = ZOTrainer(model=model, args=args, train_dataset=texts())
+    trainer.train(resume_from_checkpoint=(folder / "out" / "seedlog.zo").exists() or None)
+    if trainer.zo.streaming is not None:
+        trainer.zo.close()
+    save_model(model, str(folder / "final.safetensors"))
+
+
+def kill_at_random(folder: Path, tier: str | None, seed: int) -> None:
+    """Runs `train` in children of this process, which has everything imported, and kills them one after the other."""
+    generator = random.Random(seed)
+    log = folder / "out" / "seedlog.zo"
+    for number in range(KILLS + 1):
+        child = os.fork()
+        if child == 0:
+            train(folder, tier)
+            os._exit(0)
+        if number == KILLS:
+            assert os.waitpid(child, 0)[1] == 0, "the last run failed"
+            return
+        before = log.stat().st_size if log.exists() else 0
+        deadline = time.monotonic() + generator.uniform(0.0, 0.6) if generator.random() < 0.3 else time.monotonic() + 60
+        steps = generator.randint(1, 7)
+        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size >= before + 24 * steps):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "a child ended by itself"
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0.0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tier", [None, "disk"])
+def test_a_run_killed_again_and_again_is_the_uninterrupted_one(tier: str | None, tmp_path: Path) -> None:
+    def run(call: str, folder: Path) -> None:
+        code = "import sys; sys.path[:0] = ['.', 'tests/helpers', 'tests/laws']; "
+        code += "import hf_helpers, hf_zo, test_crash; from pathlib import Path"
+        command = [sys.executable, "-c", f"{code}; test_crash.{call}", str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run(f"train(Path(sys.argv[1]), {tier!r})", tmp_path / "whole")
+    run(f"kill_at_random(Path(sys.argv[1]), {tier!r}, seed=0)", tmp_path / "killed")
+    whole, killed = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+    one, other = (SeedLog.read(tmp_path / name / "out" / "seedlog.zo") for name in ("whole", "killed"))
+    assert [entry.probes for entry in other.steps] == [entry.probes for entry in one.steps]
+    assert len(other.steps) == STEPS

@@ -1,0 +1,85 @@
+"""Law: a Lightning process that is killed with SIGKILL and started again loses nothing, and nothing is different."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zo_core import SeedLog
+
+ROOT = Path(__file__).parents[2]
+KILLS, EPOCHS, STEPS = 6, 8, 48
+
+
+def train(folder: Path) -> None:
+    """What the process does: trains, or goes on with what is there, and writes the final weights."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning_helpers import Resumable, Wrapped, sgd, trainer
+    from safetensors.torch import save_model
+
+    def scheduled(module: torch.nn.Module) -> object:
+        optimizer = sgd(momentum=0.9, weight_decay=0.1)(module)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    torch.manual_seed(0)
+    module = Wrapped("llama", optimizer=scheduled)
+    saving = ModelCheckpoint(folder, save_last=True, save_top_k=1, every_n_train_steps=5)
+    made = trainer(
+        folder, precision="bf16-true", max_epochs=EPOCHS, accumulate_grad_batches=2,
+        enable_checkpointing=True, callbacks=[saving],
+    )  # fmt: skip
+    made.fit(module, Resumable("llama", 12), ckpt_path="last")
+    save_model(module, str(folder / "final.safetensors"))
+
+
+def kill_at_random(folder: Path, seed: int) -> None:
+    """Runs `train` in children of this process, which has everything imported, and kills them one after the other."""
+    generator, log = random.Random(seed), folder / "seedlog.zo"
+    for number in range(KILLS + 1):
+        child = os.fork()
+        if child == 0:
+            train(folder)
+            os._exit(0)
+        if number == KILLS:
+            assert os.waitpid(child, 0)[1] == 0, "the last run failed"
+            return
+        before = log.stat().st_size if log.exists() else 0
+        deadline, steps = time.monotonic() + 60, generator.randint(1, 9)
+        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size >= before + 24 * steps):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "a child ended by itself"
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0.0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_killed_again_and_again_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    def run(call: str, folder: Path) -> None:
+        code = "import sys; sys.path[:0] = ['.', 'tests/helpers', 'tests/lightning']; "
+        code += "import lightning_helpers, test_lightning_crash"
+        command = [sys.executable, "-c", f"{code}; from pathlib import Path; test_lightning_crash.{call}", str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run("train(Path(sys.argv[1]))", tmp_path / "whole")
+    run("kill_at_random(Path(sys.argv[1]), seed=0)", tmp_path / "killed")
+    whole, killed = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+    one, other = (SeedLog.read(tmp_path / name / "seedlog.zo") for name in ("whole", "killed"))
+    assert [entry.probes for entry in other.steps] == [entry.probes for entry in one.steps]
+    assert len(other.steps) == STEPS
+    assert not (tmp_path / "killed" / "seedlog-1.zo").exists()
