@@ -1,6 +1,6 @@
-"""Runs the benchmarks one after the other, each in a process of its own, and draws the plots.
+"""Runs the benchmarks one after the other, each in its own process, and draws the plots.
 
-    python -m benchmarks --suite cpu        # about an hour on two cores that do nothing else
+    python -m benchmarks --suite cpu        # about an hour on two otherwise idle cores
     python -m benchmarks --suite gpu
     python -m benchmarks --plots            # only draws what is in benchmarks/results
 

@@ -1,6 +1,6 @@
 """Two facts behind the design, on a million weights of standard deviation 0.02 and normal directions.
 
-How many weights differ after they were perturbed in place by +1, -2, +1 times eps = 1e-3 and so
+How many weights differ after they were perturbed in place by +1, -2, +1 times eps = 1e-3 and thereby
 "restored"; and how many move at all when lr * g = 1e-6 is subtracted and rounded to nearest.
 
     python -m benchmarks.drift

@@ -1,9 +1,9 @@
-"""Is what `zo-estimate` says true? Its numbers beside the peaks of runs in processes of their own.
+"""Is `zo-estimate` accurate? Compares its numbers with the peaks of runs in separate processes.
 
 Each process trains the same checkpoint for a few steps, resident or from disk, and samples its anonymous
-memory (RssAnon) every 5 ms. What counts is the peak above the same process with everything imported, and
-a model of a few kilobytes trained, but nothing opened. Each run is measured as processes are by default, and, to tell
-what glibc keeps of freed memory, with MALLOC_MMAP_THRESHOLD_=65536, which makes it give large pieces back. The estimate
+memory (RssAnon) every 5 ms. The result is the peak above that of the same process with everything imported, and
+a model of a few kilobytes trained, but nothing opened. Each run is measured with the defaults, and, to determine
+how much freed memory glibc keeps, with MALLOC_MMAP_THRESHOLD_=65536, which makes it return large pieces. The estimate
 counts what is in use and what heaps keep within a block.
 
     python -m benchmarks.estimate --save

@@ -1,4 +1,4 @@
-"""What quantisation to nf4 loses, and how much of it training gives back on held-out text.
+"""How much quantisation to nf4 loses on held-out text, and how much of it training recovers.
 
 A small Llama learns English (the documentation of Python's language topics) byte by byte, by
 backpropagation. It is quantised to nf4 in blocks of 1024, and its held-out loss rises. From there:
@@ -81,7 +81,7 @@ def zeroth_order(model: nn.Module, data: list[Tensor], **settings: object) -> No
 
 
 def pretrained(seed: int, train: Tensor, steps: int) -> str:
-    """A folder with a Llama of 123,000 parameters that knows the text."""
+    """A folder with a Llama of 123,000 parameters that was trained on the text."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256,

@@ -1,8 +1,8 @@
 """Memory of zeroth-order training: bf16 weights, 4-bit weights, and 4-bit weights streamed from files.
 
-The bytes held are counted over tensors; the peak is what the kernel says of a process of its own
-(resident memory during the steps, minus what it was before the model, when the libraries had done a
-step with a tiny one), the forward's temporaries included. On the CPU bitsandbytes dequantises one layer
+The bytes held are counted over tensors; the peak is that which the kernel reports for a separate process
+(resident memory during the steps, minus that before the model was made, when the libraries had done a
+step with a tiny one), including the forward's temporaries. On the CPU bitsandbytes dequantises one layer
 at a time to compute with it.
 
     python -m benchmarks.int4_memory          # a table; Linux
@@ -63,7 +63,7 @@ def status(field: str) -> int:
 
 
 def trim() -> None:
-    """Gives freed memory back to the system, so that it does not count."""
+    """Returns freed memory to the system, so that it does not count."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,9 +1,9 @@
 """The learning gate: a tiny transformer adapts to a shifted task with forward passes only.
 
-The task needs attention: a marker stands somewhere in the sequence, and the answer is the class of
+The task needs attention: there is a marker somewhere in the sequence, and the answer is the class of
 the token after it. After pre-training by backpropagation, the classes of a quarter of the tokens
-change, which brings the accuracy to about 0.74; zeroth-order training has 4,000 forwards to learn
-the new ones. Backpropagation with the same number of forwards is shown beside it.
+change, which reduces the accuracy to about 0.74; zeroth-order training has 4,000 forwards to learn
+the new ones. Backpropagation with the same number of forwards is shown for comparison.
 
     python -m benchmarks.learning          # a table, 3 seeds
 """
@@ -107,8 +107,8 @@ def adapt(model: nn.Module, method: Method, seed: int, goal: float | None = None
 
     Args:
         model: changed in place.
-        method: what to do.
-        seed: of the data and the directions.
+        method: the method.
+        seed: seed of the data and the directions.
         goal: stop when this accuracy is reached; None uses all forwards.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Does the memory of a process stay where it is? `ZOTrainer`, `Trainer` and inference alone, over many steps.
+"""Does the memory of a process stay constant? `ZOTrainer`, `Trainer` and inference alone, over many steps.
 
-Each runs in a process of its own on the same data, short sequences of random tokens, and notes its anonymous memory
-(RssAnon) at the end of every step, while a thread samples it every 5 ms for the peak up to there. What counts is
-memory above the same process with everything imported and nothing built.
+Each runs in its own process on the same data, short sequences of random tokens, and records its anonymous memory
+(RssAnon) at the end of every step, while a thread samples it every 5 ms for the peak so far. The results are
+above the memory of the same process with everything imported and nothing built.
 
     python -m benchmarks.memory_over_steps --save
     python -m benchmarks.memory_over_steps --size small --steps 200
@@ -28,7 +28,7 @@ from .report import save
 WAYS = {"inference": "inference alone", "zo": "ZOTrainer", "backprop": "Trainer, AdamW"}
 SHAPES = ("llama", "bert")
 
-#: Steps whose memory is in the table, as far as a run goes.
+#: Steps whose memory is in the table, if a run has as many.
 MARKS = (1, 10, 50, 100, 200, 400, 600, 800, 1000, 1200, 1400, 1600, 1800, 2000)
 
 

@@ -1,9 +1,9 @@
 """How much memory does it take to train a model from disk?
 
-A checkpoint is written once, one layer at a time, by a process of its own. Then fresh processes train it for a
+A checkpoint is written once, one layer at a time, by a separate process. Then new processes train it for a
 few steps, sampling their resident memory every 5 ms: opened in place by `from_pretrained_offloaded`, and, for
-comparison, loaded as usual. What counts is the peak above the same process with everything imported and
-nothing opened; RssAnon (memory that the kernel cannot take back) is reported beside it.
+comparison, loaded as usual. The result is the peak above that of the same process with everything imported and
+nothing opened; RssAnon (memory that the kernel cannot reclaim) is also reported.
 
     python -m benchmarks.offload_memory --save
 """

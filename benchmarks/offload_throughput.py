@@ -1,9 +1,9 @@
 """How much of its time does a streamed step spend waiting for the link?
 
-One model, trained by turns in one process: resident; streamed; streamed without prefetch; and the reference
-MeZO loop on accelerate's `cpu_offload`. The bound of a streamed step is the larger of what the resident step
-takes and what moving its bytes takes, measured here by reading and writing every block through the store with
-nothing else going on. Files are dropped from the page cache after each read, so reads come from the disk (of
+One model is trained in alternation in one process: resident; streamed; streamed without prefetch; and by the reference
+MeZO loop on accelerate's `cpu_offload`. The bound of a streamed step is the larger of the times of the resident
+step and of moving its bytes, measured here by reading and writing every block through the store with
+nothing else running. Files are dropped from the page cache after each read, so reads come from the disk (of
 a virtual machine, whose host may cache them); writes are synced.
 
     python -m benchmarks.offload_throughput --tier disk --tokens 512 --save
@@ -33,14 +33,14 @@ TIERS = {"cpu": "host memory", "disk": "disk"}
 
 
 class NoPlan(dict[Any, Any]):
-    """Says that every block follows itself, so that there is nothing to prefetch."""
+    """Predicts that every block follows itself, so that there is nothing to prefetch."""
 
     def __setitem__(self, block: Any, following: Any) -> None:
         pass
 
 
 def link_seconds(streaming: Streaming) -> float:
-    """What reading and writing every block once takes."""
+    """Seconds for reading and writing every block once."""
     streaming.flush()
     store, blocks = streaming.store, streaming.blocks
     start = time.perf_counter()

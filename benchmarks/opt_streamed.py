@@ -1,9 +1,9 @@
-"""What does a streamed step of an OPT-shaped model take on a GPU, and how much of its memory?
+"""How much time and memory does a streamed step of an OPT-shaped model take on a GPU?
 
-Models of OPT's published shapes, values random, made on the device. Per model, in one process: two plain
+The models have OPT's published shapes and random values, made on the device. Per model, in one process: two plain
 forwards, our step and the reference MeZO loop with everything resident; then our step streamed from host
-memory. The bound of a streamed step is the larger of what the resident step takes and what moving the bytes of
-its blocks takes, once in and once out, both ways at once, measured with nothing else going on.
+memory. The bound of a streamed step is the larger of the times of the resident step and of moving the bytes of
+its blocks, once in and once out, both ways at once, measured with nothing else running.
 
     python -m benchmarks.opt_streamed --sizes 1.3b 6.7b 13b --save
 """
@@ -71,7 +71,7 @@ def median_seconds(run: Callable[[], object], rounds: int, device: torch.device)
 
 
 def peak_gb(run: Callable[[], object], device: torch.device) -> float:
-    """The most device memory that tensors had while it ran, in GB."""
+    """Peak device memory of tensors during a call, in GB."""
     if device.type != "cuda":
         run()
         return float("nan")

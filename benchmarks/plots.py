@@ -25,7 +25,7 @@ def newest(stem: str) -> dict[str, Any] | None:
 
 
 def finish(figure: Any, axes: Any, result: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:
-    """Writes a figure, with what it was measured on beneath it."""
+    """Writes a figure, with the hardware that it was measured on below it."""
     axes.spines[["top", "right"]].set_visible(False)
     figure.text(
         0.01, 0.01, f"{result['hardware']}, torch {result['torch']}, {result['date']}", fontsize=7, color="#555"
@@ -38,7 +38,7 @@ def finish(figure: Any, axes: Any, result: dict[str, Any], name: str, folder: Pa
 
 
 def step_time() -> Path | None:
-    """What a step takes beyond its two forwards."""
+    """Time of a step relative to its two forwards."""
     results = {name: newest(f"step-overhead-llama55m-{name}") for name in ("float32", "bfloat16")}
     if not all(results.values()):
         return None

@@ -1,8 +1,8 @@
 """How fast is replaying a log, compared with the training that wrote it?
 
 Trains a Llama of 54.9 M parameters for a few steps with a seed log, then replays the log on the base
-model: fused (each piece of a slot takes all its steps while it is in the cache), and for comparison
-step by step over the whole model. All three end at the same weights, which is checked.
+model: fused (all steps are applied to each piece of a slot while it is in the cache), and for comparison
+step by step over the whole model. All three end with the same weights, which is checked.
 
     python -m benchmarks.replay --dtype float32 --save
 

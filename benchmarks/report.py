@@ -1,4 +1,4 @@
-"""Results as a table for people and JSON for machines, with hardware, date and command."""
+"""Results as a Markdown table and as JSON, with hardware, date and command."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Masks and sampled blocks against all weights at once on the learning gate, at equal forwards.
 
-The task and the rates are those of `benchmarks.low_rank_learning`, and a larger one: where fewer elements
-move, larger rates may be the better ones.
+The task and the rates are those of `benchmarks.low_rank_learning`, plus a larger rate: if fewer elements
+move, larger rates may be better.
 
     python -m benchmarks.sparse_learning --save
 """

@@ -41,13 +41,13 @@ SOURCES = "argparse ast dataclasses difflib functools heapq logging pathlib pick
 
 @dataclass(frozen=True)
 class Task:
-    """A model that knows one task, and batches of a shifted one.
+    """A model trained on one task, and batches of a shifted task.
 
     Attributes:
-        model: to be copied for every run.
+        model: copied for every run.
         data: the batch of a step; negative numbers are held out.
-        loss: of a model on a batch.
-        eps: distance of the probes for spsa; fzoo takes a tenth.
+        loss: the loss of a model on a batch.
+        eps: distance of the probes for spsa; fzoo uses a tenth.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Task:
 
 
 def cross_entropy(model: nn.Module, pair: Batch) -> Tensor:
-    """Of a model that gives logits, or of a Hugging Face one that gives an output."""
+    """Cross-entropy of a model that returns logits, or of a Hugging Face model that returns an output."""
     output = model(pair[0])
     logits = getattr(output, "logits", output)
     return F.cross_entropy(logits.flatten(0, -2), pair[1].flatten())
@@ -177,7 +177,7 @@ def lm() -> Task:
 
 
 def lm_lora() -> Task:
-    """The same with LoRA of rank 4."""
+    """As `lm`, with LoRA of rank 4."""
     from peft import LoraConfig, get_peft_model
 
     task = lm()
@@ -268,7 +268,7 @@ def train(task: Task, settings: ZOConfig, lr: float, forwards: int, seed: int = 
 
 
 def suggested(task: Task, settings: ZOConfig) -> LrSuggestion:
-    """From eight batches that no run has seen."""
+    """The suggestion from eight batches that no run uses."""
     pairs = [task.data(10_000_000 + index) for index in range(8)]
     return suggest_lr(task.model, [lambda pair=pair: task.loss(task.model, pair) for pair in pairs], settings)
 
@@ -291,7 +291,7 @@ def search(run: Callable[[float], float], near: float) -> dict[float, float]:
 
 
 def compare(name: str, method: str, task: Task, forwards: int) -> list[str]:
-    """One row: the suggestion beside the grid."""
+    """One row: the suggestion compared with the grid."""
     settings = config(task, method)
     found = suggested(task, settings)
     grid = search(lambda lr: train(task, settings, lr, forwards), found.lr)

@@ -6,10 +6,10 @@ by side in one run, interleaved so that a noisy machine disturbs all alike, medi
 
     python -m benchmarks.throughput --tokens 64 512 4096 --save
 
-"stacked forward" is what one forward of 16 copies of the batch gains over 16 forwards, without training: the most
-that stacked probes could gain, and the last column is how much of it they reach. Both are measured up to 64
+"stacked forward" is the gain of one forward of 16 copies of the batch over 16 forwards, without training: the most
+that stacked probes could gain, and the last column is the fraction of it that they reach. Both are measured up to 64
 tokens: the logits of 16 copies of many tokens would fill the memory. "low rank, stacked" has the two sides of one
-direction in one forward. The numbers mean something only on an idle
+direction in one forward. The numbers are only meaningful on an idle
 machine.
 """
 

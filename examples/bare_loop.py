@@ -2,8 +2,8 @@
 
     python examples/bare_loop.py
 
-A classifier of scikit-learn's digits is trained normally, then meets digits that are shifted by one pixel. It is
-adapted with forward passes only: first by its loss, then, from the start again, by its accuracy, which backpropagation
+A classifier of scikit-learn's digits is trained normally, then applied to digits that are shifted by one pixel. It is
+adapted with forward passes only: first by its loss, then, starting over, by its accuracy, which backpropagation
 cannot use.
 """
 
@@ -51,7 +51,7 @@ def trained_normally(images: Tensor, digits: Tensor) -> nn.Module:
 def adapt(
     model: nn.Module, data: tuple[Tensor, Tensor], steps: int, score: Callable[[Tensor, Tensor], Tensor], lr: float
 ) -> None:
-    """The whole of a zeroth-order training loop."""
+    """A complete zeroth-order training loop."""
     zo = ZeroOrder(model, estimator="fzoo", lr=lr, eps=1e-2, num_probes=8)
     generator = torch.Generator().manual_seed(0)
     images, digits = data

@@ -1,8 +1,8 @@
 """Train a 4-bit model by moving its quantisation scales, with forward passes only.
 
 A small causal language model learns English by backpropagation, is quantised to nf4 by transformers
-and bitsandbytes, and is then adapted to source code without ever being dequantised: the codes stay,
-the scales move. It is saved, loaded again and exported to bf16.
+and bitsandbytes, and is then adapted to source code without ever being dequantised: the scales move,
+and the codes do not. It is saved, loaded again and exported to bf16.
 
     python examples/int4_scales.py
     python examples/int4_scales.py --model facebook/opt-125m --dataset wikitext --dataset-config wikitext-2-raw-v1

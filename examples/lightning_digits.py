@@ -1,7 +1,7 @@
 """Adapt a small network to shifted data with forward passes only, under Lightning, in under a minute on one CPU core.
 
-A convolutional network learns scikit-learn's handwritten digits by backpropagation. Then the scanner
-changes: the same digits come rotated and with half the contrast, and the network is adapted to them with
+A convolutional network learns scikit-learn's handwritten digits by backpropagation. Then the data
+changes: the same digits are rotated and have half the contrast, and the network is adapted to them with
 ``strategy="zo"``, which runs the same, unchanged module without a backward pass.
 
     python examples/lightning_digits.py
@@ -30,7 +30,7 @@ import lightning_zo  # noqa: F401  (registers the strategies)
 
 
 class Digits(L.LightningModule):
-    """An ordinary module: nothing in it knows of zeroth-order training."""
+    """An ordinary module, without any code for zeroth-order training."""
 
     def __init__(self, lr: float):
         super().__init__()

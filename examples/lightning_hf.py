@@ -27,7 +27,7 @@ LENGTH = 96
 
 
 class LanguageModel(L.LightningModule):
-    """Nothing here knows how it is trained."""
+    """An ordinary module, without any code for zeroth-order training."""
 
     def __init__(self, model: torch.nn.Module, lr: float):
         super().__init__()

@@ -3,8 +3,8 @@
     python examples/offload_from_disk.py                                        # offline: writes a small one first
     python examples/offload_from_disk.py --model meta-llama/Llama-3.1-8B        # any causal LM on the Hub
 
-The model stays where it is; layers that training changes go to a folder of their own. Prints the loss on held-out
-text before and after, and the peak of the memory that the process had on top of its imports.
+The checkpoint is not changed; layers that training changes are written to a separate folder. Prints the loss on
+held-out text before and after, and the peak memory of the process on top of its imports.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rows(name: str | None, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 class Peak(threading.Thread):
-    """The largest resident memory while it runs, in MB above what it was at first."""
+    """The peak resident memory while it runs, in MB above that at the start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

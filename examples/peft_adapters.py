@@ -42,7 +42,7 @@ SOURCES = [
     "tarfile",
 ]
 
-#: Adapter, learning rate and eps. Adapters want larger ones than full weights.
+#: Adapter, learning rate and eps. Adapters need larger ones than full weights.
 METHODS = {
     "lora": (LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]), 3e-3, 1e-2),
     "prefix": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), 3e-2, 1e-1),

@@ -2,8 +2,8 @@
 
 A small causal language model learns English from Python's own documentation by backpropagation;
 then it is fine-tuned on another domain, the source code of the standard library, once with
-`ZOTrainer` (no backward pass, memory of inference) and once with `Trainer`, each in a process of its
-own, so that neither sees memory that the other has left behind.
+`ZOTrainer` (no backward pass, memory of inference) and once with `Trainer`, each in its own process,
+so that neither is affected by memory that the other has used.
 
     python examples/quickstart.py
     python examples/quickstart.py --model facebook/opt-125m --dataset wikitext --dataset-config wikitext-2-raw-v1
@@ -77,7 +77,7 @@ def small_model() -> PreTrainedModel:
 
 
 def offline(steps: int) -> tuple[PreTrainedModel, Rows]:
-    """A model that knows documentation, and source code as the domain to adapt to."""
+    """A model trained on documentation, and source code as the domain to adapt to."""
     english = rows_of(list("\n".join(pydoc_data.topics.topics.values()).encode()))
     code = rows_of(list("\n".join(inspect.getsource(importlib.import_module(m)) for m in SOURCES.split()).encode()))
     model = small_model()
@@ -115,8 +115,8 @@ def arguments(cls: type, steps: int, lr: float, **more: object) -> TrainingArgum
 def in_use() -> tuple[float, float]:
     """Memory for data now, and the peak of everything so far, in MiB.
 
-    PyTorch's own numbers on a GPU. On a CPU the kernel's, if that is Linux: anonymous memory, and a peak
-    that has code and files in it, too.
+    On a GPU these are PyTorch's own numbers. On a CPU they are the kernel's (Linux only): anonymous memory, and a
+    peak that also includes code and files.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
@@ -127,13 +127,13 @@ def in_use() -> tuple[float, float]:
 
 
 class Memory:
-    """The most that a ``with`` block takes on top of what was there before, seen every few milliseconds."""
+    """Peak memory of a ``with`` block on top of that before, sampled every few milliseconds."""
 
     def __enter__(self) -> Memory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.before = self.highest = in_use()
         self.ended = threading.Event()
         self.watcher = threading.Thread(target=self.watch)
@@ -157,7 +157,7 @@ def quiet(trainer: Trainer) -> Trainer:
 
 
 def trained(name: str, start: Path, steps: int, lr: float) -> Row:
-    """Trains the model that lies in ``start``; returns a row of the table."""
+    """Trains the model stored in ``start``; returns a row of the table."""
     model, rows = torch.load(start, weights_only=False)
     cls, args = (ZOTrainer, ZOTrainingArguments) if name == "ZOTrainer" else (Trainer, TrainingArguments)
     trainer = quiet(cls(model, arguments(args, steps, lr), train_dataset=rows[64:], eval_dataset=rows[:64]))

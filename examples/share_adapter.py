@@ -20,7 +20,7 @@ from zo_core.seedlog.__main__ import main as seedlog
 
 
 def base_model() -> LlamaForCausalLM:
-    """Stands for `AutoModelForCausalLM.from_pretrained(...)`: the same weights at every call."""
+    """A placeholder for `AutoModelForCausalLM.from_pretrained(...)`: the same weights at every call."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=64))

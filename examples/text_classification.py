@@ -3,8 +3,9 @@
     python examples/text_classification.py                                   # offline
     python examples/text_classification.py --model roberta-base --dataset sst2 --text sentence
 
-Offline, a small BERT over bytes first learns by backpropagation to tell English from Python source code, in one half of
-the topics and modules, and is then fine-tuned on shorter pieces of the others. Prints the accuracy before and after.
+Offline, a small BERT over bytes first learns by backpropagation to distinguish English from Python source code, on one
+half of the topics and modules, and is then fine-tuned on shorter pieces of the others. Prints the accuracy before and
+after.
 """
 
 from __future__ import annotations

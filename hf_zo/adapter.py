@@ -24,7 +24,7 @@ def save_zo_adapter(source: ZOTrainerMixin | SeedLog | str | os.PathLike[str], f
         source: a trainer after `train()`, or a seed log. With a trainer the folder also has the
             fingerprint of the trained weights, which loading then checks; and if the trainer went back to
             its best checkpoint, the steps after that are left out.
-        folder: made if it is missing.
+        folder: created if it does not exist.
 
     Returns:
         The folder, with ``seedlog.zo``, ``zo_adapter.json`` and a model card.
@@ -37,7 +37,7 @@ def save_zo_adapter(source: ZOTrainerMixin | SeedLog | str | os.PathLike[str], f
 
 
 def _loading(log: SeedLog, name: str) -> list[str]:
-    """How a model card says to load the result."""
+    """The lines of a model card that show how to load the result."""
     dtype = min(dtype for _, dtype, _ in log.header["base"]["slots"].values())
     base = name if name and not os.path.exists(name) else "the base model"
     return [

@@ -65,7 +65,7 @@ class ZOArguments:
         """The settings as a `ZOConfig`.
 
         Raises:
-            ConfigError: settings that cannot work; all of them are listed.
+            ConfigError: settings are not valid; all of them are listed.
         """
         return ZOConfig(**self.zo_settings())
 
@@ -74,7 +74,7 @@ class ZOArguments:
 class ZOTrainingArguments(ZOArguments, TrainingArguments):
     """`TrainingArguments` with the ``zo_*`` fields, and defaults that suit forward-only training.
 
-    The learning rate is constant at 1e-6 (full fine-tuning with spsa); PEFT adapters want about
+    The learning rate is constant at 1e-6 (full fine-tuning with spsa); PEFT adapters need about
     1e-4, fzoo 5e-5. ``zo_learning_rate="auto"`` finds it.
     """
 
@@ -88,7 +88,7 @@ def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
 
     Args:
         args: of the trainer.
-        config: what came as ``zo_config``.
+        config: the value of ``zo_config``.
     """
     names = {"lr": "learning_rate"}
     if config is None and isinstance(args, ZOArguments):

@@ -13,7 +13,7 @@ from zo_core.modes import rng_state, set_rng_state
 
 from .attributes import Attributes
 
-#: How many steps' worth of data the test sees.
+#: Number of steps whose data the test uses.
 STEPS = 8
 
 

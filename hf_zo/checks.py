@@ -1,4 +1,4 @@
-"""What a user should be told once, before a run: settings that mean something else here."""
+"""Warnings and errors before a run, for settings that have another meaning here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zo_core.advice import lr_advice
 
 logger = logging.getLogger("hf_zo")
 
-#: Below this one, a run on relative quantisation scales hardly moves.
+#: Below this learning rate, a run on relative quantisation scales hardly moves.
 MIN_LR_SCALES = 1e-5
 
 
@@ -43,14 +43,14 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
             "torch_compile=True: each probe copies all trained weights at once instead of layer by layer, which takes "
             "memory for a second set of them"
         )
-    # The filter would replace NaN by the running mean: a diverged run would look as if it went on.
+    # The filter would replace NaN by the running mean: a diverged run would look as if it continued.
     args.logging_nan_inf_filter = False
     if args.fp16 and args.device.type == "cpu":
         logger.warning("fp16=True does nothing on a CPU, the run is in the model's own precision; use bf16=True")
 
 
 def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
-    """One line for each number that is probably meant for backpropagation."""
+    """Logs one line for each number that is probably meant for backpropagation."""
     if args.max_grad_norm and args.max_grad_norm != default(args, "max_grad_norm"):
         logger.warning(
             "max_grad_norm=%g has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
@@ -81,5 +81,5 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
 
 
 def default(args: TrainingArguments, name: str) -> Any:
-    """The value of a field that nobody has set; TRL's arguments have other defaults than `TrainingArguments`."""
+    """The default of a field; TRL's arguments have other defaults than `TrainingArguments`."""
     return type(args).__dataclass_fields__[name].default

@@ -1,4 +1,4 @@
-"""The seed log of one `train()`: where it is, and what a run that is resumed takes up."""
+"""The seed log of one `train()`: where it is, and from where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Journal(RunLog):
     """Decides from ``resume_from_checkpoint`` what happens with the log in the output folder.
 
     * None: a new log begins, and an old one is kept under another name.
-    * True: the log goes on. The run starts from the newest checkpoint that was written completely, or
+    * True: the log is continued. The run starts from the newest checkpoint that was written completely, or
       without any from the model as it is, and repeats the steps that the log has beyond it. After an
       interrupt in the same process the model is at the last of them, and repeating them does not move it.
-    * the path of a checkpoint: the run goes on from exactly there; the log loses the steps beyond it,
-      and its whole is kept under another name.
+    * the path of a checkpoint: the run continues from exactly there; the log loses the later steps,
+      and the whole log is kept under another name.
 
     Args:
         folder: the output folder.
@@ -121,7 +121,7 @@ class Journal(RunLog):
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a run can go on from a checkpoint: it has the optimizer, and its last file, the trainer's state."""
+    """Whether a run can continue from a checkpoint: it has the optimizer, and its last file, the trainer's state."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_bytes())
     except (OSError, ValueError):
@@ -131,9 +131,9 @@ def _is_complete(folder: Path) -> bool:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """A pre-empted run ends like one that is interrupted: the log is closed, then the process exits.
+    """Makes a pre-empted run end like an interrupted one: the log is closed, then the process exits.
 
-    Nothing changes where somebody else handles the signal.
+    Does nothing if other code handles the signal.
     """
     default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if not default or threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
 """Losses whose value is not what they optimise, in trainers that people use.
 
-Forward-only training sees the value of a loss and nothing else. Some losses define their gradient with a
+Forward-only training sees only the value of a loss. Some losses define their gradient with a
 ``detach()``: the value of ``ratio * advantage`` with ``ratio = exp(logp - logp.detach())`` is the advantage,
 whatever the weights are. Others choose or generate what they compare, and the choice moves with the weights.
 Trainers and losses are known by the names of their classes, so nothing is imported.
@@ -27,7 +27,7 @@ class Known:
     Attributes:
         name: of a class of the trainer, or of its loss.
         settings: what it depends on, attributes of the trainer's arguments or of the loss.
-        applies: whether the settings are those in question; gets the trainer, or the loss and the trainer.
+        applies: whether the settings have the problem; called with the trainer, or with the loss and the trainer.
         said: what is wrong and what to write instead.
         refused: whether it cannot work.
     """
@@ -39,7 +39,7 @@ class Known:
     refused: bool = True
 
     def about(self, name: str, settings: Any) -> str:
-        """What to tell somebody whose class has this name and whose settings these are."""
+        """The message for a class of this name with these settings."""
         came = ", ".join(f"{key}={getattr(settings, key)!r}" for key in self.settings)
         return f"{name} with {came}: {self.said}" if came else f"{name}: {self.said}"
 
@@ -248,5 +248,5 @@ def _names(instance: Any) -> set[str]:
 def _applies(known: Known, *about: Any) -> bool:
     try:
         return known.applies(*about)
-    except AttributeError:  # another version, without that setting
+    except AttributeError:  # another version, which does not have that setting
         return False

@@ -1,8 +1,8 @@
 """What a trainer's own ``training_step`` does with its loss, while the loss itself is measured by probes.
 
-``training_step`` runs once, at the weights as they are: it prepares the batch (and generates, draws noise, counts).
-Its calls of ``compute_loss`` are answered with a stand-in that has the measured loss as its value, and what becomes of
-the stand-in on its way to ``accelerator.backward`` says how the loss is scaled.
+``training_step`` runs once, at the unperturbed weights: it prepares the batch (and generates, draws noise, counts).
+Its calls of ``compute_loss`` return a stand-in that has the measured loss as its value, and how the stand-in changes
+on its way to ``accelerator.backward`` shows how the loss is scaled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Low-rank directions for weights that nobody may write: quantised ones, or any that are to stay as they are."""
+"""Low-rank directions for weights that must not be written: quantised ones, or any that should stay unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def low_rank_adapter(
     seed: int = 0,
     **config: Any,
 ) -> PeftModel:
-    """Adapters with which ordinary training is training with low-rank directions, on a base that is only read.
+    """Adds adapters with which ordinary training uses low-rank directions, on a base that is only read.
 
     Each linear layer gets a LoRA adapter ``B A / sqrt(rank)``. A holds signs and is frozen, B is zero and
     trained. With the default noise a probe then perturbs a weight by ``eps U A / sqrt(rank)``, U of signs,
@@ -35,8 +35,8 @@ def low_rank_adapter(
     Args:
         model: the base model, changed in place: PEFT wraps its layers.
         rank: r, at least 1.
-        target_modules: which layers, as in PEFT's ``LoraConfig``; all linear ones but the head of a
-            language model, if nothing else is said.
+        target_modules: which layers, as in PEFT's ``LoraConfig``; by default all linear ones except the
+            head of a language model.
         seed: determines A, together with the names of the layers. No generator is touched.
         **config: other fields of ``LoraConfig``, for example ``task_type="CAUSAL_LM"``.
 

@@ -60,14 +60,14 @@ class ZOTrainerMixin(_Trainer):
     * the logs have ``projected_grad`` (root mean square since the last log) and ``zo_clip_rate``
       instead of ``grad_norm``, and ``zo_skipped_steps`` if there were any;
     * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step;
-    * every step goes to ``seedlog.zo`` in the output folder (``zo_log=False`` leaves it out), and
-      ``train(resume_from_checkpoint=True)`` takes the last complete checkpoint, or the model as it is if
-      there is none, and repeats what the log has beyond it, also after an interrupt in the same process;
+    * every step is written to ``seedlog.zo`` in the output folder (``zo_log=False`` disables it), and
+      ``train(resume_from_checkpoint=True)`` starts from the last complete checkpoint, or from the current model if
+      there is none, and repeats the later steps of the log, also after an interrupt in the same process;
     * a second ``train()`` is a run of its own, which draws other directions.
 
     Args:
         zo_config: a `ZOConfig`. None takes the ``zo_*`` fields of `args`, if it has them, else the
-            defaults. Its ``lr`` and ``weight_decay``, if set, go before those of ``args``.
+            defaults. Its ``lr`` and ``weight_decay``, if set, take precedence over those of ``args``.
     """
 
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
@@ -105,7 +105,7 @@ class ZOTrainerMixin(_Trainer):
         """As `Trainer.train`; with True, steps that only the seed log has are repeated, not lost.
 
         Raises:
-            StateError: the log is damaged, or of another run; it says which.
+            StateError: the log is damaged, or of another run; the message says which.
         """
         if self.zo is not None and not resume_from_checkpoint and self.model_init is None:
             begin_again(self.zo)
@@ -272,7 +272,7 @@ class ZOTrainerMixin(_Trainer):
         return zo
 
     def _measure(self, zo: ZeroOrder, watching: Callable[[], Any], call: LossCall) -> Tensor:
-        """Measures a loss, or lets it wait for the other micro-batches, with which it shares a sweep."""
+        """Measures a loss, or postpones it until the other micro-batches, with which it shares a sweep."""
         self._zo_waiting.append((call, None))
         quiet = isinstance(zo.oracle, LockstepOracle) and zo.oracle.quiet
         if quiet and self._zo_together and not self.accelerator.sync_gradients:

@@ -1,4 +1,4 @@
-"""Opening a checkpoint as a streamed model, without ever holding the whole of it in memory."""
+"""Opens a checkpoint as a streamed model, without ever holding all of it in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_core import ConfigError, StateError
 from zo_core.offload import Block, DiskStore, Piece, Streaming, describe, find_blocks, read_header
 
-#: What decides where weights go, which is decided here.
+#: Arguments that decide where weights go, which this function sets itself.
 OWN = ("device_map", "offload_folder", "offload_state_dict", "offload_buffers", "max_memory", "state_dict")
 
 #: What finds a configuration on the Hub.
@@ -67,7 +67,7 @@ def from_pretrained_offloaded(
     where = {name: "disk" if name in names else str(place) for name in _parts(skeleton, names)}
     quiet = logging.getLogger("accelerate.big_modeling")
     level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it says that parameters are on meta, which they are not for long
+    quiet.setLevel(logging.ERROR)  # it warns that parameters are on meta, which they are only temporarily
     try:
         model = model_class.from_pretrained(name_or_path, device_map=where, offload_folder=str(store.folder), **kwargs)
     except (FileNotFoundError, SafetensorError) as error:
@@ -140,7 +140,7 @@ def _adopt(
         if piece is None:
             raise StateError(f"{entry['weight_name']} is missing in {entry['safetensors_file']}; download it again")
         owner, _, leaf = local.rpartition(".")
-        # Only shape and dtype count: whoever streams the block puts something else in their place.
+        # Only shape and dtype matter: streaming the block replaces the values.
         nothing = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
         held = nn.Parameter(nothing, requires_grad=parameter.requires_grad)
         setattr(module.get_submodule(owner), leaf, held)

@@ -1,4 +1,4 @@
-"""Which weights a trainer trains, in which groups and by which optimizer: what its user said, in any of the ways."""
+"""Which weights a trainer trains, in which groups and by which optimizer, as its user has chosen in any of the ways."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .checks import default
 
 
 def chosen_by_user(trainer: Trainer, built: torch.optim.Optimizer) -> str | None:
-    """How the user chose an optimizer; None if the trainer built the one that it builds for everybody.
+    """How the user chose an optimizer; None if the trainer built its default one.
 
     Args:
         trainer: the trainer.
@@ -58,7 +58,7 @@ def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: floa
     Args:
         slots: those of the model. Quantisation scales, which no other optimizer holds, have a group without decay.
         like: has the learning rate and the weight decay of each parameter.
-        lr: where that has none.
+        lr: learning rate of parameters that ``like`` does not hold.
         eps: distance of the probes.
     """
     # Groups of equal numbers stay apart: checkpoints and logs count them.

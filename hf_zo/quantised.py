@@ -16,7 +16,7 @@ FLAG = "_hf_peft_config_loaded"
 
 @contextmanager
 def quantised_training(args: tuple[Any, ...], kwargs: dict[str, Any], config: object) -> Iterator[None]:
-    """While a trainer is made: no refusal of a model whose quantisation scales are what moves, or adapters.
+    """A context for making a trainer: allows a model whose quantisation scales or adapters are trained.
 
     Scales are made ready at once, because a checkpoint may be loaded before the first step. With adapters, what
     is refused is a method of quantisation that knows no backpropagation.

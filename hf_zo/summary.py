@@ -1,4 +1,4 @@
-"""What a log line says about the steps since the last one."""
+"""The values in a log line about the steps since the last one."""
 
 from __future__ import annotations
 

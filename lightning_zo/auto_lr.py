@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from zo_core.modes import rng_state, set_rng_state
 
-#: How many batches the test sees.
+#: Number of batches that the test uses.
 BATCHES = 8
 
 
@@ -18,7 +18,7 @@ def batches(trainer: Trainer) -> list[Any]:
     """A few batches of the training data on the strategy's device, as the trainer would draw them.
 
     Returns:
-        Nothing for a loader that cannot be started a second time without harm to the epoch under way:
+        Nothing for a loader that cannot be started a second time without disturbing the current epoch:
         of an iterable dataset, with persistent workers, or of another class than ``DataLoader``.
     """
     loader: Any = trainer.train_dataloader

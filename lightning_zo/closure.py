@@ -13,7 +13,7 @@ from zo_core import ConfigError, ZOOptimizer
 
 
 def not_executed() -> MisconfigurationException:
-    """Lightning's own error for a closure that nobody called."""
+    """Lightning's own error for a closure that was not called."""
     return MisconfigurationException(
         "The closure hasn't been executed. HINT: did you call `optimizer_closure()` in your `optimizer_step` hook, or "
         "pass it on as `optimizer.step(closure=optimizer_closure)`? It could also happen because the optimizer's "
@@ -22,10 +22,10 @@ def not_executed() -> MisconfigurationException:
 
 
 class StepGuard:
-    """Sees every call of a torch optimizer's ``step``, which is the strategy's to make.
+    """Intercepts every call of a torch optimizer's ``step``, which only the strategy may make.
 
-    A call from elsewhere would find no gradients and change nothing. An optimizer of somebody's own gets a closure,
-    as it does under other strategies, and has to run it, once.
+    A call from elsewhere would find no gradients and change nothing. A user-defined optimizer gets a closure,
+    as it does under other strategies, and has to run it exactly once.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StepGuard:
         self._depth = self._calls = 0
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Looks at this optimizer from now on, and no longer at another."""
+        """Watches this optimizer from now on, instead of any other."""
         self.release()
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -43,14 +43,14 @@ class StepGuard:
         ]
 
     def release(self) -> None:
-        """Looks at none."""
+        """Stops watching."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     @contextmanager
     def stepping(self, result: Any = None) -> Iterator[None]:
-        """In this context the optimizer may step; ``result`` is what its closure returns."""
+        """A context in which the optimizer may step; ``result`` is what its closure returns."""
         self._open, self._result, self._depth = True, result, 0
         try:
             yield

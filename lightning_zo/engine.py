@@ -35,7 +35,7 @@ def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOC
         module: the model.
         optimizer: a `ZOOptimizer` is used as it is; a plain SGD gives its numbers to the engine's own
             rules; any other finds the gradient estimate in ``.grad``.
-        config: the settings; its ``lr`` and ``weight_decay`` belong into the optimizer.
+        config: the settings; its ``lr`` and ``weight_decay`` belong in the optimizer.
 
     Raises:
         ConfigError: settings, optimizer and offload do not fit together.
@@ -61,7 +61,7 @@ def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOC
 
 
 def _check_scales(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOConfig) -> None:
-    """Quantisation scales are no parameters, so ``self.parameters()`` does not have them."""
+    """Checks that the optimizer holds the quantisation scales, which ``self.parameters()`` does not return."""
     target = TARGETS.resolve(config.target).chosen(module)
     if not target.of_quantised:
         return
@@ -91,7 +91,7 @@ def _rule(momentum: float, config: ZOConfig) -> Any:
 
 
 def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConfig:
-    """The configuration with what the trainer says where it says nothing: device, seed and clipping.
+    """The configuration, completed by the trainer's device, seed and clipping where it sets none.
 
     Raises:
         ConfigError: clipping was given twice.

@@ -1,4 +1,4 @@
-"""The seed log of one `fit`: where it is, and what a run that is resumed takes up."""
+"""The seed log of one `fit`: where it is, and from where a resumed run continues."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Where = bool | str | os.PathLike[str]
 
 
 class Asked:
-    """A launcher that launches nothing, but sees what `fit` was called with: "last" is None to everybody who comes
-    later, if there is no checkpoint yet.
+    """A launcher that launches nothing, but records the arguments of `fit`: if there is no checkpoint yet, later code
+    gets None for "last".
     """
 
     is_interactive_compatible = True
@@ -37,17 +37,17 @@ class Asked:
         return function(*args, **kwargs)
 
     def kill(self, signum: int) -> None:
-        """There are no other processes."""
+        """Does nothing: there are no other processes."""
 
 
 class Journal(RunLog):
     """Decides from ``ckpt_path`` what happens with the log.
 
     * None: a new log begins, and an old one is kept under another name.
-    * "last", or the newest checkpoint that the log knows: the log goes on. The run repeats the steps that
+    * "last", or the newest checkpoint that the log knows: the log is continued. The run repeats the steps that
       it has beyond the checkpoint, or all if there is no checkpoint yet.
-    * an older checkpoint: the run goes on from exactly there; the log loses the steps beyond it, and its
-      whole is kept under another name.
+    * an older checkpoint: the run continues from exactly there; the log loses the later steps, and
+      the whole log is kept under another name.
 
     A log that is not of this run never stops it: a warning says why, and a new one begins.
 
@@ -84,7 +84,7 @@ class Journal(RunLog):
         return "branch" if self.asked != "last" and engine.step_count < newest else "follow"
 
     def _source(self) -> Path | None:
-        """The log to go on with: beside the checkpoint, where an earlier run may have had its own folder."""
+        """The log to continue: next to the checkpoint, where an earlier run may have had its own folder."""
         beside = [] if self.checkpoint is None else [Path(self.checkpoint).parent / self.path.name]
         return next((path.absolute() for path in (*beside, self.path) if path.exists()), None)
 
@@ -95,7 +95,7 @@ class Journal(RunLog):
 
 
 def log_path(trainer: Trainer, where: Where) -> Path | None:
-    """The file of a run's log: ``where``, or beside its checkpoints; None if it has none."""
+    """The file of a run's log: ``where``, or next to its checkpoints; None if it has none."""
     if where is False or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
         return None
     if where is not True:

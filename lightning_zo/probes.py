@@ -45,7 +45,7 @@ class Run:
 
 
 class Probes:
-    """Runs ``training_step`` once per probe and shows the outside one step: the mean of all.
+    """Runs ``training_step`` once per probe; from outside it looks like one step with the mean of all.
 
     Args:
         module: its `log` is replaced while probes run.
@@ -60,9 +60,9 @@ class Probes:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """In this context the module's logs are kept, and none reaches the trainer.
+        """A context in which the module's logs are kept, and none reaches the trainer.
 
-        The profiler rests where probes run in turns: a part of the step would begin twice before it ends.
+        The profiler is paused if probes run in turns: a part of the step would begin twice before it ends.
         """
         own = vars(self.module).get("log")
         trainer: Any = self.module.trainer

@@ -27,7 +27,7 @@ def is_plain(optimizer: torch.optim.Optimizer) -> bool:
 class SGDFace(ZOOptimizer):
     """A `ZOOptimizer` in front of an SGD, whose learning rate, weight decay and momentum it follows.
 
-    The SGD stays what the trainer, schedulers and callbacks see, and checkpoints have its format. Its
+    The trainer, schedulers and callbacks still see the SGD, and checkpoints have its format. Its
     own ``step`` finds no gradients and changes nothing; it is called because schedulers look for it.
 
     Args:
@@ -46,7 +46,7 @@ class SGDFace(ZOOptimizer):
         return float(self.inner.param_groups[0]["momentum"])
 
     def follow(self) -> None:
-        """Takes over what a scheduler may have changed."""
+        """Adopts what a scheduler may have changed."""
         for mine, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             mine["lr"], mine["weight_decay"] = theirs["lr"], theirs["weight_decay"]
         engine = self.engine
@@ -61,7 +61,7 @@ class SGDFace(ZOOptimizer):
         return record
 
     def sgd_state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.SGD` would save it, with our mark, which SGD does not mind."""
+        """The state as `torch.optim.SGD` would save it, with our mark, which SGD ignores."""
         mine = self.state_dict()["state"]
         buffers = {index: {BUFFER: state["momentum"]} for index, state in mine.items() if "momentum" in state}
         return self._marked({**self.inner.state_dict(), "state": buffers})
@@ -69,7 +69,7 @@ class SGDFace(ZOOptimizer):
     def load_sgd_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in.
 
-        A state that an SGD wrote in a run with backpropagation is taken, too.
+        A state that an SGD wrote in a run with backpropagation is also accepted.
 
         Raises:
             StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.

@@ -60,14 +60,14 @@ class ZOStrategy(SingleDeviceStrategy):
     Args:
         config: a `ZOConfig`, or a dict of its fields, as YAML has it. None takes the defaults. Without a
             ``seed`` the one of ``seed_everything`` counts, else 0.
-        log: whether every step goes to a seed log, ``seedlog.zo`` beside the checkpoints; or the path of it.
+        log: whether every step goes to a seed log, ``seedlog.zo`` next to the checkpoints; or its path.
 
     Attributes:
         zo: the engine of the run, from the start of ``fit`` on.
         log_path: of the run's seed log, from the start of ``fit`` on; None if it has none.
 
     Raises:
-        ConfigError: settings that cannot work, several devices or optimizers, or manual optimization.
+        ConfigError: settings are not valid, several devices or optimizers, or manual optimization.
     """
 
     strategy_name = "zo"
@@ -125,7 +125,7 @@ class ZOStrategy(SingleDeviceStrategy):
             raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
 
     def connect(self, model: LightningModule) -> None:
-        """Takes a module of which every parameter has values."""
+        """Accepts a module whose parameters all have values."""
         try:
             check_values(model, frozen=True)
         except ModelError:
@@ -143,7 +143,7 @@ class ZOStrategy(SingleDeviceStrategy):
     # The run
 
     def setup(self, trainer: Trainer) -> None:
-        """As any strategy's; a model that is only evaluated is streamed, too."""
+        """As for any strategy; a model that is only evaluated is also streamed."""
         super().setup(trainer)
         if self.config.offload is not None and trainer.state.fn != TrainerFn.FITTING:
             assert self.model is not None
@@ -178,7 +178,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
 
     def _start(self) -> ZeroOrder:
-        """Makes an engine for what the optimizer holds now; a running one hands over its state."""
+        """Makes an engine for what the optimizer holds now, which takes over the state of a running one."""
         module, optimizer, before = self._module(), self.optimizers[0], self.zo
         running = before is not None and getattr(before.optimizer, "inner", before.optimizer) is optimizer
         if running:
@@ -308,7 +308,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self._stepped = False
 
     def backward(self, closure_loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Nothing to do; hooks around a backward pass are not called."""
+        """Does nothing; hooks around a backward pass are not called."""
         return closure_loss
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -344,7 +344,7 @@ class ZOStrategy(SingleDeviceStrategy):
     # Checkpoints and evaluation see final weights
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """As any strategy's; the seed log knows of it."""
+        """As for any strategy; also notes the checkpoint in the seed log."""
         if self._journal is not None:
             self._journal.sync()
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -352,12 +352,12 @@ class ZOStrategy(SingleDeviceStrategy):
             self._journal.note_checkpoint(checkpoint["global_step"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """As any strategy's, and 4-bit layers take scales."""
+        """As for any strategy; 4-bit layers also load their scales."""
         keep_codes_plain(self._module())
         super().load_model_state_dict(checkpoint, strict)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights, after the updates that wait for their layer."""
+        """The weights, after applying pending updates."""
         self._flush()
         return super().lightning_module_state_dict()
 

@@ -1,7 +1,7 @@
-"""What a run with one window has learnt, as a LoRA adapter in the files of PEFT.
+"""Exports what a run with a single window has learnt as a LoRA adapter in PEFT's file format.
 
-With ``LowRank(refresh=None)`` all updates of a linear layer are one product of low rank and the base was
-never written. PEFT itself is not needed to write the files.
+With ``LowRank(refresh=None)`` all updates of a linear layer form one low-rank product, and the base weights
+are never written. Writing the files does not need PEFT itself.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 def save_adapter(engine: ZeroOrder, folder: str | os.PathLike[str]) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` for ``PeftModel.from_pretrained``.
 
-    Loaded on the base model they give the trained weights, up to the rounding of float32 sums. Call it
-    before ``engine.close()``, which puts the updates into the weights.
+    Loaded onto the base model, they give the trained weights up to the rounding of float32 sums. Call this
+    before ``engine.close()``, which merges the updates into the weights.
 
     Args:
         engine: trained with ``noise=LowRank(refresh=None)``, no weight decay, and only the weights of
             linear layers (`nn.Linear`, or the ``Conv1D`` of transformers) as trainable parameters.
-        folder: made if it is missing.
+        folder: created if it does not exist.
 
     Raises:
-        StateError: the run was another one; the message lists everything that no adapter can hold.
+        StateError: the run cannot be written as an adapter; the message lists everything that prevents it.
     """
     tensors, targets, problems = {}, [], _problems(engine)
     kinds = set()

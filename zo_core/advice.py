@@ -1,22 +1,22 @@
-"""What a user should be told once, before a run, whichever trainer it is in."""
+"""Advice that is logged once before a run, in any trainer."""
 
 from __future__ import annotations
 
 from .engine import ZeroOrder
 from .lr_range import base_rates
 
-#: Above these learning rates a run with SPSA and plain updates usually diverges, for full fine-tuning of
-#: this many parameters; the limit of smaller models is higher in proportion.
+#: Above these learning rates a run with SPSA and plain updates usually diverges. The limit for full fine-tuning
+#: holds for this many parameters; for smaller models it is proportionally higher.
 LARGE = 10_000_000
 MAX_LR_FULL = 1e-5
 MAX_LR_PEFT = 1e-2
 
 
 def lr_advice(engine: ZeroOrder, name: str) -> str | None:
-    """A sentence if the learning rate is probably meant for backpropagation, else None.
+    """A warning if the learning rate is probably meant for backpropagation, else None.
 
     Args:
-        engine: about to train.
+        engine: the engine that is about to train.
         name: what the user calls the learning rate.
     """
     if engine.estimator.name != "spsa" or engine.rule.name not in ("sgd", "momentum") or engine.wants_lr:

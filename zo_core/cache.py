@@ -1,9 +1,9 @@
-"""Memory that is used again: caches with a bound in bytes, and buffers of a thread.
+"""Reusable memory: caches bounded in bytes, and per-thread buffers.
 
-What is kept for a step, such as the words of its directions, goes when the step ends (`end_step`).
-Small allocations that outlive a step would lie between the large ones that a forward makes and
-frees, and the allocator could not put those together again: the process would grow by much more
-than what is kept.
+What is kept for a step, such as the words of its directions, is removed when the step ends (`end_step`).
+Small allocations that outlive a step would end up between the large ones that a forward allocates
+and frees. The allocator could not merge those again, and the process would grow by much more than
+what is kept.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from torch import Tensor
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: What an entry takes beside the memory of its tensors: the tensor objects, the name, and its place here.
+#: Overhead of an entry besides the memory of its tensors: the tensor objects, the name, and its place here.
 ENTRY_BYTES = 2048
 
 _caches: weakref.WeakSet[ByteCache[Any]] = weakref.WeakSet()
 
 
 class ByteCache(Generic[T]):
-    """The values used last, by name; a value is a tensor, or a tuple with tensors in it.
+    """The most recently used values, by name; a value is a tensor, or a tuple that contains tensors.
 
-    The bound is on memory that is really held. Views of one piece of memory count once, with all of it,
-    until the last of them goes.
+    The bound applies to the memory that is actually held. Views of one storage count once, with the whole
+    storage, until the last of them is removed.
 
     Args:
-        max_bytes: the bound. A value that is larger by itself is not kept.
-        per_step: nothing outlives the step (`end_step`).
+        max_bytes: the bound. A single value that exceeds it is not kept.
+        per_step: entries are removed when the step ends (`end_step`).
 
     Attributes:
-        nbytes: held now.
+        nbytes: bytes held now.
     """
 
     def __init__(self, max_bytes: int, *, per_step: bool = False):
@@ -55,7 +55,7 @@ class ByteCache(Generic[T]):
         return len(self._entries)
 
     def get(self, name: Hashable) -> T | None:
-        """What is kept under a name; do not write to it."""
+        """The value stored under a name, or None; do not write to it."""
         with self._lock:
             value = self._entries.get(name)
             if value is not None:
@@ -63,7 +63,7 @@ class ByteCache(Generic[T]):
             return value
 
     def put(self, name: Hashable, value: T) -> T:
-        """Keeps a value, in place of what had the name and, if need be, of what was not used for longest.
+        """Stores a value, replaces any of the same name, and evicts the least recently used ones if necessary.
 
         Returns:
             The value.
@@ -84,13 +84,13 @@ class ByteCache(Generic[T]):
             return value
 
     def keep(self, wanted: Callable[[Any], bool]) -> None:
-        """Lets go of everything whose name is not wanted."""
+        """Removes all entries whose name is not wanted."""
         with self._lock:
             for name in [name for name in self._entries if not wanted(name)]:
                 self._remove(name)
 
     def clear(self) -> None:
-        """Lets go of everything."""
+        """Removes all entries."""
         with self._lock:
             self._entries.clear()
             self._users.clear()
@@ -98,7 +98,7 @@ class ByteCache(Generic[T]):
             self.nbytes = 0
 
     def end_step(self, late: bool) -> None:
-        """Lets go of what was kept for the step, or with ``late`` of what was kept for the one before it."""
+        """Removes what was kept for this step, or with ``late`` only what was kept for the previous one."""
         self.keep(self._fresh.copy().__contains__ if late else lambda name: False)
         self._fresh.clear()
 
@@ -140,10 +140,10 @@ _local = threading.local()
 
 
 def workspace(name: str, size: int, device: torch.device) -> Tensor:
-    """A float32 buffer of this thread, ``[size]``, with whatever was in it.
+    """A float32 buffer of this thread, ``[size]``, with undefined contents.
 
-    Buffers of a chunk's size sit where the allocator returns memory to the system each time, so
-    fresh ones would cost page faults at every chunk.
+    The allocator returns freed buffers of a chunk's size to the system each time, so fresh ones would
+    cost page faults at every chunk.
     """
     buffers: dict[Any, Tensor] = _local.__dict__
     buffer = buffers.get((name, device))
@@ -153,10 +153,10 @@ def workspace(name: str, size: int, device: torch.device) -> Tensor:
     return buffer[:size]
 
 
-#: What glibc's heap of a thread has room for.
+#: Capacity of glibc's heap of a thread.
 HEAP_BYTES = 64 << 20
 
-#: Pieces that fill such a heap, nearly. Larger ones might not come from it: at first glibc takes 128 KiB and more
+#: Pieces that nearly fill such a heap. Larger ones might not come from it: initially glibc takes 128 KiB and more
 #: from the system directly.
 PIECE_BYTES, PIECES = 60_000, 1_100
 
@@ -164,12 +164,12 @@ _lids = threading.local()
 
 
 def trim_heaps() -> None:
-    """Gives freed memory back to the operating system, where that is glibc's to decide.
+    """Returns freed memory to the operating system; does nothing without glibc.
 
-    glibc has a heap for every thread, which keeps up to 64 MiB of what was freed, and no other thread can use
-    it. ``malloc_trim`` takes from it what is free below a piece that is in use, but not what is free above
-    the last one, and that is where activations were. So a thread that asks for the first time gets a piece
-    near the end of its heap, which stays there for as long as the thread lives.
+    glibc has a heap for every thread, which keeps up to 64 MiB of freed memory that no other thread can use.
+    ``malloc_trim`` releases what is free below a piece that is in use, but not what is free above the last
+    one, and that is where activations were. So on its first call a thread allocates a piece near the end of
+    its heap, which stays there for as long as the thread lives.
     """
     trim = _malloc_trim()
     if trim is None:
@@ -189,10 +189,10 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def end_step(late: bool = False) -> None:
-    """Lets go of everything that was kept for a step.
+    """Removes everything that was kept for a step.
 
     Args:
-        late: updates of this step are yet to be applied, in the course of the next; what it kept goes with that one.
+        late: updates of this step will be applied during the next one; what it kept is removed at the end of that.
     """
     for cache in list(_caches):
         if cache.per_step:
@@ -200,7 +200,7 @@ def end_step(late: bool = False) -> None:
 
 
 def clear_caches() -> None:
-    """Lets go of everything, so that the process is as if it had not drawn any noise yet."""
+    """Empties all caches and buffers, as if the process had not drawn any noise yet."""
     global _local
     _local = threading.local()
     for cache in list(_caches):

@@ -1,7 +1,7 @@
-"""What a run that goes on has to have in common with the one before: the mark in checkpoints, and settings that agree.
+"""Continuing a run: the mark in checkpoints, and the settings that have to agree with those of the earlier run.
 
-The state of an optimizer carries one entry of ours, ``"zo"``. It tells our checkpoints from those of other
-optimizers, whose hyperparameters may have the same names and mean something else: Adam's ``eps`` is no distance.
+An optimizer state carries one entry of this library, ``"zo"``. It distinguishes our checkpoints from those of other
+optimizers, whose hyperparameters may have the same names but other meanings: Adam's ``eps`` is not a distance.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .targets import TARGETS, Target
 from .writers import OWN, is_own, written_by
 
 MARK = "zo"
-#: Of the mark; a newer one may mean something that this version does not know.
+#: Version of the mark; a newer mark may contain something that this version does not know.
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """How the users of a front end call things, for messages.
+    """The wording of a front end, for messages.
 
     Attributes:
-        names: what they write for a setting, where that is not the setting's own name.
-        weights_alone: how they begin a new run with the weights of a checkpoint.
-        same_optimizer: how they train with the optimizer that wrote one.
+        names: what its users write for a setting, where that differs from the setting's name.
+        weights_alone: how to start a new run with the weights of a checkpoint.
+        same_optimizer: how to train with the optimizer that wrote a checkpoint.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def _shown(value: Any) -> str:
 
 
 class Run(Protocol):
-    """An engine as this file sees it: the settings of its run, and how far that is."""
+    """The part of an engine that this module uses: the settings of its run, and its progress."""
 
     config: ZOConfig
     estimator: Estimator
@@ -79,10 +79,10 @@ class Continuity:
     """What an engine knows about the run that it is part of.
 
     Attributes:
-        given: the settings as they were when the engine was made. Those of a group may change in mid-run.
+        given: the settings as they were when the engine was made. Those of a group may change during a run.
         front: the front end that made the engine.
-        ahead: the weights have the steps below this one already, because a run in this process was interrupted:
-            repeating those steps moves nothing.
+        ahead: the weights already contain the steps before this one, because a run in this process was
+            interrupted: repeating those steps moves nothing.
         whole: False during an update, and after one that was interrupted.
     """
 
@@ -93,12 +93,12 @@ class Continuity:
         self.whole = True
 
     def speak_as(self, front: FrontEnd) -> None:
-        """Messages name things as the users of a front end do from now on."""
+        """Makes messages use the wording of a front end from now on."""
         self.front = front
 
     @contextmanager
     def applying(self) -> Iterator[None]:
-        """Around whatever moves weights; an interrupt in there leaves some moved and others not."""
+        """A context for code that moves weights; an interrupt in it leaves some of them moved and others not."""
         before, self.whole = self.whole, False
         try:
             yield
@@ -108,11 +108,11 @@ class Continuity:
         self.whole = before
 
     def differences(self, other: Mapping[str, Any], *, seed: int | None) -> list[str]:
-        """Names of the settings in which the other side differs.
+        """Names of the settings that differ from ``other``.
 
         Args:
             other: settings, or some of them.
-            seed: the one that the user has set; None takes any.
+            seed: the seed that the user has set; None accepts any.
         """
         return [name for name in self.given if name in other and not self._agrees(name, other[name], seed)]
 
@@ -121,9 +121,9 @@ class Continuity:
         if name == "seed":
             return seed is None or mine == value
         if name in ("eps", "weight_decay"):
-            if len(mine) != len(value):  # other groups: an error of their own
+            if len(mine) != len(value):  # different groups raise an error of their own
                 return True
-            # A weight decay of 0 is what nobody asked for, and then the checkpoint's counts.
+            # A weight decay of 0 counts as not set, and then the checkpoint's is used.
             return all(
                 own == each or (name == "weight_decay" and own == 0) for own, each in zip(mine, value, strict=True)
             )
@@ -131,7 +131,7 @@ class Continuity:
 
 
 def settings_of(engine: Run) -> dict[str, Any]:
-    """The settings that a run which goes on has to share, as plain values; rates may change, so none is among them."""
+    """The settings that a continued run has to share, as plain values; learning rates may change, and are left out."""
     groups = engine.optimizer.param_groups
     torch_rule = engine.rule.wants_optimizer
     settings = {
@@ -151,7 +151,7 @@ def settings_of(engine: Run) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What ``torch.load(weights_only=True)`` reads; other objects, of components of one's own, as their text."""
+    """Types that ``torch.load(weights_only=True)`` reads; other objects, of user-defined components, as their repr."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,26 +165,26 @@ def marked(
     windows: Mapping[int, Mapping[str, Any]],
     thresholds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """A state of an optimizer with our mark in it.
+    """An optimizer state with our mark in it.
 
     Args:
-        state: as the optimizer has it.
-        engine: whose run it is of.
-        windows: updates of low rank that wait, by the index of the parameter.
-        thresholds: of masks, by slot.
+        state: as the optimizer returns it.
+        engine: the engine whose run it belongs to.
+        windows: pending low-rank updates, by the index of the parameter.
+        thresholds: thresholds of masks, by slot.
     """
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
         if engine.merged:
-            mark["merged"] = True  # which the log will say with the next step
-        mark["drawn"] = engine.seed  # of the directions: a second run with one trainer has another than the given one
+            mark["merged"] = True  # which the log records with the next step
+        mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
     mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
     return {**state, MARK: mark}
 
 
 def window_of(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """The updates of low rank that wait for a parameter in a checkpoint; version 0.1 had them among its state."""
+    """The pending low-rank updates of a parameter in a checkpoint; version 0.1 kept them in its state."""
     kept: Mapping[str, Any] = state.get(MARK, {}).get("windows", {}).get(index, {})
     old = state["state"].get(index, {})
     return kept or (old if "factor" in old else {})
@@ -206,13 +206,13 @@ def check_state(state: Any, engine: Run | None, own: str | None, extra: Collecti
 
     Args:
         state: of an optimizer, with our mark or without.
-        engine: whose run would go on with it; None checks the writer alone.
-        own: who writes such states in this run; None if that is not known.
-        extra: keys that this run's groups have besides.
+        engine: the engine that would continue with it; None checks only the writer.
+        own: what writes such states in this run; None if that is not known.
+        extra: further keys of this run's groups.
     """
     front = FrontEnd() if engine is None else engine.continuity.front
     if not isinstance(state, Mapping) or "param_groups" not in state or "state" not in state:
-        return  # whoever loads it says what is missing
+        return  # loading it reports what is missing
     mark = state.get(MARK)
     if mark is not None:
         if not isinstance(mark, Mapping) or not isinstance(mark.get("version"), int):
@@ -233,7 +233,7 @@ def check_state(state: Any, engine: Run | None, own: str | None, extra: Collecti
 
 
 def _known(state: Mapping[str, Any], own: str | None, extra: Collection[str]) -> Mapping[str, Any]:
-    """What a state says about the settings of its run; version 0.1 left no more than the groups."""
+    """What a state records about the settings of its run; version 0.1 recorded only the groups."""
     if MARK in state:
         settings: Mapping[str, Any] = state[MARK].get("settings", {})
         return settings
@@ -243,12 +243,12 @@ def _known(state: Mapping[str, Any], own: str | None, extra: Collection[str]) ->
 
 
 def check_settings(engine: Run, other: Mapping[str, Any], whose: str) -> None:
-    """Raises `StateError`, naming both sides, unless the settings of an engine are those of another side.
+    """Raises `StateError`, naming both values, if settings of an engine differ from ``other``.
 
     Args:
-        engine: of the run that goes on.
+        engine: the engine of the continued run.
         other: settings, or some of them.
-        whose: what has them, for the message.
+        whose: what they belong to, for the message.
     """
     continuity = engine.continuity
     names = continuity.differences(other, seed=engine.config.seed)
@@ -262,7 +262,7 @@ def check_settings(engine: Run, other: Mapping[str, Any], whose: str) -> None:
 
 
 def took_over(state: Mapping[str, Any], engine: Run) -> None:
-    """Goes on with what a state that was loaded says, where this run says nothing: the seed, the weight decay."""
+    """Adopts what a loaded state records and this run leaves open: the seed and the weight decay."""
     mark = state.get(MARK, {})
     given = engine.continuity.given
     given.update(
@@ -282,7 +282,7 @@ def _foreign(state: Mapping[str, Any], writer: str | None, own: str, front: Fron
 
 
 def check_checkpoint(state: Any, engine: Run) -> None:
-    """Raises `StateError` for what is not a checkpoint of an engine, or one with another seed than the user's."""
+    """Raises `StateError` if this is no checkpoint of an engine, or if its seed is not the one that the user set."""
     missing = [key for key in ("step", "seed", "optimizer") if not isinstance(state, dict) or key not in state]
     if missing:
         is_state = isinstance(state, dict) and {"state", "param_groups"} <= state.keys()
@@ -297,12 +297,12 @@ def check_checkpoint(state: Any, engine: Run) -> None:
 
 
 def resume_at(engine: Run, state: Mapping[str, Any]) -> None:
-    """Takes over the step and the seed of a checkpoint whose optimizer state was loaded."""
+    """Adopts the step and the seed of a checkpoint whose optimizer state was loaded."""
     if MARK not in state["optimizer"]:
         engine.continuity.given["seed"] = state["seed"]
     engine.at(state["step"], state["seed"])
 
 
 def next_seed(seed: int) -> int:
-    """The seed of a second run after one with this seed."""
+    """The seed of the next run after one with this seed."""
     return derive_seed(seed, 0, -1)  # no direction has this index

@@ -20,7 +20,7 @@ from .sizes import parse_bytes
 from .targets import TARGETS, Target
 
 BACKENDS = ("auto", "eager", "compile", "triton")
-#: As a learning rate: found before the first step.
+#: As a learning rate: it is found before the first step.
 AUTO = "auto"
 OFFLOADS = (None, "cpu", "disk", "auto")
 
@@ -31,7 +31,7 @@ class ZOConfig:
 
     Every component is a registered name, a dict ``{"name": ..., **fields}`` or an object; see
     ``list(zo_core.NOISES)`` and its siblings for the names. Each setting is described once, beside its
-    default; `help_for` has the text, and docs/settings.md all of them in a table.
+    default; `help_for` returns the text, and docs/settings.md lists all of them.
     """
 
     lr: float | str | None = field(
@@ -230,10 +230,10 @@ class ZOConfig:
             problems.append(f"{setting}={value!r} must be {wanted}")
 
     def resolve(self, *, has_optimizer: bool = False) -> Resolved:
-        """The components and numbers that the names and None stand for.
+        """The configuration with names and None replaced by components and numbers.
 
         Raises:
-            ConfigError: the rule and the presence of an optimizer do not fit together.
+            ConfigError: the rule needs an optimizer and there is none, or it would ignore the one there is.
         """
         estimator = ESTIMATORS.resolve(self.estimator)
         name = ("torch" if has_optimizer else "sgd") if self.rule == "auto" else self.rule
@@ -269,7 +269,7 @@ class ZOConfig:
         """A copy with some fields changed.
 
         Raises:
-            ConfigError: a field is not known, or a value cannot work.
+            ConfigError: a field is not known, or a value is not valid.
         """
         known = [setting.name for setting in fields(self)]
         unknown = [name for name in changes if name not in known]
@@ -296,7 +296,7 @@ class ZOConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ZOConfig:
-        """The inverse of `to_dict`; fields that are left out have their defaults."""
+        """The inverse of `to_dict`; fields that are left out take their defaults."""
         return cls().replace(**values)
 
 
@@ -313,7 +313,7 @@ ZOConfig.__doc__ = "\n".join(
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration with every name and default worked out."""
+    """A configuration with every name and default resolved."""
 
     estimator: Estimator
     noise: Noise

@@ -1,4 +1,4 @@
-"""From points and probes to what moves each slot: its direction, the unit of its eps, and its numbers."""
+"""Turns points and probes into the move of each slot: its direction, the unit of its eps, its hyperparameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Directions:
     """The directions of an engine's slots.
 
     Args:
-        noise: of the run.
-        backend: of the passes over the weights.
-        optimizer: whose groups have the slots' numbers; it keeps the thresholds of masks.
-        eps: gives the eps of the step, which is that of the first group.
+        noise: the noise of the run.
+        backend: the backend of the passes over the weights.
+        optimizer: its groups hold the slots' hyperparameters, and it keeps the thresholds of masks.
+        eps: returns the eps of the step, which is that of the first group.
         stochastic: whether updates of 16-bit weights round stochastically.
 
     Attributes:
@@ -55,19 +55,19 @@ class Directions:
         return self._at(updater, slot, [point])
 
     def alternatives(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Alternatives:
-        """As `probe` for each of some points."""
+        """As `probe`, for each of several points."""
         return Alternatives.of(self._at(updater, slot, points))
 
     def _at(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Direction:
         plan = self.plan
         ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
         terms = tuple((point.seed, point.scale * ratio) for point in points)
-        # Masks that are met for the first time are part of the run from the update on, and not before.
+        # Masks that are needed for the first time become part of the run with the update, not before.
         thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
         return updater.effective(self._along(slot, terms, None, thresholds))
 
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
-        """What a step with these probes does to the slots, by the numbers of their groups as they are now."""
+        """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
         groups = self.optimizer.groups_of(slots)
         return [
             self.move(slot, probes, self.relative_eps(group), number(group, "lr", math.nan), _decay(group))
@@ -75,15 +75,15 @@ class Directions:
         ]
 
     def move(self, slot: Slot, probes: tuple[Probe, ...], ratio: float, lr: float, weight_decay: float) -> Move:
-        """What a step with these probes does to a slot.
+        """The move of a slot in a step with these probes.
 
         Args:
             slot: one of the engine's.
-            probes: of the step.
+            probes: the probes of the step.
             ratio: `relative_eps` of the slot's group. With ``m z`` perturbed, the difference of the losses
                 measures ``m z . grad``, so the estimate of this group's gradient is divided by m.
             lr: learning rate of the group.
-            weight_decay: of the group.
+            weight_decay: weight decay of the group.
         """
         terms = tuple((probe.seed, probe.coefficient / ratio) for probe in probes)
         direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)

@@ -1,4 +1,4 @@
-"""The orchestrator: points, losses, probes, update. Everything else only knows its own part."""
+"""The orchestrator: points, losses, probes, update. Every other module only knows its own part."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ZeroOrder(LiveSettings):
     model is not changed: no wrapped modules, no renamed parameters, no hooks left behind.
 
     Args:
-        model: any module; its trainable parameters are what moves.
+        model: any module; its trainable parameters are what moves by default.
         config: the settings; None takes the defaults.
         optimizer: a `ZOOptimizer` with parameter groups, or any ``torch.optim.Optimizer``, which
             then finds the gradient estimate in ``.grad``. None makes a `ZOOptimizer` over all slots.
@@ -59,16 +59,16 @@ class ZeroOrder(LiveSettings):
         optimizer: the `ZOOptimizer` to give to learning-rate schedulers.
         step_count: index of the next step; with the seed it determines the next directions. `at` sets it.
         listeners: called with the `StepRecord` of every step.
-        followers: called when weights were frozen, unfrozen, added or replaced, before the next step.
-        regroup: puts slots that have become trainable into groups of the optimizer; for one that was passed it
-            does nothing, and what that does not hold does not move. See `cover_new`.
-        lr, eps, weight_decay: of the first parameter group; setting one sets that of all groups.
-        merged: whether `close` has ended low-rank windows since the last step, which a log has to say.
-        suggestion: with ``lr="auto"``, from the first step on: what the range test found.
+        followers: called before the next step when weights were frozen, unfrozen, added or replaced.
+        regroup: adds slots that have become trainable to the optimizer's groups. For an optimizer that was passed
+            in it does nothing, and slots that it does not hold do not move. See `cover_new`.
+        lr, eps, weight_decay: of the first parameter group; setting one sets it in all groups.
+        merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
+        suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise.
 
     Raises:
-        ConfigError: settings that cannot work; all of them are listed.
-        ModelError: a model with nothing to train, or without values.
+        ConfigError: some settings are not valid; all of them are listed.
+        ModelError: the model has nothing to train, or its weights have no values.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class ZeroOrder(LiveSettings):
 
         Args:
             closure: runs the model and returns the loss, one number. It is called once per probe
-                (twice, by default; in the first step once more, to see that it returns the same loss at the
+                (twice, by default; in the first step once more, to check that it returns the same loss at the
                 same weights) and has to use the same batch each time.
 
         Returns:
-            What was done; as a float, the mean loss over the probes. The weights are final.
+            The record of the step; as a float, the mean loss over the probes. The weights are final.
 
         Raises:
             LossError: the closure returned something that is not one number.
@@ -143,11 +143,27 @@ class ZeroOrder(LiveSettings):
         return self.measure_all([closure])[0]
 
     def measure_all(self, closures: Sequence[Callable[[], Any]]) -> list[Tensor]:
-        """As `measure` for each of some micro-batches, in one sweep over a streamed model."""
+        """Measures several micro-batches as `measure` does each, with a single sweep over a streamed model.
+
+        Args:
+            closures: one per micro-batch, as for `step`.
+
+        Returns:
+            For each closure the mean loss over the probes, float32 of shape ``[]``.
+
+        Raises:
+            LossError: a closure is not callable, or returned something that is not one number.
+            ConfigError: a hyperparameter in the optimizer's groups is not a finite number, or ``lr="auto"``
+                found no learning rate.
+            ModelError: no trainable weight is left.
+            StateError: a block of a streamed model could not be read or written.
+            Exception: whatever a closure raises; the weights are untouched, and the step's earlier
+                measurements are discarded.
+        """
         for closure in closures:
             if not callable(closure):
                 raise LossError(
-                    f"a {type(closure).__name__} came instead of a closure, and the loss is needed at several weights; "
+                    f"a {type(closure).__name__} was passed as the closure, and the loss is needed at several weights; "
                     "write zo.step(lambda: model(**batch).loss)"
                 )
         self.find_lr(lambda: nullcontext(closures))
@@ -157,7 +173,7 @@ class ZeroOrder(LiveSettings):
         return [torch.stack(losses).mean().to(torch.float32) for losses in found]
 
     def losses(self, closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
-        """The losses of some micro-batches at the points of the step, for callers that `add` them themselves.
+        """The losses of several micro-batches at the points of the step, for callers that `add` them themselves.
 
         Returns:
             For each closure one float64 tensor of shape ``[]`` per point.
@@ -188,12 +204,12 @@ class ZeroOrder(LiveSettings):
         return found
 
     def add(self, losses: Sequence[Tensor]) -> None:
-        """Counts the losses of a micro-batch, one per point, for the step in progress."""
+        """Adds the losses of a micro-batch, one tensor of shape ``[]`` per point, to the step in progress."""
         assert self._plan is not None, "losses() comes first"
         self._plan.add(losses)
 
     def apply(self) -> StepRecord:
-        """Forms the probes from what was measured, moves the weights, and goes on to the next step.
+        """Forms the probes from what was measured, moves the weights, and advances to the next step.
 
         Called by ``optimizer.step()``.
 
@@ -204,7 +220,7 @@ class ZeroOrder(LiveSettings):
             follow_model(self)
             return self._repeat(*self._repeated)
         if self._plan is None:
-            raise StateError("optimizer.step() came before any loss was measured; call measure(closure) first")
+            raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
         plan, self._plan = self._plan, None
         losses = self.exchange.gather(plan.losses())
         if self.first_steps is not None:
@@ -248,7 +264,7 @@ class ZeroOrder(LiveSettings):
         self.merged = False
         return record
 
-    # Other ways to go on
+    # Other ways to continue
 
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
@@ -256,7 +272,7 @@ class ZeroOrder(LiveSettings):
         self._forget()
 
     def _forget(self) -> None:
-        """A step is over, and with it the use of what its directions were made of, but for updates that wait."""
+        """Drops what the directions of a finished step were computed from, unless pending updates need it."""
         self.noise.forget(self._seeds(), self.places.waits())
 
     def _seeds(self) -> tuple[int, ...]:
@@ -272,11 +288,11 @@ class ZeroOrder(LiveSettings):
         self.directions.plan = plan
 
     def at(self, step: int, seed: int | None = None) -> None:
-        """The next step is this one; what was measured for another is forgotten.
+        """Sets the next step, and discards what was measured for another one.
 
         Args:
             step: its index.
-            seed: of the run that it is part of; None for this one.
+            seed: seed of the run that it belongs to; None keeps the current one.
         """
         self.discard()
         self.step_count = step
@@ -284,7 +300,7 @@ class ZeroOrder(LiveSettings):
             self.seed = seed
 
     def skip(self, reason: str) -> StepRecord:
-        """Ends the step in progress without moving a weight; the next one has other directions.
+        """Ends the step in progress without moving a weight; the next one has new directions.
 
         Args:
             reason: for the record and its listeners.
@@ -293,11 +309,11 @@ class ZeroOrder(LiveSettings):
         return self._done(math.nan, math.nan, (), skipped=reason)
 
     def repeat(self, probes: tuple[Probe, ...], loss: float) -> None:
-        """The next `apply` repeats a step that was measured before, instead of one that is measured now.
+        """Makes the next `apply` repeat an earlier step, instead of applying one that is measured now.
 
         Args:
-            probes: as its `StepRecord` had them; empty if the step was skipped.
-            loss: what its record reports.
+            probes: the probes in its `StepRecord`; empty if the step was skipped.
+            loss: the loss to report in the new record.
         """
         self._plan, self._repeated = None, (probes, loss)
 
@@ -308,10 +324,10 @@ class ZeroOrder(LiveSettings):
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
         two_sided = self.estimator.name == "spsa" and probes
         projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
-        return self._done(loss, projected_grad, probes, skipped=None if probes else "the log has it as skipped")
+        return self._done(loss, projected_grad, probes, skipped=None if probes else "skipped in the log")
 
     def snapshot(self) -> Snapshot:
-        """What steps change, to be put back by its `restore`: weights, rule state, rates, generators and counters.
+        """A copy of what steps change: weights, rule state, rates, generators and counters; `restore` puts it back.
 
         Raises:
             ConfigError: trained weights are streamed.
@@ -319,32 +335,32 @@ class ZeroOrder(LiveSettings):
         return Snapshot(self)
 
     def check(self, closure: Callable[[], Any], directions: int = 4) -> GradientCheck:
-        """Compares measured directional derivatives with those of backpropagation, for a model small enough.
+        """Compares measured directional derivatives with those of backpropagation, on a model that is small enough.
 
             print(zo.check(lambda: model(**batch).loss))
 
-        Forward-only training sees values alone. A loss that uses ``detach()`` to define a gradient has another
-        value, and training follows that. Weights, generators and buffers are as before afterwards.
+        Forward-only training sees only values. A loss that uses ``detach()`` to define a gradient has another
+        value, and training follows that. Weights, generators and buffers are restored afterwards.
 
         Args:
             closure: as for `step`; what it returns has to be differentiable.
-            directions: how many are compared.
+            directions: number of directions to compare.
 
         Raises:
-            ConfigError: streamed or quantised weights.
-            LossError: the closure returns a number without a gradient.
+            ConfigError: weights are streamed or quantised.
+            LossError: the closure returned a number without a gradient.
         """
         return check_gradient(self, closure, directions)
 
     # The learning rate
 
     def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
-        """A learning rate by trial runs, all of them undone; see `zo_core.suggest_lr`."""
+        """Suggests a learning rate by trial runs, all of which are undone; see `zo_core.suggest_lr`."""
         return range_test(self, closures, steps)
 
     @property
     def wants_lr(self) -> bool:
-        """Whether the learning rate has still to be found; a run that goes on from a checkpoint has one."""
+        """Whether the learning rate still has to be found; a run that continues from a checkpoint has one."""
         return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
 
     def find_lr(
@@ -352,11 +368,11 @@ class ZeroOrder(LiveSettings):
         batches: Callable[[], AbstractContextManager[Sequence[Callable[[], Any]]]],
         schedulers: Sequence[Any] = (),
     ) -> None:
-        """With ``lr="auto"``, before the first step: trains with the rate that `suggest_lr` finds. Else nothing.
+        """Sets the rate that `suggest_lr` finds; does nothing without ``lr="auto"`` or after the first step.
 
         Args:
-            batches: makes a context, in which the test is done, with one closure per batch; not called without need.
-            schedulers: those of the optimizer; what they have computed follows the new rate.
+            batches: returns a context for the test, which yields one closure per batch; only called if needed.
+            schedulers: schedulers of the optimizer; the rates that they have computed are scaled to the new one.
         """
         if not self.wants_lr:
             return
@@ -371,12 +387,12 @@ class ZeroOrder(LiveSettings):
     # What moves, and where it lives
 
     def choose(self) -> list[Slot]:
-        """The slots of the model as it is now; once adapters were added, another target may find them."""
+        """The slots of the model as it is now; after adapters were added, another target may choose them."""
         self._target = self._settings.target.chosen(self.model)
         return self._target.slots(self.model)
 
     def take(self, slots: list[Slot]) -> None:
-        """Makes everything that depends on which weights move."""
+        """Builds everything that depends on which weights move."""
         face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
         self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
         self.oracle = self._oracle()
@@ -389,7 +405,7 @@ class ZeroOrder(LiveSettings):
 
     @property
     def target(self) -> Target:
-        """What chose the slots; it may be another one once adapters were added."""
+        """The target that chose the slots; it may change after adapters were added."""
         return self._target
 
     @property
@@ -439,20 +455,20 @@ class ZeroOrder(LiveSettings):
         return self.directions.unit(slot, seed)
 
     def flush(self) -> None:
-        """Applies the updates that wait for their block; nothing to do for a resident model."""
+        """Applies the updates that are pending for streamed blocks; does nothing for a resident model."""
         if self.streaming is not None:
             with self.continuity.applying():
                 self.places.flush()
             self._forget()
 
     def stop(self) -> None:
-        """Applies what waits, and ends the threads of the probes; the next step starts them again."""
+        """Applies pending updates, and ends the threads of the probes; the next step starts them again."""
         self.flush()
         if isinstance(self.oracle, LockstepOracle):
             self.oracle.lockstep.close()
 
     def close(self, device: torch.device | None = None) -> None:
-        """Brings a streamed model back as ordinary parameters, and ends the threads.
+        """Merges pending updates, makes a streamed model ordinary parameters again, and ends the threads.
 
         Args:
             device: where the streamed parameters go; None takes the device they computed on.
@@ -465,49 +481,49 @@ class ZeroOrder(LiveSettings):
         self._forget()
 
     def effective(self) -> AbstractContextManager[None]:
-        """A context in which weights count with the updates that wait for the end of a low-rank window.
+        """A context in which weights include the updates that are pending until the end of a low-rank window.
 
-        Forwards of the model's modules do by themselves; this is for code that computes with a parameter
+        Forwards of the model's modules include them anyway; this is for code that computes with a parameter
         outside of them.
         """
         return self.updaters.windows.effective()
 
     def hidden(self) -> AbstractContextManager[None]:
-        """A context in which parameters whose updates wait show what is in memory, for the engine's own code."""
+        """A context in which parameters with pending updates show what is in memory, for the engine's own code."""
         return self.updaters.windows.hidden()
 
     def keep_mode(self, module: nn.Module) -> None:
-        """From now on probes leave the ``training`` flag of this module alone, for trainers that read it."""
+        """Makes probes leave the ``training`` flag of this module alone from now on, for trainers that read it."""
         self._kept = self.oracle.keep_mode = module
 
     def cover_new(self, alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
-        """From now on the optimizer takes slots that become trainable in mid-run, though it was passed.
+        """Makes an optimizer that was passed in take slots that become trainable during a run from now on.
 
         Args:
-            alike: whether a slot belongs into a group; see `ZOOptimizer.cover`.
+            alike: whether a slot belongs in a group; see `ZOOptimizer.cover`.
         """
         self.regroup = partial(self.optimizer.cover, alike=alike)
 
     def carry(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
-        """State beside the model that a closure changes is treated as the model's own, from the next step on.
+        """Treats further state that a closure changes like that of the model, from the next step on.
 
-        All probes of a step begin with the same, and the step leaves what one call of the closure leaves.
+        All probes of a step start from the same state, and the step leaves what one call of the closure leaves.
 
         Args:
-            get: returns the state, or a copy if it is changed in place; equal states compare so.
+            get: returns the state, or a copy if it is changed in place; equal states have to compare equal.
             put: sets what ``get`` has returned.
         """
         self._carried.append((get, put))
 
     def copy_whole(self) -> None:
-        """From now on each probe copies all slots at once, for closures that run compiled code."""
+        """Makes each probe copy all slots at once from now on, for closures that run compiled code."""
         self.oracle.copy_whole()
-        self.updaters.wait_no_more(self.rule)  # compiled code that evaluates could not be told of what waits
+        self.updaters.wait_no_more(self.rule)  # compiled code in an evaluation would not see pending updates
 
     # Checkpoints
 
     def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
-        """Takes over what was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
+        """Adopts the state that was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
         self.merged = False  # the state has windows of its own
         self.updaters.load(windows or {})
 

@@ -1,4 +1,4 @@
-"""Errors that people read: each names the argument, what came, and what to write instead."""
+"""The errors of this library: each names the argument, what was passed, and what to write instead."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ class LossError(ZOError, TypeError):
 
 
 class StateError(ZOError, RuntimeError):
-    """A call came at the wrong moment, or a checkpoint does not belong to this run."""
+    """A call was made at the wrong time, or a checkpoint does not belong to this run."""

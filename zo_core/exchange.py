@@ -1,4 +1,4 @@
-"""How the processes of a run come to have all losses of a step."""
+"""How the processes of a run share the measurements of a step."""
 
 from __future__ import annotations
 

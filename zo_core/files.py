@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Atomic writes: a file is either complete or as it was before, whatever happens while it is written."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: What file systems answer that have no way to sync a folder.
+#: Errors of file systems that cannot sync a folder.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Writes a file under another name and lets it take the place of ``path`` when it is whole and on the disk.
+    """Writes a file under a temporary name, and renames it to ``path`` once it is complete and synced to disk.
 
         with replacing("model.safetensors") as fresh:
             save_file(tensors, fresh)
 
-    After the block the new file survives a loss of power. If the block raises, or the disk is full, the
-    unfinished file is removed, and what was at ``path`` is still there.
+    After the block the new file survives a power failure. If the block raises, or the disk is full, the
+    unfinished file is removed, and an earlier file at ``path`` is unchanged.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: path of the file; its folder has to exist.
 
     Yields:
         The name to write to, in the same folder.
@@ -48,7 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Makes or replaces a file; see `replacing`."""
+    """Creates or replaces a file; see `replacing`."""
     with replacing(path) as fresh:
         fresh.write_bytes(data)
 

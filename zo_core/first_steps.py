@@ -1,4 +1,4 @@
-"""What the first steps tell about a closure: faults that would let a run go on for ever and learn nothing."""
+"""Checks of the closure during the first steps, for mistakes with which a run would continue and learn nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class FirstSteps:
-    """Looks at the first steps of an engine, and warns once of each thing that it finds."""
+    """Checks the first steps of an engine, and logs each problem once."""
 
     def __init__(self) -> None:
         self.looked = False
@@ -28,7 +28,7 @@ class FirstSteps:
     def look(
         self, oracle: ResidentOracle | LockstepOracle, points: Sequence[Point], closure: Callable[[], Any]
     ) -> tuple[int, Tensor] | None:
-        """Before anything else, measures one of the points of a step; generators and buffers are as before afterwards.
+        """Measures one point of the first step in advance; generators and buffers are restored afterwards.
 
         Returns:
             The index of the point and its loss, for `compare`; None if this has been done before.
@@ -49,7 +49,7 @@ class FirstSteps:
         return index, loss
 
     def compare(self, first: Tensor, again: Tensor, slots: Sequence[Slot]) -> None:
-        """Warns of a closure whose loss is another one each time that it is called at the same weights."""
+        """Warns if the closure returned two different losses at the same weights."""
         if difference([first], [again], slots) is not None:
             logger.warning(
                 "the closure returned the losses %.7g and %.7g at the same weights and with the same random numbers; "
@@ -61,7 +61,7 @@ class FirstSteps:
             )
 
     def see(self, losses: Sequence[float], eps: float) -> None:
-        """Warns of losses that do not depend on the weights, while no step had others."""
+        """Warns of losses that do not depend on the weights, until a step has losses that do."""
         if self._without_signal is None or not all(map(math.isfinite, losses)):
             return
         if len(set(losses)) > 1:
@@ -71,7 +71,7 @@ class FirstSteps:
         if self._without_signal == 2:
             logger.warning(
                 "all losses of the first two steps agree exactly (%.7g in all probes of the last one), so nothing is "
-                "learnt. Forward-only training sees values alone. Either the loss has the same value whatever the "
+                "learnt. Forward-only training sees only values. Either the loss has the same value whatever the "
                 "weights are (a loss that defines a gradient by detach(), as in GRPO with one iteration; then train on "
                 "the reward itself), or the model does not take part in it, or it moves in steps (an accuracy) that "
                 "are wider than probes with eps=%g can see: take a larger eps, more rows or more directions",

@@ -1,4 +1,4 @@
-"""An engine that goes on with something new: other weights that move, or a run after the one before."""
+"""An engine that continues with something new: other weights that move, or a new run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def follow_model(engine: Running) -> None:
-    """Trains what the model has now: weights may have been frozen, unfrozen, added or replaced.
+    """Makes an engine train the weights that are trainable now; some may have been frozen, unfrozen, added or replaced.
 
     Raises:
-        ModelError: nothing that moves is left.
+        ModelError: no trainable weight is left.
     """
     now = trainable(engine.model)
     if len(now) == len(engine.trainable) and all(map(operator.is_, now, engine.trainable)):
@@ -58,10 +58,10 @@ def follow_model(engine: Running) -> None:
 
 
 def begin_again(engine: Running) -> None:
-    """A new run, from step 0, over weights that this engine has moved.
+    """Starts a new run at step 0, on weights that this engine has moved.
 
-    It draws directions of its own. All else begins anew as well, so its log replays on the weights that it began
-    with; a torch optimizer keeps its state.
+    It draws directions of its own. All other state is reset as well, so that its log replays on the weights that
+    it started from; only a torch optimizer keeps its state.
     """
     continuity = engine.continuity
     if not engine.step_count and not continuity.ahead:
@@ -80,11 +80,11 @@ def begin_again(engine: Running) -> None:
 
 
 def take_over(engine: Running, before: Running) -> None:
-    """Goes on with the run of another engine over the same optimizer, which holds other tensors now.
+    """Continues the run of another engine with the same optimizer, which holds other tensors now.
 
     Args:
-        engine: has measured nothing yet.
-        before: was closed. Its listeners hear of the steps that follow.
+        engine: the new engine, which has measured nothing yet.
+        before: the earlier engine, which is closed. Its listeners are called for later steps.
     """
     engine.listeners = before.listeners
     engine.at(engine.step_count, before.seed)

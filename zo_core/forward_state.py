@@ -1,7 +1,7 @@
 """What a forward may change besides the trained weights: buffers, and what modules keep as attributes.
 
-A running centre, a queue of negatives, a counter, a momentum encoder: what one probe's forward does to them must not
-be seen by the next probe, and a step leaves what one forward leaves. So all probes of a step begin with the same
+Examples are a running centre, a queue of negatives, a counter, a momentum encoder. The next probe must not see what
+one probe's forward does to them, and a step leaves what one forward leaves. So all probes of a step start from the same
 state, as they do with the state of the random generators. Tensors are compared by memory and version, so nothing is
 copied while nothing changes.
 """
@@ -30,10 +30,10 @@ HOOKS = tuple(name for name in sorted(INTERNAL) if "forward" in name and "hooks"
 CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 MAX_ENTRIES = 1 << 12
 
-#: Bytes of which copies are made in advance, smallest tensors first; others are copied once they have changed.
+#: Bytes that are copied in advance, smallest tensors first; other tensors are copied once they have changed.
 IN_ADVANCE = 64 << 20
 
-#: State beside the model's: a function that gets it, and one that sets it.
+#: State outside of the model: a function that gets it, and one that sets it.
 Carried = tuple[Callable[[], Any], Callable[[Any], object]]
 
 _MISSING = object()
@@ -52,11 +52,11 @@ class _Part:
 
     @property
     def key(self) -> tuple[int, str]:
-        """Tells it from all other parts."""
+        """Identifies the part."""
         raise NotImplementedError
 
     def take(self) -> Any:
-        """What it is now, for `put`."""
+        """The current value, for `put`."""
         raise NotImplementedError
 
     def put(self, value: Any) -> None:
@@ -64,7 +64,7 @@ class _Part:
         raise NotImplementedError
 
     def found(self) -> list[Any]:
-        """The objects that it consists of now."""
+        """The objects that it currently consists of."""
         raise NotImplementedError
 
 
@@ -122,7 +122,7 @@ class _Contents(_Part):
 
 
 class _Values(_Part):
-    """The values of a tensor that is no trained weight."""
+    """The values of a tensor that is not a trained weight."""
 
     def __init__(self, name: str, tensor: Tensor, copied: bool):
         self.name, self.tensor, self.silent, self.lost = name, tensor, False, False
@@ -130,7 +130,7 @@ class _Values(_Part):
         self.begin(copied)
 
     def begin(self, copied: bool) -> None:
-        """The values as they are now are those to go back to."""
+        """Records the current values as those to restore."""
         self.lost = False
         self.pointer, self.version = self.tensor.data_ptr(), self.tensor._version
         self.start = self.tensor.data, self.tensor.data.clone() if copied else None
@@ -147,7 +147,7 @@ class _Values(_Part):
 
     @property
     def differs(self) -> bool:
-        """Whether the values are others, by their bits; False if there is no copy to compare with."""
+        """Whether the bits of the values have changed; False if there is no copy to compare with."""
         copy = self.start[1]
         return copy is not None and not same_bits(self.tensor, copy)
 
@@ -166,12 +166,12 @@ class _Values(_Part):
 
 
 class ForwardState:
-    """The state of a model that the probes of a step begin with, and what each of them makes of it.
+    """The state of a model that the probes of a step start from, and how each of them changes it.
 
     Args:
         model: the module whose forwards are measured.
         moving: tensors that probes and streaming point at other memory, by ``id``.
-        carried: what else closures may change, beside the model.
+        carried: further state that closures may change, outside of the model.
     """
 
     def __init__(self, model: nn.Module, moving: Collection[int], carried: Sequence[Carried] = ()):
@@ -182,14 +182,14 @@ class ForwardState:
         self.values: dict[int, _Values] = {}
         self.hooks: list[dict[Any, Any]] = []
         self.count = 0
-        #: How many hooks an oracle has put on the modules since the beginning.
+        #: Number of hooks that an oracle has registered on the modules since `begin`.
         self.own_hooks = 0
         self._looked_closely = False
         #: What differs between probes that take turns, by key.
         self.shared: dict[tuple[int, str], _Part] = {}
 
     def begin(self) -> None:
-        """Takes the state as it is now for the one that every probe begins with."""
+        """Records the current state as the one that every probe starts from."""
         self.beside = self._beside()
         self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
@@ -234,9 +234,9 @@ class ForwardState:
                     found[id(tensor)] = f"{path}.{name}", tensor
 
     def changed(self) -> list[_Part]:
-        """What differs from the state at the beginning."""
+        """What differs from the state that `begin` recorded."""
         parts: list[_Part] = []
-        # A forward that installs hooks sets the model up for all that follow, and notes that it has.
+        # A forward that installs hooks sets up the model for all later ones, and records that in an attribute.
         sets_up = self._hooked() != self.count + self.own_hooks
         for owner, start in self.places:
             if sets_up and owner.keys() >= INTERNAL:
@@ -246,7 +246,7 @@ class ForwardState:
                     parts.append(_Entry(owner, name, start.get(name, _MISSING)))
             parts += [_Entry(owner, name, value) for name, value in start.items() if name not in owner]
         parts += [part for part in self.contents if part.moved]
-        if not self._looked_closely:  # who writes through ``.data`` leaves the version as it is
+        if not self._looked_closely:  # writing through ``.data`` does not change the version
             self._looked_closely = True
             for part in self.values.values():
                 part.silent = not part.moved and part.differs
@@ -257,11 +257,11 @@ class ForwardState:
         return sum(map(len, self.hooks))
 
     def note_own_hooks(self) -> None:
-        """The hooks that have come since the beginning are those of an oracle, and go again."""
+        """Counts the hooks since `begin` as those of an oracle, which removes them again."""
         self.own_hooks = self._hooked() - self.count
 
     def rewind(self) -> bool:
-        """Goes back to the state at the beginning.
+        """Restores the state that `begin` recorded.
 
         Returns:
             Whether anything of the model had changed.
@@ -285,10 +285,10 @@ class ForwardState:
     # Probes that take turns
 
     def share(self) -> bool:
-        """Notes what a sweep has changed, so that `get` and `put` keep it apart for each probe.
+        """Records what a sweep has changed, so that `get` and `put` keep it separate for each probe.
 
         Returns:
-            Whether there was anything new: then the probes have seen each other's state.
+            Whether anything was new; in that case the probes have seen each other's state.
         """
         with torch.DisableTorchFunction():
             found: dict[tuple[int, str], _Part] = {part.key: part for part in self.changed()}
@@ -310,7 +310,7 @@ class ForwardState:
         self.shared = shared
 
     def get(self) -> tuple[list[tuple[_Part, Any]], list[Any]]:
-        """What the probe that has the turn has made of the state."""
+        """The state as the running probe has changed it."""
         with torch.no_grad(), torch.DisableTorchFunction():
             return [(part, part.take()) for part in self.shared.values()], self._beside()
 
@@ -324,7 +324,7 @@ class ForwardState:
 
     @property
     def beside_changed(self) -> bool:
-        """Whether what is beside the model differs from what it was at the beginning."""
+        """Whether the state outside of the model differs from that which `begin` recorded."""
         return self.beside != self._beside()
 
     def _beside(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Whether a loss is what its gradient says: projected gradients beside those of backpropagation, on a small model."""
+"""Checks a loss on a small model: compares its projected gradients with those of backpropagation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .modes import probe_modes, rng_state, set_rng_state
 from .records import Point
 from .running import Running
 
-#: Directions of a check are far from those of any training run.
+#: The step index of a check, whose directions are far from those of any training run.
 CHECK_STEP = (1 << 30) - 1
-#: Differences of the two that count as agreement, relative to their root mean square: what curvature of a smooth loss
-#: and rounding leave at a sensible eps.
+#: Largest relative difference (root mean square) that counts as agreement: what the curvature of a smooth loss and
+#: rounding leave at a sensible eps.
 TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """Directional derivatives of one loss, measured by its values and computed by backpropagation.
+    """Directional derivatives of one loss, measured from its values and computed by backpropagation.
 
     Attributes:
         measured: ``(L(theta + eps z) - L(theta - eps z)) / (2 eps)`` along each direction.
@@ -48,14 +48,14 @@ class GradientCheck:
         verdict = (
             "they agree"
             if self.agrees
-            else "they do not agree: the value of the loss is not what its gradient is of (a detach() in it defines "
-            "another one), or it moves in steps, or eps is too large or too small"
+            else "they do not agree: the gradient is not that of the loss value (a detach() in the loss defines "
+            "another one), or the loss moves in steps, or eps is too large or too small"
         )
         return "\n".join([*rows, f"relative difference {self.error:.2g}: {verdict}"])
 
 
 def check_gradient(engine: Running, closure: Callable[[], Any], directions: int) -> GradientCheck:
-    """As `ZeroOrder.check`."""
+    """Implements `ZeroOrder.check`."""
     if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
         raise ConfigError([f"directions={directions!r} must be a whole number of at least 1"])
     if engine.streaming is not None or any(slot.scaling is not None for slot in engine.slots):
@@ -84,7 +84,7 @@ def check_gradient(engine: Running, closure: Callable[[], Any], directions: int)
 
 
 def _gradients(engine: Running, closure: Callable[[], Any]) -> list[Tensor | None]:
-    """The gradient of each slot, as backpropagation through one call of the closure has it."""
+    """The gradient of each slot, by backpropagation through one call of the closure."""
     oracle, tensors = engine.oracle, [slot.tensor for slot in engine.slots]
     modes = probe_modes(engine.model, dropout=oracle.dropout, keep=oracle.keep_mode)
     with torch.enable_grad():

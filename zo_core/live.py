@@ -1,4 +1,4 @@
-"""The settings of a live engine: those that can be set, and errors for those that nothing would follow any more."""
+"""The settings of a live engine: those that can be set, and errors for those where that would have no effect."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .rules import UpdateRule
 from .step import StepPlan
 from .updates import Updaters
 
-#: Settings of a live engine that nothing would follow any more.
+#: Settings that have no effect any more once the engine is made.
 FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule", "clip", "seed"}
 
 
 class LiveSettings:
-    """The first base of the engine: its attributes that are settings."""
+    """Base class of the engine with the attributes that are settings."""
 
     optimizer: ZOOptimizer
     updaters: Updaters
@@ -26,7 +26,7 @@ class LiveSettings:
     _made = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Settings that a live engine cannot change are not accepted and ignored, and neither are misspelt ones."""
+        """Raises for settings that a live engine cannot change and for misspelt names, instead of ignoring them."""
         if self._made:
             if name in FIXED:
                 raise AttributeError(
@@ -43,7 +43,7 @@ class LiveSettings:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the first parameter group; setting it sets that of all groups."""
+        """The learning rate of the first parameter group; setting it sets it in all groups."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @lr.setter
@@ -52,7 +52,7 @@ class LiveSettings:
 
     @property
     def eps(self) -> float:
-        """The probe distance of the first parameter group; setting it sets that of all groups."""
+        """The probe distance of the first parameter group; setting it sets it in all groups."""
         if isinstance(self.optimizer, TorchOptimizerFace):
             return self._settings.eps  # what a torch optimizer calls eps is something else
         return float(self.optimizer.param_groups[0]["eps"])
@@ -65,7 +65,7 @@ class LiveSettings:
 
     @property
     def weight_decay(self) -> float:
-        """The weight decay of the first parameter group; setting it sets that of all groups."""
+        """The weight decay of the first parameter group; setting it sets it in all groups."""
         return float(self.optimizer.param_groups[0].get("weight_decay", 0.0))
 
     @weight_decay.setter

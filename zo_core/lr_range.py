@@ -1,6 +1,6 @@
-"""A learning-rate range test: short trial runs at growing rates, every one of them undone.
+"""A learning-rate range test: short trial runs at increasing rates, all of which are undone.
 
-It drives an engine through its ordinary steps, so it holds for every estimator, rule and model, and
+It drives an engine through its ordinary steps, so it works with every estimator, rule and model, and
 knows nothing about what they compute.
 """
 
@@ -21,33 +21,33 @@ from .snapshot import Snapshot
 
 Closure = Callable[[], Any]
 
-#: Trial runs take their directions from here on, far from those of any training run.
+#: The first step index of trial runs, whose directions are far from those of any training run.
 FIRST_STEP = 1 << 30
-#: Forwards of a trial run, and the fewest steps in it.
+#: Forwards of a trial run, and its minimum number of steps.
 FORWARDS, LEAST_STEPS = 128, 16
-#: The search for an upper end: steps of a trial, and what the rate grows by. Its first rate moves an
-#: element by this part of eps.
+#: The search for an upper bound: steps of a trial, and the factor between rates. The first rate moves an
+#: element by this fraction of eps.
 SCOUT_STEPS, SCOUT_FACTOR, SCOUT_START = 8, 8.0, 1e-3
 #: What schedulers keep in a group besides its rate.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr")
-#: More trials than this say that there is nothing to find.
+#: After this many trials, a search is given up.
 TRIALS = 32
-#: What counts as blown up: the loss has grown by this part of itself.
+#: A trial has blown up if the loss has grown by this fraction of itself.
 BLOWN = 0.1
-#: A rate is good if it brings this part of the largest decrease.
+#: A rate is good if it achieves this fraction of the largest decrease.
 ENOUGH = 0.9
-#: How far the suggestion stays below the middle one of the good rates, and below the first that does harm.
+#: Factors by which the suggestion stays below the median of the good rates, and below the first harmful one.
 MARGIN, LIMIT_MARGIN = 2.0, 4.0
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial run did.
+    """The result of a trial run.
 
     Attributes:
         lr: its learning rate.
-        change: of the mean loss over all batches, from before the run to after it; infinite if the run
-            was stopped because the loss had blown up.
+        change: change of the mean loss over all batches, from before the run to after it; infinite if the
+            run was stopped because the loss had blown up.
     """
 
     lr: float
@@ -60,11 +60,11 @@ class LrSuggestion:
 
     Attributes:
         lr: the suggested learning rate.
-        loss: mean loss over the batches, before.
-        curve: the trial runs, by growing learning rate.
-        limit: the lowest rate at which a trial run did harm; infinite if none did.
+        loss: mean loss over the batches before the trials.
+        curve: the trial runs, by increasing learning rate.
+        limit: the lowest rate at which a trial run raised the loss; infinite if none did.
         steps: length of a trial run.
-        forwards: how often a closure was called, in all.
+        forwards: total number of closure calls.
     """
 
     lr: float
@@ -78,7 +78,7 @@ class LrSuggestion:
         return self.lr
 
     def table(self) -> str:
-        """The curve for people: a bar of the decrease for each rate."""
+        """The curve as text, with a bar for the decrease at each rate."""
         largest = max(-trial.change for trial in self.curve)
         lines = [f"{'lr':>9}  {'loss change':>11}  after {self.steps} steps, from a loss of {self.loss:.4g}"]
         for trial in self.curve:
@@ -91,19 +91,19 @@ class LrSuggestion:
 
 
 def range_test(engine: Running, closures: Sequence[Closure], steps: int | None = None) -> LrSuggestion:
-    """Finds a rate by trial runs from where the engine is; see `zo_core.suggest_lr`.
+    """Finds a rate by trial runs from the engine's current state; see `zo_core.suggest_lr`.
 
-    Afterwards weights, rule state, learning rates, random generators and the step count are bit for bit
-    as before, also after an exception.
+    Afterwards weights, rule state, learning rates, random generators and the step count are restored
+    bit for bit, also after an exception.
 
     Args:
-        engine: has measured nothing since its last step. The rates of its groups keep their proportions.
-        closures: one per batch, each returning the loss of its own.
+        engine: must have measured nothing since its last step. The rates of its groups keep their proportions.
+        closures: one per batch, each returning the loss of its batch.
         steps: length of a trial run; None takes 128 forwards, and at least 16 steps.
 
     Raises:
         ConfigError: trained weights are streamed, or no rate lowers the loss.
-        LossError: the loss is not finite as it is.
+        LossError: ``closures`` are not functions, or the loss is not finite before any step.
     """
     if not closures or not all(callable(closure) for closure in closures):
         raise LossError(
@@ -121,43 +121,45 @@ def range_test(engine: Running, closures: Sequence[Closure], steps: int | None =
 
 
 def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The groups that hold the rates, which schedulers change: those of the optimizer behind a face, if any."""
+    """The groups that hold the rates that schedulers change; for a face, those of its inner optimizer."""
     return getattr(optimizer, "inner", optimizer).param_groups
 
 
 def base_rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The rate of each group as it is without a schedule.
+    """The rate of each group without its schedule.
 
     Raises:
-        ConfigError: the optimizer has none.
+        ConfigError: the optimizer has no learning rate.
     """
     groups = rate_groups(optimizer)
     if any(group.get("lr") is None for group in groups):
         inner = type(getattr(optimizer, "inner", optimizer)).__name__
-        raise ConfigError([f"{inner} has no learning rate (lr=None) that could be looked for; give it a number"])
+        raise ConfigError([f"{inner} has no learning rate (lr=None) that could be searched; give it a number"])
     return [float(group.get("initial_lr", group["lr"])) for group in groups]
 
 
 def check_replaceable(optimizer: torch.optim.Optimizer, schedulers: Sequence[Any]) -> None:
-    """Raises `ConfigError` if `set_lr` could not put another rate in the place of the optimizer's."""
+    """Raises `ConfigError` if `set_lr` could not replace the optimizer's rate."""
     if base_rates(optimizer)[0] == 0.0:
-        raise ConfigError(["lr='auto' came with an optimizer whose lr is 0; give it any other, which will be replaced"])
+        raise ConfigError(
+            ["lr='auto' was given with an optimizer whose lr is 0; write any other, which will be replaced"]
+        )
     if not schedulers and any("initial_lr" in group for group in rate_groups(optimizer)):
         raise ConfigError(
             [
-                "lr='auto' came with a learning-rate scheduler, which has computed its rates already; call "
+                "lr='auto' was given with a learning-rate scheduler, which has computed its rates already; call "
                 "zo_core.suggest_lr first, and write the rate it returns"
             ]
         )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any] = ()) -> None:
-    """Gives the first group this rate without a schedule, and the others theirs in proportion.
+    """Sets the rate of the first group, before any schedule, and scales those of the others in proportion.
 
     Args:
-        optimizer: its groups may be in a schedule already, warming up from 0, say.
+        optimizer: its groups may already follow a schedule, for example a warmup from 0.
         lr: the new rate.
-        schedulers: every one that works on the optimizer.
+        schedulers: all schedulers of the optimizer.
     """
     factor = lr / base_rates(optimizer)[0]
     for group in rate_groups(optimizer):
@@ -193,13 +195,13 @@ class _Test:
         trials = self._curve(self._blown_rate())
         best = min(trial.change for trial in trials)
         good = [trial.lr for trial in trials if trial.change <= ENOUGH * best]
-        enough = good[(len(good) - 1) // 2]  # many, if what can be learnt quickly was learnt at all of them
+        enough = good[(len(good) - 1) // 2]  # several rates may learn all that can be learnt quickly
         limit = next((trial.lr for trial in trials if trial.lr > enough and trial.change > 0.0), math.inf)
         lr = min(enough / MARGIN, limit / LIMIT_MARGIN)
         return LrSuggestion(lr, _mean(self.start), tuple(trials), limit, self.steps, self.forwards)
 
     def _curve(self, lr: float) -> list[Trial]:
-        """Trials at falling rates, until two in a row bring less than the best; by growing rate."""
+        """Trials at decreasing rates, until two in a row achieve less than the best; by increasing rate."""
         trials: list[Trial] = []
         worse, best = 0, 0.0
         while worse < 2:
@@ -217,7 +219,7 @@ class _Test:
         return trials[::-1]
 
     def _blown_rate(self) -> float:
-        """A rate that does harm within a few steps, by trials at growing rates."""
+        """A rate that does harm within a few steps, found by trials at increasing rates."""
         lr = SCOUT_START * self.engine.eps / max(1.0, self._size())
         for _ in range(TRIALS):
             if self._trial(lr, SCOUT_STEPS) > BLOWN * self.scale:
@@ -257,7 +259,7 @@ class _Test:
         return float(torch.stack(found).mean().to(torch.float32))
 
     def _losses(self) -> list[float]:
-        """The loss on every batch, at the weights as they are, with the same random numbers (dropout) each time."""
+        """The loss on every batch at the current weights, with the same random numbers (dropout) each time."""
         set_rng_state(self.before.random)
         self.forwards += len(self.closures)
         return [float(self.engine.oracle.losses([Point(0, 0.0)], closure)[0]) for closure in self.closures]

@@ -1,4 +1,4 @@
-"""Leaving no trace: module modes, random state and gradients as they were found."""
+"""Saves and restores module modes and random states, so that measuring leaves no trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module, *, keep: nn.Module | None = None) -> Iterator[None]:
-    """Every submodule in eval mode, and on exit exactly as before.
+    """A context with every submodule in eval mode; the modes are restored on exit.
 
     Only the ``training`` flags change: `nn.Module.eval` may be overridden with side effects.
 
@@ -34,13 +34,13 @@ def eval_mode(model: nn.Module, *, keep: nn.Module | None = None) -> Iterator[No
 
 
 def probe_modes(model: nn.Module, *, dropout: bool, keep: nn.Module | None) -> AbstractContextManager[None]:
-    """The modes that probes run in: eval mode, or with ``dropout`` the model's own but for BatchNorm."""
+    """The modes that probes run in: eval mode, or with ``dropout`` the model's own except for BatchNorm."""
     return frozen_statistics(model) if dropout else eval_mode(model, keep=keep)
 
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Layers with running statistics (BatchNorm) in eval mode, so that probes do not update them."""
+    """A context in which layers with running statistics (BatchNorm) are in eval mode and do not update them."""
     changed = [m for m in model.modules() if m.training and getattr(m, "running_mean", None) is not None]
     for module in changed:
         module.training = False

@@ -1,4 +1,4 @@
-"""The face that the engine shows to schedulers, checkpoints and callbacks: a torch optimizer."""
+"""The interface of the engine to schedulers, checkpoints and callbacks: a torch optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .writers import OWN, written_by
 
 
 class Driver(Run, Protocol):
-    """An engine as its optimizer sees it."""
+    """The part of an engine that its optimizer uses."""
 
     places: Places
     updaters: Updaters
@@ -51,7 +51,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is not valid.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ):
         self.engine: Driver | None = None
-        #: Of a noise that masks by magnitude, by slot: fixed when training begins, hence part of the state.
+        #: Thresholds of a noise that masks by magnitude, by slot: fixed when training begins, hence part of the state.
         self.thresholds: dict[str, float] = {}
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
@@ -73,7 +73,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def groups_of(self, slots: Iterable[Slot]) -> dict[Slot, dict[str, Any]]:
-        """The group of each slot; to be looked up anew when a state was loaded, which replaces groups.
+        """The group of each slot; call it again after a state was loaded, which replaces the groups.
 
         Raises:
             ConfigError: a group has a hyperparameter that is not a number.
@@ -83,11 +83,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
 
     def cover(self, slots: Iterable[Slot], alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
-        """Holds all of ``slots``.
+        """Adds those of ``slots`` that no group holds yet.
 
         Args:
-            slots: those that are new go to the first group that is ``alike``, or else to the first.
-            alike: whether a slot belongs into a group; None goes by the values that the slot has of its own.
+            slots: a new one is added to the first group that is ``alike``, or else to the first group.
+            alike: whether a slot belongs in a group; None compares the slot's own hyperparameters.
         """
         held = {id(tensor) for group in self.param_groups for tensor in group["params"]}
         for slot in slots:
@@ -96,7 +96,7 @@ class ZOOptimizer(torch.optim.Optimizer):
                 (fits or self.param_groups)[0]["params"].append(slot.tensor)
 
     def check_numbers(self) -> None:
-        """Raises `ConfigError` if somebody has set what is no number, which is to be noticed before anything moves."""
+        """Raises `ConfigError` if a hyperparameter is not a finite number, before anything moves."""
         problems = [
             f"{name}={group.get(name)!r} in the optimizer's param_groups is not a finite number"
             for group in self.param_groups
@@ -126,14 +126,14 @@ class ZOOptimizer(torch.optim.Optimizer):
             return self.engine.apply()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do where nothing was differentiated; gradients that others made are dropped."""
+        """Drops gradients that other code has computed; training computes none."""
         super().zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's, but state keeps its own dtype: momentum of bf16 weights is float32.
+        """As for any optimizer, but the state keeps its own dtype: momentum of bf16 weights is float32.
 
         Raises:
-            StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.
+            StateError: another optimizer or a run with other settings wrote the state; nothing was loaded.
             ValueError: the state does not fit; nothing was loaded.
         """
         check_state(state_dict, self.engine, OWN, {key for group in self.param_groups for key in group})
@@ -144,7 +144,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         for index, tensor in zip(ids, tensors, strict=True):
             streamed = self.engine is not None and self.engine.places.streams_state(tensor)
             for name, value in plain_state(state_dict, index).items():
-                if isinstance(value, Tensor) and not streamed:  # a store makes a copy of its own
+                if isinstance(value, Tensor) and not streamed:  # a store copies it anyway
                     value = value.detach().to(tensor.device, copy=True)
                 self.state[tensor][name] = value
         self._load_extras(state_dict)
@@ -167,7 +167,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             raise ValueError("; ".join(problems))
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's, after the updates that wait for their block, and with our mark."""
+        """As for any optimizer, after applying the updates that are pending for streamed blocks, and with our mark."""
         if self.engine is None:
             return self._marked(super().state_dict())
         self.engine.flush()
@@ -176,7 +176,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         return self._marked(result)
 
     def _window_problems(self, state_dict: dict[str, Any]) -> list[str]:
-        """What is wrong with the updates of low rank that wait in a checkpoint."""
+        """What is wrong with the pending low-rank updates in a checkpoint."""
         waiting = ((index, tensor, window_of(state_dict, index)) for index, tensor in self._indexed(state_dict))
         return [
             f"parameter {index} has low-rank updates of another noise; give it the run's"
@@ -190,7 +190,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         return list(zip(_indices(state_dict), tensors, strict=False))
 
     def _load_extras(self, state_dict: dict[str, Any]) -> None:
-        """What a checkpoint has besides an optimizer's: thresholds, updates that wait, and our mark."""
+        """Loads what a checkpoint has in addition to an optimizer's state: thresholds, pending updates, our mark."""
         self.thresholds.clear()
         self.thresholds.update(thresholds_of(state_dict))
         if self.engine is not None:
@@ -204,7 +204,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         return marked(state_dict, self.engine, windows, dict(self.thresholds))
 
     def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
-        """Goes on with the thresholds of another engine over the same tensors, whose keys may have been others."""
+        """Adopts the thresholds of another engine over the same tensors, whose slots may have had other keys."""
         keys = {id(slot.tensor): slot.key for slot in before if slot.key in known}
         self.thresholds.update({s.key: known[keys[id(s.tensor)]] for s in now if id(s.tensor) in keys})
 
@@ -221,7 +221,7 @@ def _has_values_of(slot: Slot, group: dict[str, Any]) -> bool:
 
 
 def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
-    """Groups for a `ZOOptimizer`: one, and another for each set of values that slots have of their own."""
+    """Groups for a `ZOOptimizer`: one, and another for each set of hyperparameters of the slots' own."""
     groups: dict[tuple[tuple[str, float], ...], dict[str, Any]] = {}
     for slot in slots:
         group = groups.setdefault(tuple(sorted(slot.own.items())), {"params": [], **slot.own})
@@ -230,7 +230,7 @@ def param_groups(slots: Iterable[Slot]) -> list[dict[str, Any]]:
 
 
 def number(group: dict[str, Any], name: str, otherwise: float) -> float:
-    """A hyperparameter; ``otherwise`` where an optimizer has none, as Adafactor with ``lr=None``."""
+    """A hyperparameter as a float; ``otherwise`` if the optimizer has none, like Adafactor with ``lr=None``."""
     value = group.get(name)
     if isinstance(value, Tensor):
         return float(value) if value.numel() == 1 else otherwise
@@ -253,15 +253,15 @@ def group_problems(group: dict[str, Any]) -> list[str]:
     return problems
 
 
-#: Optimizers that no estimate of the gradient in ``.grad`` can serve.
+#: Optimizers that cannot work with an estimate of the gradient in ``.grad``.
 UNUSABLE = {
     torch.optim.LBFGS: "calls the closure itself and needs exact gradients",
-    torch.optim.SparseAdam: "takes sparse gradients alone, and the estimate is dense",
+    torch.optim.SparseAdam: "accepts only sparse gradients, and the estimate is dense",
 }
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raises `ConfigError` for what cannot be the optimizer of an engine; None can."""
+    """Raises `ConfigError` for what cannot be the optimizer of an engine; None is accepted."""
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -303,7 +303,7 @@ class TorchOptimizerFace(ZOOptimizer):
         self.defaults = self.inner.defaults
 
     def check_numbers(self) -> None:
-        """Nothing to do: what its hyperparameters may be is for the torch optimizer to say."""
+        """Does nothing: the torch optimizer decides what its hyperparameters may be."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "param_groups", None) is self.inner.param_groups:
@@ -315,7 +315,7 @@ class TorchOptimizerFace(ZOOptimizer):
         return self._marked(self.inner.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the torch optimizer's; one that it wrote in a run with backpropagation is taken, too."""
+        """As for the torch optimizer; a state that it wrote in a run with backpropagation is also accepted."""
         check_state(state_dict, self.engine, written_by({"param_groups": self.param_groups, "state": self.state}))
         self.inner.load_state_dict(state_dict)
         self._share()

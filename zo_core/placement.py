@@ -1,4 +1,4 @@
-"""From the settings of an engine to what is streamed and what may be set where."""
+"""Checks the settings of an engine against its optimizer and model, and sets up streaming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
 
 
 def is_distributed() -> bool:
-    """Whether a process group exists; a build of torch may lack the whole package."""
+    """Whether a process group exists; a build of torch may lack ``torch.distributed``."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -67,16 +67,16 @@ def check_streamable(config: ZOConfig, rule: UpdateRule) -> None:
 
 
 def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *, foreign: bool) -> list[Slot]:
-    """Those slots whose tensors an optimizer holds, led by the tensor it knows.
+    """The slots whose tensors an optimizer holds, each with the tensor that the optimizer holds first.
 
     Args:
-        optimizer: whose groups say what moves.
-        slots: what the target found.
-        target: its name.
+        optimizer: its groups determine what moves.
+        slots: the slots that the target found.
+        target: name of the target.
         foreign: whether a torch optimizer does the updates.
 
     Raises:
-        ConfigError: scales, which a torch optimizer would make negative.
+        ConfigError: the slots are scales, which a torch optimizer would make negative.
         ModelError: the optimizer holds none of the slots.
     """
     if foreign and any(slot.scaling is not None for slot in slots):
@@ -107,7 +107,7 @@ def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *
 def offload_model(
     model: nn.Module, config: ZOConfig, slots: list[Slot], device: torch.device | None = None
 ) -> Streaming | None:
-    """Streams a model as ``config`` says; ``device`` counts if that names none."""
+    """Streams a model according to ``config``; ``device`` is used if that names none."""
     assert config.offload is not None
     noise = NOISES.resolve(config.noise)
     return offload(

@@ -1,4 +1,4 @@
-"""The records that pass between the parts: what to measure, what was learnt, what was done.
+"""The records that are passed between modules: what to measure, what was learnt, what was done.
 
 They are plain values. A `Probe` is the only thing that has to cross a process, a disk or a
 checkpoint, because its direction can be regenerated from its seed.
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """A place where the loss is wanted: ``theta + scale * z(seed)``.
+    """A point at which the loss is measured: ``theta + scale * z(seed)``.
 
     Attributes:
         seed: seed of the direction ``z``.
@@ -43,11 +43,11 @@ class StepRecord(float):
         projected_grad: mean over the directions of the directional derivative along ``z``, in loss
             per unit of ``z`` (MeZO, arXiv 2305.17333, eq. 2); before clipping.
         lr: learning rate of the first parameter group; NaN if its optimizer has none and sets its own steps, as
-            Adafactor does with ``lr=None``. (A seed log has 0.0 for it.)
+            Adafactor does with ``lr=None``. (A seed log stores 0.0 for it.)
         step: index of the step, from 0.
         seed: seed of the first direction.
         probes: the directions as they were applied; empty if the step was skipped.
-        clipped: how many directions had their coefficient clipped.
+        clipped: number of directions whose coefficient was clipped.
         skipped: why the weights were left alone, or None.
     """
 

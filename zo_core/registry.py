@@ -1,4 +1,4 @@
-"""Named components: a string in a configuration stands for a small frozen dataclass."""
+"""Named components: a string in a configuration names a small frozen dataclass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} {value!r} was given {sorted(options)}; its fields are: {known}") from None
 
     def describe(self, component: T) -> str | dict[str, Any]:
-        """The inverse of `resolve`: the name alone if every field has its default."""
+        """The inverse of `resolve`: only the name if every field has its default."""
         name: str = component.name  # type: ignore[attr-defined]
         values = asdict(component) if is_dataclass(component) and not isinstance(component, type) else {}
         try:

@@ -1,4 +1,4 @@
-"""What the parts that take a whole engine use of it, so that they need not import what is made of them."""
+"""The interface of the engine for modules that work with a whole engine, so that they need not import it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .targets import Slot
 
 
 class Running(Driver, Protocol):
-    """An engine, while it runs; `ZeroOrder` describes what its names are."""
+    """An engine, while it runs; see `ZeroOrder` for its attributes."""
 
     model: nn.Module
     slots: list[Slot]

@@ -1,4 +1,4 @@
-"""Numbers with units: read from "8GB" or "25G", and bytes written for people."""
+"""Numbers with units: parses "8GB" or "25G", and formats numbers of bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def parse_number(text: str) -> float:
     """A positive number; units are powers of 1000 (``"25G"``, ``"8GB"``) or of 1024 (``"8GiB"``).
 
     Raises:
-        ValueError: it is not one.
+        ValueError: ``text`` is not such a number.
     """
     match = NUMBER.fullmatch(text)
     if match is None:
@@ -24,10 +24,10 @@ def parse_number(text: str) -> float:
 
 
 def parse_bytes(value: int | str | None) -> int | None:
-    """A number of bytes, as a number or as `parse_number` reads it; None stays None.
+    """A number of bytes, given as a number or as text for `parse_number`; None stays None.
 
     Raises:
-        ValueError: it is neither, or less than one byte.
+        ValueError: ``value`` is neither, or less than one byte.
     """
     if value is None:
         return None
@@ -40,7 +40,7 @@ def parse_bytes(value: int | str | None) -> int | None:
 
 
 def human(size: int) -> str:
-    """A number of bytes in words."""
+    """A number of bytes as text, for example ``"8.00 GB"``."""
     if size < 1e9:
         return f"{size / 1e6:.1f} MB"
     return f"{size / 1e9:.2f} GB" if size < 1e12 else f"{size / 1e12:.2f} TB"

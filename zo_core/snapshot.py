@@ -1,4 +1,4 @@
-"""What the steps of an engine change, kept to be put back."""
+"""A copy of what the steps of an engine change, to undo them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .updates.base import copies
 
 
 class Snapshot:
-    """What an engine's steps change, to be put back: weights, rule state, rates, random generators, counters.
+    """A copy of what an engine's steps change: weights, rule state, rates, random generators, counters.
 
-    It takes the memory of a copy of the trained weights and the rule state.
+    It takes as much memory as the trained weights and the rule state.
 
     Raises:
         ConfigError: trained weights are streamed.
@@ -36,7 +36,7 @@ class Snapshot:
         self.first_steps, self.merged = engine.first_steps, engine.merged
 
     def rewind(self) -> None:
-        """Weights, rule state and random generators as they were."""
+        """Restores weights, rule state and random generators."""
         engine = self.engine
         engine.discard()
         engine.updaters.load(self.windows)
@@ -53,7 +53,7 @@ class Snapshot:
         torch.clear_autocast_cache()
 
     def restore(self) -> None:
-        """Everything as it was."""
+        """Restores everything."""
         self.rewind()
         engine = self.engine
         engine.at(self.step)

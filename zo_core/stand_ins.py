@@ -1,9 +1,9 @@
-"""Parameters whose values are somewhere else for the moment: in a store, or in the factors of a window.
+"""Parameters whose values are temporarily elsewhere: in a store, or in the factors of a window.
 
-Between two steps anybody may read a model's parameters: callbacks, averages of weights, code that copies a model. A
-parameter that does not have its values then is made a stand-in, which is the same object with another class. The
-first torch function that reads it brings the values, and it is an ordinary parameter again. Its shape, dtype and
-device can be asked for without that.
+Between two steps any code may read a model's parameters: callbacks, weight averaging, code that copies a model. A
+parameter without its values at that time is made a stand-in, which is the same object with another class. The
+first torch function that reads it loads the values, and it is an ordinary parameter again. Reading its shape, dtype
+or device does not load them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Questions about a tensor that its values do not answer.
+#: Attributes and methods of a tensor that do not depend on its values.
 METADATA = {
     getattr(Tensor, name).__get__
     for name in (
@@ -26,7 +26,7 @@ METADATA = {
     )
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
-#: Functions that need no values: questions about the object, and statements that replace or ignore them.
+#: Functions that need no values: metadata, and functions that replace or ignore the values.
 WITHOUT_VALUES = (
     METADATA
     | {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")}
@@ -46,14 +46,14 @@ WITHOUT_VALUES = (
     | {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 )
 
-#: Functions that return the tensor itself where it is already what they are asked for.
+#: Functions that return the tensor itself if it already has the requested type and place.
 MOVES = frozenset({Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.contiguous})
 
 Bring = Callable[[], object]
 
 
 class StandIn:
-    """The first base of every class of stand-ins; the second is the class that the parameter really has."""
+    """The first base of every class of stand-ins; the second is the parameter's original class."""
 
     @classmethod
     def __torch_function__(
@@ -88,8 +88,8 @@ def stand_in(parameter: Tensor, bring: Bring) -> None:
     """Makes a parameter a stand-in.
 
     Args:
-        parameter: any; one that is a stand-in already gets the new ``bring``.
-        bring: called when its values are needed; points it at them.
+        parameter: any parameter; an existing stand-in gets the new ``bring``.
+        bring: called when the values are needed; makes the parameter `ordinary` and points it at them.
     """
     vars(parameter)["_zo_bring"] = bring
     if not isinstance(parameter, StandIn):
@@ -97,7 +97,7 @@ def stand_in(parameter: Tensor, bring: Bring) -> None:
 
 
 def ordinary(parameter: Tensor) -> None:
-    """Takes back `stand_in`."""
+    """Undoes `stand_in`."""
     if isinstance(parameter, StandIn):
         parameter.__class__ = type(parameter).__mro__[2]
         del vars(parameter)["_zo_bring"]

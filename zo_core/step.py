@@ -22,16 +22,16 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass
 class StepPlan:
-    """What a step measures, and what it has found so far.
+    """What a step measures, and what it has measured so far.
 
     Attributes:
-        step: its index.
+        step: index of the step.
         seeds: one per direction.
-        points: where losses are needed, for all of the directions.
+        points: the points to measure, for all directions.
         mine: indices of the points that this process measures; see `Exchange`.
         ratios: by slot, its eps in units of the step's.
         sums: float64 tensors of shape ``[]``, one for each of ``mine``: losses, summed over micro-batches.
-        thresholds: of masks that were met for the first time; they count from the step's update on.
+        thresholds: thresholds of masks that this step needed first; they take effect with its update.
     """
 
     step: int
@@ -52,20 +52,20 @@ class StepPlan:
         self.sums = [a + b for a, b in zip(self.sums, losses, strict=True)] if self.sums else list(losses)
 
     def losses(self) -> list[float]:
-        """The sums as numbers; waits for the device."""
+        """The sums as numbers; synchronises with the device."""
         numbers: list[float] = torch.stack(self.sums).tolist()
         return numbers
 
 
 def mean(losses: list[float]) -> float:
-    """Of losses that are finite, else NaN."""
+    """The mean of finite losses, else NaN."""
     return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else float("nan")
 
 
 def probes_from(
     estimator: Estimator, eps: float, bound: float, seeds: tuple[int, ...], losses: list[float]
 ) -> tuple[Estimate, tuple[Probe, ...], int]:
-    """What was learnt, as it is to be applied.
+    """Turns the losses of a step into the probes to apply.
 
     Args:
         estimator: turns losses into coefficients.
@@ -76,7 +76,7 @@ def probes_from(
 
     Returns:
         The estimate, the probes with the mean over the directions in their coefficients, and how many of
-        them were clipped. An estimate that is to be skipped has no probes.
+        them were clipped. There are no probes if the step is to be skipped.
     """
     if not all(map(math.isfinite, losses)):
         shown = ", ".join(f"{loss:.4g}" for loss in losses)
@@ -89,19 +89,19 @@ def probes_from(
     if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
         shown = ", ".join(f"{c:.4g}" for c in coefficients)
         return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
-    # A float32 from here on: what a log or another process is given is what is applied.
+    # A float32 from here on, so that a log or another process gets exactly what is applied.
     probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
     return estimate, probes, clipped
 
 
 class Skips:
-    """Says which steps were skipped; a diverged run skips every step, and is told at powers of two."""
+    """Logs skipped steps; a diverged run skips every step, so warnings come at powers of two."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def log(self, step: int, estimate: Estimate) -> None:
-        """One line about a step that moves nothing; losses that agree are what a converged model gives."""
+        """Logs a step that moves nothing; losses that agree are normal for a converged model, and no warning."""
         said = f"step {step} skipped, weights untouched: {estimate.skip}"
         if estimate.projected_grads:
             logger.info("%s", said)

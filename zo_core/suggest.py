@@ -1,4 +1,4 @@
-"""The learning rate, found by trial runs that are undone."""
+"""Finds a learning rate by trial runs that are undone."""
 
 from __future__ import annotations
 
@@ -35,34 +35,34 @@ def suggest_lr(
         lr = suggest_lr(model, [lambda batch=batch: model(**batch).loss for batch in batches], eps=1e-3).lr
 
     Short trial runs start from the same weights, with the same directions and batches, at rates a
-    factor of 2 apart; the loss on all batches says what each has brought. A first scan at rates that
-    grow from harmless ones finds where the loss blows up. The suggestion is half of the middle one
-    of the rates that bring 90% of the largest decrease, and at most a quarter of the smallest that does harm.
+    factor of 2 apart; each is judged by the loss on all batches. A first scan at increasing rates, starting
+    from harmless ones, finds where the loss blows up. The suggestion is half of the median of the rates
+    that achieve 90% of the largest decrease, and at most a quarter of the smallest harmful rate.
 
-    Theory gives the rate only for one quadratic: with directions z and one of them a step, the expected
+    Theory gives the rate only for a single quadratic: with one direction z per step, the expected
     change of the loss is ``-lr ||grad||^2 + lr^2 / 2 E[g^2 z'Hz]``, smallest at about ``1 / tr(H)``, and
     three losses along a z measure ``z'Hz``. One step is not enough, however, because its best rate
-    knows nothing of the noise of the batches and of how the curvature changes. Trials of many steps see
-    both. They are short beside a training run, which leaves less noise to the end; hence the margins.
+    accounts neither for the noise of the batches nor for how the curvature changes. Trials of many steps
+    show both. They are short compared with a training run, which leaves less noise at the end; hence the margins.
 
-    Weights, rule state, random generators and modes are bit for bit as before, also after an exception.
-    It takes the memory of a copy of the weights that move.
+    Weights, rule state, random generators and modes are restored bit for bit, also after an exception.
+    The test needs memory for a copy of the weights that move.
 
     Args:
         model: as for `ZeroOrder`.
         closure: returns the loss of one batch; better a list of them, one for each of about 8 batches,
             since one batch does not show the noise between batches.
-        config: the settings to be used in training: estimator, eps, rule and target matter.
-        optimizer: the one to be used in training, if any; the rates of its groups keep their proportions.
+        config: the settings for training; estimator, eps, rule and target matter.
+        optimizer: the optimizer for training, if any; the rates of its groups keep their proportions.
         steps: length of a trial run; None takes 128 forwards, and at least 16 steps.
         **overrides: fields of `ZOConfig`, taking precedence over ``config``.
 
     Returns:
-        The rate, and the curve it comes from; printed, a table.
+        The rate, and the curve that it comes from; it prints as a table.
 
     Raises:
-        ConfigError: settings that cannot work, trained weights that are streamed, or no rate lowers the loss.
-        LossError: a closure returns no number, or one that is not finite at the weights as they are.
+        ConfigError: settings are not valid, trained weights are streamed, or no rate lowers the loss.
+        LossError: a closure returns no number, or one that is not finite at the current weights.
     """
     closures = [closure] if callable(closure) else list(closure)
     engine = None if optimizer is None else getattr(optimizer, "engine", None)
@@ -70,7 +70,7 @@ def suggest_lr(
         return engine.suggest_lr(closures, steps)
     settings = (config or ZOConfig()).replace(**{**overrides, "lr": None})
     streaming = Streaming.of(model)
-    if streaming is not None:  # before there is another engine, which would begin with rule state of its own
+    if streaming is not None:  # before another engine is made, which would start with rule state of its own
         check_resident(streaming, _moving(model, settings, optimizer))
     with ExitStack() as windows:
         for live in Windows.in_model(model):

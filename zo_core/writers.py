@@ -1,18 +1,18 @@
-"""Whose state this is, judged from its keys: for checkpoints that carry no mark."""
+"""Recognises by its keys which optimizer wrote a state, for checkpoints without a mark."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-#: The writer of states of our own.
+#: Name of the optimizer that writes our own states.
 OWN = "ZOOptimizer"
 GROUP = {"lr", "eps", "weight_decay"}
 #: What torch and its schedulers add to the groups of any optimizer.
 ADDED = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 STATE = {"momentum", "factor", "factor_momentum", "bases", "decay", "weights"}
 
-#: Name, keys of its groups, keys of its state. The first that fits counts, so the more telling ones come first.
+#: Name, keys of its groups, keys of its state. The first match counts, so more specific ones come first.
 WRITERS: tuple[tuple[str, Collection[str], Collection[str]], ...] = (
     ("bitsandbytes", (), ("state1",)),
     ("bitsandbytes", (), ("__bnb_optimizer_quant_state__",)),
@@ -41,14 +41,14 @@ def is_own(state: Mapping[str, Any], extra: Collection[str]) -> bool:
 
     Args:
         state: with ``param_groups`` and ``state``.
-        extra: keys that the user has given groups besides.
+        extra: further keys that the user has added to groups.
     """
     groups, kept = _keys(state)
     return groups >= GROUP and groups <= GROUP | ADDED | set(extra) and kept <= STATE
 
 
 def written_by(state: Mapping[str, Any]) -> str | None:
-    """The optimizer that wrote a state, as people call it; None if its keys do not say."""
+    """The usual name of the optimizer that wrote a state; None if its keys do not tell."""
     if is_own(state, ()):
         return OWN
     groups, kept = _keys(state)

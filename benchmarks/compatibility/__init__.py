@@ -1,1 +1,1 @@
-"""Every public trainer, with this package and written out; the table of it is ``docs/compatibility.md``."""
+"""Compares every public trainer under this package with plain code; the results are in ``docs/compatibility.md``."""

@@ -3,7 +3,7 @@
 python -m benchmarks.compatibility --write           # some minutes on one core
 python -m benchmarks.compatibility --check           # defaults of all cases, all ways of the first of each trainer
 python -m benchmarks.compatibility --check --all
-python -m benchmarks.compatibility GRPO dpo          # shows the cases that have these words in them
+python -m benchmarks.compatibility GRPO dpo          # shows the cases that contain these words
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
         parser.error("write --write, --check, or some words of a case")
     rows: dict[str, list[Row]] = {}
     every = families()
-    gc.freeze()  # accelerate collects garbage at every train(), among all that was imported
+    gc.freeze()  # accelerate collects garbage at every train(), over everything that was imported
     for family, cases in every.items():
         seen: set[str] = set()
         for case in cases:

@@ -1,4 +1,4 @@
-"""Runs a case both ways and says how far they agree."""
+"""Runs a case both ways and reports how closely they agree."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Row:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Nothing that a trainer prints."""
+    """Suppresses what a trainer prints."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield
 
@@ -69,14 +69,14 @@ def row(case: Case, ways: list[str]) -> Row:
 
 
 def agreement(mine: Run, wanted: Run) -> str:
-    """How far two runs agree."""
+    """How closely two runs agree."""
     if wanted.untrained:
         return f"does not train {', '.join(wanted.untrained[:3])}"
     wanted_grads = wanted.grads[-len(mine.grads) :]  # without those of a tuner's trial runs
     same = [name for name, value in wanted.weights.items() if torch.equal(mine.weights[name], value)]
     if mine.grads == wanted_grads and len(same) == len(wanted.weights):
         return EXACT
-    # A loss is right to some units in its last place, whatever the order of the sums.
+    # A loss is accurate to some units in its last place, whatever the order of the sums.
     unit = torch.finfo(torch.float32).eps * max(1.0, *map(abs, wanted.losses)) / (2 * EPS)
     if any(abs(a - b) > 16 * unit for a, b in zip(mine.grads, wanted_grads, strict=True)):
         return f"differs: {mine.grads} for {wanted_grads}"

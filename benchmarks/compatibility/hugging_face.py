@@ -23,10 +23,10 @@ class Case:
     """One trainer with one setting.
 
     Attributes:
-        trainer: how the table calls it.
-        setting: what is not as it comes.
+        trainer: its name in the table.
+        setting: what differs from its defaults.
         make: builds the trainer.
-        remark: what somebody who uses it should know.
+        remark: what its users should know.
         also: further tensors to compare at the end of a run, by name.
     """
 
@@ -64,7 +64,7 @@ class Case:
 
 
 class _Records(TrainerCallback):
-    """Keeps what the steps of a run came to."""
+    """Keeps the results of the steps of a run."""
 
     def __init__(self, trainer: Any, run: Run):
         self.trainer, self.run = trainer, run

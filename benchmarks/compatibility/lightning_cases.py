@@ -1,4 +1,4 @@
-"""Lightning's callbacks beside the strategy, on a small network with blocks that can be streamed."""
+"""Lightning's callbacks with the strategy, on a small network with blocks that can be streamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 6
 
 
 class Block(nn.Module):
-    """What is streamed."""
+    """A block that can be streamed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Net(L.LightningModule):
 
 
 class Written(Net):
-    """The same, with each step written out."""
+    """The same module, with each step in plain code."""
 
     noise: Noise
     keys: list[dict[str, str]]
@@ -91,7 +91,7 @@ class Written(Net):
 
 
 class _Move(torch.optim.SGD):
-    """Moves the weights by what the module has measured, with the learning rate of each group."""
+    """Moves the weights according to the module's measurements, with the learning rate of each group."""
 
     def __init__(self, groups: list[dict[str, Any]], module: Written):
         super().__init__(groups)
@@ -112,7 +112,7 @@ class _Move(torch.optim.SGD):
 
 
 class _Records(cb.Callback):
-    """Keeps what the steps of a run came to."""
+    """Keeps the results of the steps of a run."""
 
     def __init__(self, run: Run):
         self.run, self.zo = run, None
@@ -129,7 +129,7 @@ class _Records(cb.Callback):
 
 
 class Average(cb.Callback):
-    """An average of the weights, as one writes it."""
+    """A typical average of the weights."""
 
     def __init__(self) -> None:
         self.mean: dict[str, Tensor] = {}
@@ -144,11 +144,11 @@ class Case:
     """One callback, or one setting of the trainer.
 
     Attributes:
-        trainer: how the table calls it.
-        setting: what is not as it comes.
-        callbacks: makes them.
-        remark: what somebody who uses it should know.
-        settings: of the trainer.
+        trainer: its name in the table.
+        setting: what differs from its defaults.
+        callbacks: makes the callbacks.
+        remark: what its users should know.
+        settings: settings of the trainer.
         net: settings of the module.
     """
 

@@ -1,4 +1,4 @@
-"""Tiny models, a tokenizer, rows of text and short runs, made on the spot."""
+"""Tiny models, a tokenizer, rows of text and short runs, all generated."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _saved(seed: int, vocab: int) -> tempfile.TemporaryDirectory[str]:
 
 
 def llama(seed: int = 0, vocab: int = VOCAB) -> LlamaForCausalLM:
-    """A causal language model that knows where it came from: some trainers open it a second time."""
+    """A causal language model with its path stored in it, because some trainers load it a second time."""
     return LlamaForCausalLM.from_pretrained(_saved(seed, vocab).name).eval()
 
 

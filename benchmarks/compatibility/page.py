@@ -8,12 +8,12 @@ from .compare import REFUSED, WAYS, Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
-#: What is below this line of the page is written by the program.
+#: The program writes what is below this line of the page.
 MARK = "<!-- below: python -m benchmarks.compatibility --write -->"
 
 
 def page(rows: dict[str, list[Row]], versions: list[str]) -> str:
-    """The whole page, with the text that people have written."""
+    """The whole page, including the hand-written text."""
     prose = PAGE.read_text(encoding="utf-8").split(MARK)[0]
     parts = [prose + MARK, f"Measured with {', '.join(versions)}."]
     for family, found in rows.items():
@@ -29,7 +29,7 @@ def line(row: Row) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """What is in a row of the table; what was not measured is a question mark."""
+    """The cells of a row of the table; a question mark for what was not measured."""
     setting = f"`{row.case.setting}`" if "=" in row.case.setting or "Loss" in row.case.setting else row.case.setting
     results = [row.results.get(way, "?") for way in WAYS]
     said = row.said if REFUSED in results else ""
@@ -38,7 +38,7 @@ def cells(row: Row) -> list[str]:
 
 
 def about(row: Row) -> str:
-    """A row for people who look at a terminal."""
+    """A row as text for a terminal."""
     *what, remark = cells(row)
     return "  ".join([*what, f"(slope {row.detached:.3f})" if row.detached > 1e-2 else "", remark])
 

@@ -92,7 +92,7 @@ TEACHER_SCORES = {**TRIPLES, "label": lambda i: [0.9, (i % 5) / 8]}
 
 
 def made(trainer: type[Any], config: type[Any], model: Callable[[], Any]) -> Any:
-    """A function that makes a trainer, given a loss by a function of the model, and the columns that it wants."""
+    """A function that makes a trainer, given a loss by a function of the model, and the columns that it needs."""
 
     def case(setting: str, data: dict[str, Any], loss: Callable[[Any], Any], remark: str = "", **own: Any) -> Case:
         def make(wrap: Callable[[type], type], **zo: Any) -> Any:
@@ -130,7 +130,7 @@ def sampled(cls: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 def words(loss: Callable[[Any], Any], outer: Callable[..., Any] = sparse.SpladeLoss) -> Callable[[Any], Any]:
-    """A loss with regularizers around it, as models of words need."""
+    """A loss with regularizers around it, as sparse encoders need."""
     return lambda model: outer(model, loss(model), 3e-3, 5e-3)
 
 

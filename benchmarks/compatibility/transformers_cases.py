@@ -1,4 +1,4 @@
-"""The trainers of transformers, with the ways in which people change them."""
+"""The trainers of transformers, with common ways of customising them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Masked(Trainer):
 
 
 class Groups(Trainer):
-    """Layers with learning rates of their own, the head with none."""
+    """Layers with their own learning rates, and a head without one."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         assert isinstance(self.model, nn.Module)
@@ -96,7 +96,7 @@ class Freeze(TrainerCallback):
 
 
 class Average(TrainerCallback):
-    """An average of the weights, as one writes it."""
+    """A typical average of the weights."""
 
     def __init__(self) -> None:
         self.mean: dict[str, Tensor] = {}
@@ -117,7 +117,7 @@ def bias_corrected(trainer: Any) -> dict[str, Tensor]:
 
 
 def squared(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """A loss function of one's own."""
+    """A user-defined loss function."""
     return outputs.logits.square().mean()
 
 

@@ -1,8 +1,8 @@
 """What a trainer should measure and where its weights should be, in plain code: copies, sums and differences.
 
-`WrittenOut` goes in front of a trainer that has nothing to do with this package. It computes that trainer's
-own loss at ``theta + eps z`` and ``theta - eps z`` and moves the weights along z. It uses no engine; of the
-package it needs the values of z alone.
+`WrittenOut` is a mixin for a trainer that does not use this package. It computes that trainer's own loss at
+``theta + eps z`` and ``theta - eps z`` and moves the weights along z. It uses no engine; from the package it
+needs only the values of z.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ NEAR = 1e-4
 
 @dataclass
 class Run:
-    """What came out of a run.
+    """The results of a run.
 
     Attributes:
         grads: the projected gradient of each step.
         losses: the mean loss over the probes of each step.
         weights: everything that the trainer trains or that a forward changes, by name, at the end.
         keys: for each step, names of the slots by names of the tensors; of a run of this package.
-        untrained: what the trainer's own optimizer has and this package does not move.
-        detached: how far the slope of the loss's value is from what autograd says, in units of the
-            gradient's norm; of a run that is written out.
+        untrained: weights in the trainer's own optimizer that this package does not move.
+        detached: how far the slope of the loss's value is from that of autograd, in units of the
+            gradient's norm; only for a run in plain code.
     """
 
     grads: list[float] = field(default_factory=list)
@@ -68,7 +68,7 @@ def same_start() -> None:
 
 @contextmanager
 def repeatable() -> Iterator[Callable[[], None]]:
-    """Gives a function that puts the global generators back to where they were."""
+    """Returns a function that restores the global generators."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def back() -> None:
@@ -80,12 +80,12 @@ def repeatable() -> Iterator[Callable[[], None]]:
 
 
 class Copies:
-    """The loss of copies of some modules: a copy is their memory with other values in it, which are taken out again.
+    """The loss of copies of some modules: a copy is their memory with other values, which are removed again.
 
     Args:
         roots: the modules.
         moved: the tensors that z moves, with the keys of their slots.
-        noise: knows z.
+        noise: determines z.
         loss: runs the modules.
     """
 
@@ -99,7 +99,7 @@ class Copies:
 
     @torch.no_grad()
     def at(self, seed: int, scale: float) -> float:
-        """The loss at ``theta + scale * z``; the modules are as before."""
+        """The loss at ``theta + scale * z``; the modules are restored."""
         tensors = self.everything()
         before = [tensor.detach().clone() for tensor in tensors]
         try:
@@ -134,7 +134,7 @@ class Copies:
         return max(abs((plus - minus) / (2 * NEAR) - slope) - rounding, 0.0) / max(norm, 1e-3) if grads else 0.0
 
     def gradients_of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What autograd gives, by the names of the tensors that get something; nothing else changes."""
+        """The gradients by autograd, by the names of the tensors that get one; nothing else changes."""
         before = [tensor.detach().clone() for tensor in self.everything()]
         with repeatable() as back, torch.enable_grad():
             try:
@@ -198,7 +198,7 @@ def roots_of(trainer: Any) -> list[nn.Module]:
 
 
 class WrittenOut:
-    """In front of a Hugging Face trainer: each step written out, with the trainer's own ``compute_loss``."""
+    """A mixin for Hugging Face trainers: each step in plain code, with the trainer's own ``compute_loss``."""
 
     noise: Noise
     keys: list[dict[str, str]]

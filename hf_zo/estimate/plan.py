@@ -78,7 +78,7 @@ class Row:
         name: the way, in words.
         device: most memory in use on the device. What a process takes by itself (Python, libraries, a
             CUDA context) comes on top.
-        host: memory of the host beside that; on a CPU both are the same memory, and add up.
+        host: memory of the host in addition to that; on a CPU both are the same memory, and add up.
         disk: size of the block files; unchanged blocks are read from the checkpoint itself.
         read, written: moved per step, to and from the device or between disk and memory.
         forwards: per step; None where the time is not worked out.
@@ -102,7 +102,7 @@ class Row:
 
 
 def estimate(model: nn.Module, work: Workload) -> list[Row]:
-    """All ways to train a model, and full fine-tuning and QLoRA beside them.
+    """Rows for all ways to train a model, and for full fine-tuning and QLoRA by backpropagation.
 
     Args:
         model: on the meta device, for example from `skeleton`.

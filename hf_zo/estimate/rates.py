@@ -31,8 +31,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype, folder: str | None =
 
     Args:
         device: where the model computes.
-        dtype: of the weights.
-        folder: on the disk that blocks would be on; None takes the folder of temporary files.
+        dtype: dtype of the weights.
+        folder: a folder on the disk for the blocks; None takes the folder of temporary files.
 
     Returns:
         All three rates. The file is read with its pages dropped from the page cache first, as far as

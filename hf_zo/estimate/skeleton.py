@@ -1,4 +1,4 @@
-"""A model without values, from its configuration alone. The only file here that knows transformers."""
+"""A model without values, from its configuration alone. The only file here that uses transformers."""
 
 from __future__ import annotations
 

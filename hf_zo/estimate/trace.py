@@ -1,8 +1,8 @@
-"""How much memory a probe takes beside the weights: one runs on the meta device, and its tensors are counted.
+"""How much memory a probe takes besides the weights: one runs on the meta device, and its tensors are counted.
 
 The model's own forward runs, through the same hooks that perturb it in training, so whatever is
-alive at once is counted: perturbed copies, activations, logits, the upcast copy of the loss. Not
-seen is what a kernel takes for itself. Attention is counted as fused.
+alive at once is counted: perturbed copies, activations, logits, the upcast copy of the loss. The
+workspaces of kernels are not counted. Attention is counted as fused.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Bytes beside weights while the probes of a step run.
+    """Bytes besides weights while the probes of a step run.
 
     Attributes:
         copies: perturbed copies of weights.
@@ -128,7 +128,7 @@ class _Unmoved(Direction):
 
 
 class _CountedPool(ScratchPool):
-    """Says of its tensors what they are for."""
+    """Labels its tensors as perturbed copies."""
 
     def __init__(self, trace: Trace):
         super().__init__()
@@ -188,7 +188,7 @@ def formula(model: nn.Module, slots: list[Slot], tokens: int, width: int, vocabu
 
 
 def together(segments: Sequence[Segment], probes: int, pooled: bool, kept: int = 0) -> Scratch:
-    """What ``probes`` probes take that pass through each block in turn.
+    """Memory of ``probes`` probes that pass through each block in turn.
 
     While one runs through a block, each of the others waits at its beginning or at its end. With one
     probe at a time this is the largest segment.

@@ -13,14 +13,14 @@ from zo_core import ConfigError
 #: Weights that share one scale: the default of bitsandbytes.
 BLOCK_SIZE = 64
 
-#: What PEFT adapts if it is not told: the projections of queries and values, under their various names.
+#: What PEFT adapts by default: the projections of queries and values, under their various names.
 LORA_TARGETS = ("q_proj", "v_proj", "query", "value", "q", "v", "q_lin", "v_lin", "query_key_value", "qkv_proj")
 
 
 class Int4Linear(nn.Module):
-    """A linear layer of bitsandbytes: two codes a byte, a float32 scale for each 64 weights.
+    """A linear layer of bitsandbytes: two codes per byte, a float32 scale for each 64 weights.
 
-    Its forward makes the weights of the whole layer in their 16-bit type, as bitsandbytes does for
+    Its forward dequantises the weights of the whole layer to their 16-bit dtype, as bitsandbytes does for
     more than one token.
     """
 

@@ -45,7 +45,7 @@ def variants() -> dict[str, Make]:
 
 
 VARIANTS = variants()
-REFUSED = {"torch.optim.LBFGS": "calls the closure itself", "torch.optim.SparseAdam": "takes sparse gradients alone"}
+REFUSED = {"torch.optim.LBFGS": "calls the closure itself", "torch.optim.SparseAdam": "accepts only sparse gradients"}
 
 
 def model() -> nn.Module:

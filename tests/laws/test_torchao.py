@@ -211,7 +211,7 @@ def test_scales_of_another_shape_are_refused() -> None:
         f"blocks.0.up._weight_{name}": getattr(quantised(other)[0], name) for name in ("qdata", "scale", "zero_point")
     }
     with pytest.raises(
-        RuntimeError, match=r"size mismatch for blocks.0.up.weight.scale: \[128, 1\] came for \[128, 2\]"
+        RuntimeError, match=r"size mismatch for blocks.0.up.weight.scale: got \[128, 1\], expected \[128, 2\]"
     ):
         model.load_state_dict(flat, strict=False)
 

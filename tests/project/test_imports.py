@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 RANKS = {
     "records": 0,
     "errors": 0,
-    "estimate": 0,
     "files": 0,
     "registry": 0,
     "cache": 0,

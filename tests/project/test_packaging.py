@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -111,11 +110,6 @@ def test_a_missing_extra_is_named(missing: str, statements: tuple[str, ...], ext
     assert len(errors) == len(statements)
     assert all(f"pip install 'zo-trainer[{extra}]'" in error for error in errors)
     assert extra in PROJECT["optional-dependencies"]
-
-
-def test_what_has_moved_says_where() -> None:
-    with pytest.raises(ImportError, match=r"from hf_zo\.estimate import .*python -m hf_zo\.estimate"):
-        importlib.import_module("zo_core.estimate")
 
 
 def test_what_is_optional_is_optional() -> None:

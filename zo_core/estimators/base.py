@@ -16,9 +16,9 @@ class Estimate:
 
     Attributes:
         projected_grads: directional derivative along each direction, loss per unit of ``z``.
-        coefficients: what each direction is multiplied with in the update, before clipping and
-            before the mean over directions.
-        skip: why these losses say nothing about the direction to take, or None.
+        coefficients: factor of each direction in the update, before clipping and before the mean
+            over directions.
+        skip: why these losses give no direction to move in, or None.
     """
 
     projected_grads: tuple[float, ...]
@@ -42,11 +42,11 @@ class Estimator:
     min_probes: ClassVar[int] = 1
 
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
-        """Where to measure, for one seed per direction."""
+        """The points to measure, given one seed per direction."""
         raise NotImplementedError
 
     def estimate(self, losses: Sequence[float], eps: float) -> Estimate:
-        """What the losses at those points say, in the same order; they are finite."""
+        """The estimate from the losses at those points, in the same order; all of them are finite."""
         raise NotImplementedError
 
 

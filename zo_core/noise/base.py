@@ -1,4 +1,4 @@
-"""What a noise is: directions reached from a seed by a pure function, and the distribution of their elements."""
+"""The interface of noises: directions as pure functions of a seed, and the distribution of their elements."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .hashing import BATCH_WORDS, DIRECTION, derive_seed, stream_key, words
 
 @dataclass(frozen=True)
 class Noise:
-    """Says in which direction each slot moves, by seed. A noise draws from no generator.
+    """Defines the direction of each slot as a function of a seed. A noise uses no random generator.
 
     Class attributes:
         name: its name in the registry.
-        share: the probability with which a slot moves in a step.
+        share: the probability that a slot moves in a step.
     """
 
     name: ClassVar[str]
@@ -29,11 +29,11 @@ class Noise:
 
     @property
     def plain(self) -> Noise:
-        """The noise of the slots that move in a step: this one, unless it draws some of them."""
+        """The noise of the slots that move in a step: this one, unless it samples slots."""
         return self
 
     def seed(self, base: int, step: int, direction: int) -> int:
-        """The seed of one direction of one step: all that its values depend on besides the slot.
+        """The seed of one direction of one step; its values depend only on this seed and the slot.
 
         Args:
             base: the run's seed, any integer.
@@ -52,53 +52,62 @@ class Noise:
         scaling: Scaling | None = None,
         thresholds: MutableMapping[str, float] | None = None,
     ) -> Direction:
-        """The sum of some directions for one slot; it is `Direction.still` where the slot does not move.
+        """The sum of several directions for one slot; it is `Direction.still` if the slot does not move.
 
         Args:
             slot: key of the slot.
-            shape: of the slot.
-            terms: pairs ``(seed, c)``.
+            shape: shape of the slot.
+            terms: pairs ``(seed, c)`` of a direction and its coefficient.
             rounding_seed: as in `Direction`.
             backend: as in `Direction`.
             scaling: as in `Direction`.
-            thresholds: of a run with masks, by slot; a mask puts its own there when it is needed first.
+            thresholds: mask thresholds of the run, by slot; a mask adds its own when it is first needed.
         """
         raise NotImplementedError
 
     def values(
         self, seed: int, slot: str, shape: torch.Size, device: torch.device | str = "cpu", scale: float = 1.0
     ) -> Tensor:
-        """``scale`` times the direction of one slot as a whole, float32 of its shape; masks move every element."""
+        """``scale`` times the whole direction of one slot, float32 of its shape; masks are not applied."""
         direction = self.direction(slot, torch.Size(shape), ((seed, scale),))
         if direction.still:
             return torch.zeros(shape, dtype=torch.float32, device=device)
         return direction.values(torch.Size(shape), torch.device(device))
 
     def rank_of(self, shape: torch.Size, scaling: Scaling | None = None) -> int | None:
-        """Rank of the direction of such a slot, whose updates may wait for the end of a window; None for full rank."""
+        """Rank of such a slot's direction, whose updates may be pending until a window ends; None for full rank."""
         return None
 
     def words_of(self, shape: torch.Size) -> int:
-        """How many 32-bit hash words the direction of a slot of full rank takes."""
+        """Number of 32-bit hash words for the direction of a full-rank slot."""
         raise NotImplementedError
 
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
-        """Computes in advance what is cheaper for many slots together; it changes no value."""
+        """Computes in advance what is cheaper for many slots together; it changes no value.
+
+        What is kept counts towards the bounds of the caches: 32 MiB for words and 64 MiB for left factors. While it
+        runs, the left factors of all seeds and slots exist at once, as float32.
+
+        Args:
+            seeds: seeds of the directions of one step.
+            slots: key and shape of each slot.
+            device: where to compute.
+        """
 
     def forget(self, seeds: Sequence[int], late: bool = False) -> None:
-        """Lets go of what was kept for the step of these directions, and changes no value.
+        """Drops what was kept for the step of these directions; it changes no value.
 
-        What later steps of a window need as well stays; with ``late``, what updates in the next sweep need, too.
+        What later steps of a window need is kept, and with ``late`` also what updates in the next sweep need.
         """
         end_step(late)
 
 
 @dataclass(frozen=True)
 class ElementNoise(Noise):
-    """Independent elements of one distribution; subclasses say how words become values.
+    """Independent elements of one distribution; subclasses define how words become values.
 
     Class attributes:
-        values_per_word: how many consecutive elements one 32-bit word serves.
+        values_per_word: number of consecutive elements per 32-bit word.
         variance: exact variance of one element.
         signs: whether every value is +1 or -1, so that multiplying by it is exact.
         kurtosis: exact fourth standardised moment. The two-sided estimator over n directions in d
@@ -116,7 +125,7 @@ class ElementNoise(Noise):
         Args:
             bits: int32 ``[count]``.
             scale: a float32 value.
-            out: float32 ``[count * values_per_word]``. Where `signs`, also a 16-bit type, with scale 1.
+            out: float32 ``[count * values_per_word]``. If `signs`, also a 16-bit type, with scale 1.
         """
         raise NotImplementedError
 

@@ -21,7 +21,7 @@ from .rounding import DROPPED_BITS
 
 
 def supports(direction: Direction, dtype: torch.dtype) -> bool:
-    """Whether there is a fused form that gains: signs on 16-bit weights were measured to be slower fused."""
+    """Whether there is a fused form that is faster: for signs on 16-bit weights it was measured to be slower."""
     kind = type(direction.noise)
     return (
         (kind is Gaussian or (kind is Rademacher and dtype not in DROPPED_BITS))

@@ -40,7 +40,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Elements(Protocol):
-    """What moves weights knows of a distribution: `ElementNoise` says what these are."""
+    """The part of a distribution that the passes over weights use; see `ElementNoise`."""
 
     @property
     def values_per_word(self) -> int: ...
@@ -60,19 +60,19 @@ class Scaling:
         absolute:  theta' = max(floor, round(decay * theta + s))
         relative:  theta' = max(floor, round(theta * (decay + s)))
 
-    The relative form is one rounding of a float64 product. A scale that is below the floor (0 in a
-    block of zeros) is not raised to it, it only sinks no further: a move by ``s = 0`` changes nothing.
+    The relative form is one rounding of a float64 product. A scale that is already below the floor (0 in
+    a block of zeros) is not raised to it, but sinks no further: a move by ``s = 0`` changes nothing.
 
     Attributes:
-        relative: move by a part of the value, so that one eps fits layers of any magnitude.
-        floor: least value of a scale.
+        relative: move by a fraction of the value, so that one eps fits layers of any magnitude.
+        floor: minimum of a scale.
     """
 
     relative: bool = True
     floor: float = 1e-7
 
     def moved(self, theta: Tensor, change: Callable[[Tensor], object]) -> Tensor:
-        """New values for ``theta``, where ``change`` moves weights in place as ordinary ones move."""
+        """New values for ``theta``, in its dtype; ``change`` moves weights in place as ordinary weights move."""
         work = torch.ones_like(theta, dtype=torch.float64) if self.relative else theta.clone()
         change(work)
         if self.relative:
@@ -87,14 +87,14 @@ class Direction:
     Attributes:
         noise: the distribution of the elements of z.
         slot: key of the slot, part of the hash.
-        terms: pairs ``(seed, c)``; none if the slot stays as it is.
+        terms: pairs ``(seed, c)``; empty if the slot does not move.
         rounding_seed: seed of the random bits for stochastic rounding; None rounds to nearest.
         backend: ``"eager"``, ``"compile"`` or ``"triton"``; the bits are the same.
         scaling: how quantisation scales move; None for ordinary weights.
-        offset: None moves a whole slot; a number moves the piece of it that begins at this index, as it
-            moves within the whole. Pieces have `piece_size` elements, and only the eager backend knows
-            them. Their words are those of the batch they are in, so that they are hashed once for all
-            pieces of a batch that follow each other.
+        offset: None moves the whole slot. A number moves only the piece that begins at this index, by the
+            values that it has within the whole slot. A piece has `piece_size` elements, and only the eager
+            backend supports it. It uses the words of the batch that contains it, so consecutive pieces of
+            a batch hash them only once.
     """
 
     noise: Elements
@@ -111,11 +111,11 @@ class Direction:
         return not self.terms
 
     def mask(self, theta: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """Says for any part of ``theta`` which elements move, as bools of its shape; None if all do."""
+        """A function that returns for any part of ``theta`` which elements move, as bools; None if all do."""
         return None
 
     def gradient(self, theta: Tensor) -> Tensor:
-        """``s`` as it moves these weights, float32 of their shape."""
+        """``s`` as it applies to these weights, with any mask, float32 of their shape."""
         return self.values(theta.shape, theta.device)
 
     def scaled(self, factor: float) -> Direction:
@@ -182,7 +182,7 @@ class Direction:
         Args:
             theta: floating point weights of any shape and strides.
             decay: a factor for ``theta``, rounded to float32.
-            out: where the result goes: shape and dtype of ``theta``.
+            out: where the result goes; it has the shape and dtype of ``theta``.
 
         Returns:
             ``out``.
@@ -216,7 +216,7 @@ class Direction:
         return self.noise.signs and len(self.terms) == 1
 
     def _add_signs(self, source: Tensor, target: Tensor) -> None:
-        """A probe of 16-bit weights along signs, at half the traffic: the terms never exist in float32."""
+        """A probe of 16-bit weights along signs, with half the memory traffic: the terms never exist in float32."""
         one = source.new_ones(())
         ((_, c),) = self.keys()
         for start, stop, (bits,) in self._pieces(source.numel(), source.device):
@@ -242,10 +242,10 @@ class Direction:
 
 @dataclass(frozen=True)
 class Alternatives:
-    """Several directions of one slot, one for each probe of a step, where the terms of a `Direction` are a sum.
+    """Several directions of one slot, one for each probe of a step; the terms of a `Direction` are a sum instead.
 
     Attributes:
-        common: all that they have in common: a direction without terms.
+        common: what they have in common: a direction without terms.
         terms: a pair ``(seed, c)`` for each of them.
     """
 
@@ -254,16 +254,16 @@ class Alternatives:
 
     @classmethod
     def of(cls, direction: Direction) -> Alternatives:
-        """The terms of a direction, each by itself."""
+        """The terms of a direction as separate directions."""
         return cls(replace(direction, terms=()), direction.terms)
 
 
 def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
-    """``round(theta + s)`` for each of some directions, as `Direction.add_to` rounds it.
+    """``round(theta + s)`` for each of several directions, as `Direction.add_to` rounds it.
 
     Args:
         theta: the values of the slot, with few elements.
-        alternatives: of a noise with signs.
+        alternatives: directions of a noise with signs.
 
     Returns:
         ``[len(terms), *theta.shape]`` in the type of ``theta``.
@@ -278,7 +278,7 @@ def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
 
 
 def piece_size(noise: Elements) -> int:
-    """How many elements a piece of a slot has: such that it stays in the cache, and lies in one batch of words."""
+    """Number of elements in a piece of a slot, such that it stays in the cache and lies in one batch of words."""
     return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)
 
 
@@ -321,9 +321,9 @@ def rewrite(
         theta: the weights.
         direction: gives ``s`` and the rounding.
         change: called with ``(weights, s, start, stop)``, both flat and in the wide type; changes
-            ``weights`` in place. Elements that the direction does not move have an ``s`` of 0, and stay
-            what they were whatever it does to them.
-        out: where the result goes instead.
+            ``weights`` in place. Elements that the direction does not move have ``s`` 0 and keep their
+            values, whatever ``change`` does to them.
+        out: where the result goes instead of ``theta``.
     """
     out = theta if out is None else out
     source, target = flat(theta), flat_target(theta, out)

@@ -2,7 +2,7 @@
 
 Sixteen hash bits choose one of 65,536 equally likely quantiles. Values come from integers, never
 from a transcendental function at run time: eager and compiled versions of the Box-Muller formula
-differ in a quarter of the values, a table cannot.
+differ in a quarter of the values, and a table cannot differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Counter-based randomness: every word is a pure function of (seed, slot key, purpose, index).
 
 Nothing here draws from a generator, so the words do not depend on the order in which they are
-asked for, on chunking, or on the device. All tensor arithmetic is on int32 with wrap-around, which
+requested, on chunking, or on the device. All tensor arithmetic is on int32 with wrap-around, which
 CPU, CUDA, compiled and Triton code agree on bit for bit. The mixing constants are those of the
 public `lowbias32` (32 bit) and `splitmix64` (64 bit) finalisers.
 """
@@ -28,7 +28,7 @@ DIRECTION, ROUNDING, BASIS, BLOCKS = 1, 2, 3, 4
 #: Words hashed at once, so that small operations do not dominate (512 KiB, half of a core's L2 here).
 BATCH_WORDS = 1 << 17
 
-#: Streams of at most so many words are worth computing together.
+#: Streams of at most this many words are worth computing together.
 SHORT = 1 << 12
 
 #: Elements that share one word on top of the table of rounding bits.
@@ -36,11 +36,11 @@ ROUNDING_SPAN = 2 * BATCH_WORDS
 
 Key = tuple[int, int]
 
-#: Most memory for words. At one bit per weight this holds a direction of a model of 268 million weights;
-#: larger ones cycle through it and hash every time, which costs them a few percent.
+#: Maximum memory for words. At one bit per weight it holds a direction of a model with 268 million weights;
+#: larger models cycle through it and hash every time, which costs a few percent.
 WORD_BYTES = 32 << 20
 
-#: The words of a step, which asks for the same ones on each side of a probe and in the update.
+#: The words of a step, which uses the same ones on each side of a probe and in the update.
 _words: ByteCache[Tensor] = ByteCache(WORD_BYTES, per_step=True)
 
 _once = threading.local()
@@ -56,7 +56,7 @@ MUL1, MUL2 = signed(0x7FEB352D), signed(0x846CA68B)
 
 
 def mix64(value: int) -> int:
-    """A bijection of 64-bit integers in which every input bit moves every output bit."""
+    """A bijection of 64-bit integers in which every input bit affects every output bit."""
     value = (value + 0x9E3779B97F4A7C15) & MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -132,7 +132,7 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def used_once() -> Iterator[None]:
-    """In this context words are not kept: for updates of a step that is over, after which nobody asks for them."""
+    """A context in which words are not cached, for updates of a finished step, after which they are not needed."""
     before, _once.entered = getattr(_once, "entered", False), True
     try:
         yield
@@ -141,11 +141,11 @@ def used_once() -> Iterator[None]:
 
 
 def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device) -> Tensor:
-    """The first words of several streams, one after another: what `words` gives, in one go for many short ones.
+    """The first words of several streams, concatenated: as from `words`, but computed together for many short streams.
 
     Args:
         keys: from `stream_key`.
-        counts: how many words of each, below 2**31 in all.
+        counts: number of words of each stream, below 2**31 in total.
         device: where to compute; the bits are the same everywhere.
 
     Returns:
@@ -163,7 +163,7 @@ def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device
 
 
 def prepare_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device) -> None:
-    """Lets `words` have the first words of several short streams at hand; long ones are left to it."""
+    """Computes the first words of several short streams in advance for `words`, which computes those of long ones."""
     missing = [
         (key, count)
         for key, count in zip(keys, counts, strict=True)
@@ -192,14 +192,14 @@ def rounding_bits(key: Key, dropped: int, start: int, count: int, device: torch.
     """Random numbers of ``dropped`` bits for the elements ``start … start + count - 1`` of a slot.
 
     A step hashes one table of `ROUNDING_SPAN` numbers, and every span of a slot has a word of its own
-    that is xored to all of it. Any two numbers of a step are thereby independent, and means and
-    variances of sums depend on nothing more; three or more of them need not be.
+    that is xored into all of it. Any two numbers of a step are therefore independent, which is all that
+    means and variances of sums depend on; three or more of them need not be.
 
     Args:
         key: of the table (the same for all slots of a step), and of the slot.
         dropped: at most 16.
         start: index of the first element.
-        count: how many; no multiple of `ROUNDING_SPAN` may lie between first and last.
+        count: number of elements; no multiple of `ROUNDING_SPAN` may lie between first and last.
         device: where to compute; the bits are the same everywhere.
 
     Returns:

@@ -1,8 +1,8 @@
 """Directions of low rank: ``z = U V^T / sqrt(r)``, with V kept for a window of steps (LOZO, arXiv 2410.07698).
 
-A weight ``[m, ...]`` counts as a matrix of m rows and as many columns as the rest has elements. U ``[m, r]``
+A weight ``[m, ...]`` counts as a matrix with m rows, and its other dimensions are flattened to columns. U ``[m, r]``
 is new every step, V ``[columns, r]`` every ``refresh`` steps, and both hold signs. A linear layer can then
-be run at ``W + eps z`` without making that sum, as ``x W^T + eps (x V) U^T / sqrt(r)``, and all updates of
+be run at ``W + eps z`` without forming that sum, as ``x W^T + eps (x V) U^T / sqrt(r)``, and all updates of
 a window add up in one factor ``[m, r]``. Tensors with one dimension have ordinary signs.
 """
 
@@ -29,13 +29,13 @@ SIGNS = Rademacher()
 #: The seed of U is in the low bits of a direction's seed, that of V above them.
 SEED_BITS = 64
 
-#: Most memory for the factors of a step and of a window.
+#: Maximum memory for the factors of a step, and for those of a window.
 LEFT_BYTES = RIGHT_BYTES = 64 << 20
 
-#: U of the step: both sides of a probe and the update take the same.
+#: U of the step: both sides of a probe and the update use the same.
 _lefts: ByteCache[Tensor] = ByteCache(LEFT_BYTES, per_step=True)
 
-#: V of the window, whose steps all take the same.
+#: V of the window, whose steps all use the same.
 _rights: ByteCache[Tensor] = ByteCache(RIGHT_BYTES)
 
 
@@ -46,13 +46,13 @@ class LowRank(Noise):
 
     For a matrix of d elements the estimator over n directions has the second moment
     ``(d + n + kappa - 2) / n * |grad|^2`` with ``kappa = 3 - 2 / rank``: that of full-rank signs for rank 1,
-    and towards that of normal noise for large ranks. (With normal factors it would be larger.) That V is
-    kept does not change it; it means that the steps of a window search one subspace.
+    approaching that of normal noise for large ranks. (With normal factors it would be larger.) Keeping V
+    does not change it, but the steps of a window then search one subspace.
 
     Attributes:
         rank: r, at least 1.
-        refresh: how many steps V is kept; None keeps it for the whole run, and what is learnt is
-            then one matrix of rank r.
+        refresh: number of steps for which V is kept; None keeps it for the whole run, and the total update
+            of a matrix then has rank r.
     """
 
     name: ClassVar[str] = "low_rank"
@@ -129,7 +129,7 @@ class LowRank(Noise):
         return self.lefts((seed,), slot, shape, device)
 
     def lefts(self, seeds: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """Several U, one beside the other, float32 ``[m, len(seeds) * r]``; do not write to it."""
+        """Several U side by side, float32 ``[m, len(seeds) * r]``; do not write to it."""
         name = (seeds, slot, (shape[0], self.rank), device)
         found = _lefts.get(name)
         if found is None:
@@ -145,7 +145,7 @@ class LowRank(Noise):
         return self.rights((basis(seed),), slot, shape, device)
 
     def rights(self, bases: tuple[int, ...], slot: str, shape: torch.Size, device: torch.device) -> Tensor:
-        """Several V, transposed, one below the other; do not write to it."""
+        """Several V, transposed and stacked, float32 ``[len(bases) * r, columns]``; do not write to it."""
         size = (self.rank, shape[1:].numel())
         name = (bases, slot, size, device)
         found = _rights.get(name)
@@ -163,7 +163,7 @@ class LowRank(Noise):
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """``torch.cat``, for a result that is kept."""
+    """``torch.cat`` for a result that is cached, hence not an inference tensor."""
     with torch.inference_mode(False):
         return torch.cat(parts, dim)
 
@@ -175,17 +175,17 @@ def basis(seed: int) -> int:
 
 @dataclass(frozen=True)
 class LowRankDirection(Direction):
-    """``s = sum over k of left[:, k] right[k, :]`` for a matrix slot, from left to right in float32.
+    """``s = sum over k of left[:, k] right[k, :]`` for a matrix slot, summed from left to right in float32.
 
     A term ``(seed, c)`` gives r columns ``round(c / sqrt(r)) U`` and as many rows ``V^T``; those of ``base``
-    come first. All entries of ``right`` are signs, so every product is exact. No ``terms`` are fine here.
+    come first. All entries of ``right`` are signs, so every product is exact. ``terms`` may be empty.
 
     Attributes:
-        factors_of: makes the factors.
-        shape: of the slot.
-        base: factors ``[m, K]`` and ``[K, columns]`` of a sum that is already there: updates that wait.
-        bases: the bases (see `basis`) whose V are the rows of the latter.
-        decay: what the weights are multiplied with, besides the ``decay`` of `add_to`.
+        factors_of: the noise that makes the factors.
+        shape: shape of the slot.
+        base: factors ``[m, K]`` and ``[K, columns]`` of the pending updates, or None.
+        bases: the bases (see `basis`) whose V are the rows of the second of these factors.
+        decay: factor for the weights, in addition to the ``decay`` of `add_to`.
     """
 
     factors_of: LowRank = field(default_factory=LowRank)
@@ -208,9 +208,9 @@ class LowRankDirection(Direction):
         return (lefts[0], rights[0]) if len(lefts) == 1 else (torch.cat(lefts, 1), torch.cat(rights))
 
     def factors_in(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """As `factors` in some type, and with fewer columns where it holds sums: terms that share the V of ``base``.
+        """As `factors`, in ``dtype``; float32 and float64 add terms that share the V of ``base`` to its columns.
 
-        A 16-bit type does not: updates that wait are so small beside eps that such a sum would lose them.
+        In 16 bits they keep columns of their own: pending updates are so small beside eps that a sum would lose them.
         """
         shared = all(self.bases == (basis(seed),) for seed, _ in self.terms)
         if self.base is None or not shared or dtype not in (torch.float32, torch.float64):
@@ -250,11 +250,11 @@ class LowRankDirection(Direction):
 
 @dataclass(frozen=True)
 class FactorDirection(Direction):
-    """The same direction as the factor of a window moves along it: ``round(c / sqrt(r)) U`` for each term.
+    """The direction of the left factor of a window: ``round(c / sqrt(r)) U`` for each term.
 
     Attributes:
-        factors_of: makes the factors.
-        shape: of the slot; the factor is ``[m, len(terms) * r]``.
+        factors_of: the noise that makes the factors.
+        shape: shape of the slot; the factor is ``[m, len(terms) * r]``.
     """
 
     factors_of: LowRank = field(default_factory=LowRank)
@@ -269,19 +269,19 @@ class FactorDirection(Direction):
 def stacked_factors(
     alternatives: Alternatives, device: torch.device, rows: Tensor | None = None, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Factors of ``base`` with each of some terms; they have their right factor in common.
+    """Factors of the sums of ``base`` and each of the terms; these sums share their right factor.
 
     Args:
-        alternatives: of a matrix.
-        device: where.
-        rows: indices of the rows that are wanted, ``[m']``; None for all m.
-        apart: no sums of base and terms, for factors that will be rounded to 16 bits: updates that wait are
-            so small beside eps that such a sum would lose them.
+        alternatives: the directions of a matrix.
+        device: where to compute.
+        rows: indices of the rows to return, ``[m']``; None for all m.
+        apart: keep the columns of base and terms apart, for factors that will be rounded to 16 bits: pending
+            updates are so small beside eps that a sum would lose them.
 
     Returns:
         ``lefts`` ``[len(terms), m, K]`` and ``right`` ``[K, columns]``, float32: the sum with term i is
-        ``lefts[i] right``. A term whose basis is among the ``bases`` takes no columns of its own, unless they
-        are to stay apart. The next call for this device writes over ``lefts``.
+        ``lefts[i] right``. A term whose basis is among the ``bases`` has columns of its own only if ``apart``.
+        The next call for this device overwrites ``lefts``.
     """
     direction = alternatives.common
     assert isinstance(direction, LowRankDirection)
@@ -304,11 +304,11 @@ def stacked_factors(
 def _layout(
     bases: tuple[int, ...], terms: tuple[tuple[int, float], ...], rank: int, device: torch.device, apart: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
-    """Columns for sums along ``terms`` besides what is there: r for each of some bases.
+    """Assigns columns to ``terms``: r for each basis, those of ``bases`` first.
 
     Returns:
-        For each of these a seed whose U may be put there; the bases; and the factor of every column of U in
-        each sum, 0 where it is not in it, ``[len(terms), 1, K]``.
+        For each basis a seed whose U may use its columns; the bases; and the factor of every column of U in
+        each sum, 0 where the sum does not contain it, ``[len(terms), 1, K]``.
     """
     found, places = list(bases), dict[int, int]()
     for seed, _ in terms:

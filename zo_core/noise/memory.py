@@ -1,4 +1,4 @@
-"""Memory that noise takes on a CPU while a step runs."""
+"""Memory that noise needs on a CPU while a step runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def noise_bytes(
     *,
     streamed: bool,
 ) -> int:
-    """What is kept of a step's directions, and the buffers in which they are made.
+    """Bytes that are kept of a step's directions, and of the buffers in which they are computed.
 
     Args:
-        noise: of the run.
-        moving: the tensors that move, with how each is scaled, if it is.
-        directions: per step.
-        threads: that run probes.
-        streamed: updates of a step are applied in the next, so words of two steps are kept.
+        noise: the noise of the run.
+        moving: the tensors that move, each with its `Scaling`, or None.
+        directions: number of directions per step.
+        threads: number of threads that run probes.
+        streamed: updates of a step are applied in the next one, so words of two steps are kept.
     """
     words = left = right = 0
     for tensor, scaling in moving:

@@ -21,7 +21,7 @@ FP16_STEPS = 2.0**24
 
 
 def rounding_key(seed: int, slot: str) -> Key:
-    """The key of the random bits of one slot: the first half is the seed's alone, as slots share a table."""
+    """The key of the random bits of one slot; its first half depends only on the seed, as slots share a table."""
     return stream_key(seed, "", ROUNDING)[0], stream_key(seed, slot, ROUNDING)[1]
 
 

@@ -1,8 +1,8 @@
 """Directions that move a random subset of a model's blocks in each step.
 
-What is drawn depends on nothing but the seed of a direction and the name of a block, so probes, update, log
-and replay agree without a list of blocks. The draw belongs to the *step*: its directions share it, and
-whatever else they do, blocks outside of it are neither copied nor written.
+The draw depends only on the seed of a direction and the name of a block, so probes, update, log and replay
+agree without a list of blocks. There is one draw per *step*, shared by all of its directions; blocks that
+are not drawn are neither copied nor written.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Terms = tuple[tuple[int, float], ...]
 @NOISES.register
 @dataclass(frozen=True)
 class Sampled(Wrapping):
-    """``of``, in each step on a random subset of the blocks; a block is drawn with probability ``share``.
+    """Applies ``of`` to a random subset of the blocks in each step; a block is drawn with probability ``share``.
 
     A block is a repeated layer (the slots whose keys agree up to the first number in them) or, outside of those,
     a module that holds weights: embeddings, final norm and head are blocks of their own. Blocks are drawn
     independently. On those drawn the direction is ``z / sqrt(share)``, so that ``E[z z^T]`` is the identity and
-    the estimate unbiased: perturbation and estimate each take a root of the inverse probability. The probes
-    keep, on average, the distance from the weights that they have without sampling, and what an update moves
-    is weighted by ``1 / share``. So is weight decay, which together with the update leaves out the blocks that
-    are not drawn; momentum counts the steps in which its block moves.
+    the estimate unbiased: perturbation and estimate each contribute a factor ``1 / sqrt(share)``. The probes
+    keep, on average, the distance from the weights that they have without sampling, and updates are weighted
+    by ``1 / share``. So is weight decay; like the update, it leaves out the blocks that are not drawn. Momentum
+    counts only the steps in which its block moves.
 
     With d_b of the d elements in block b, the two-sided estimator over n directions has the second moment
     ``1/n * sum over b of |grad_b|^2 * (d - d_b + (d_b + n + kurtosis - 2) / share)``. With probability
@@ -67,7 +67,7 @@ class Sampled(Wrapping):
         return ((high & MASK32) << 32 | low & MASK32) < self.share * 2.0**64
 
     def drawn(self, slot: str, terms: Terms) -> Terms:
-        """Those of some terms that move a slot, as terms of ``of``."""
+        """Those of ``terms`` that move a slot, as terms of ``of``."""
         weight = self.share**-0.5
         return tuple((_inner(seed), c * weight) for seed, c in terms if self.draws(seed, slot))
 

@@ -2,7 +2,7 @@
 
 Each tensor has a threshold, the ``quantile`` of its magnitudes at the start of training. A step moves the
 weights that are at or below it *as the step begins*: probes and update of a step all read the weights before
-anything is added to them, so the mask is computed from them on the way, and is never stored.
+anything is added to them, so the mask is computed from them on the fly, and is never stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .base import NOISES, ElementNoise, Noise
 from .direction import Direction, Scaling, flat, float32, rewrite
 from .wrapping import Wrapping, check_part
 
-#: Elements looked at together when a threshold is searched, and bits decided in one pass over them.
+#: Elements per chunk in the search for a threshold, and bits that one pass over the elements determines.
 CHUNK, DIGIT = 1 << 20, 16
 
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -32,18 +32,18 @@ class Sparse(Wrapping):
 
     The threshold of a tensor is the magnitude of its ``round(quantile * d)``-th smallest element when the tensor
     is first measured or moved, which is before it has ever been written. It is fixed from then on and kept in
-    checkpoints. The mask ``|w| <= threshold`` is taken anew from the weights that a step finds. Weights that it
-    leaves out are neither perturbed nor moved, nor do they shrink by weight decay or go on by momentum.
+    checkpoints. Each step recomputes the mask ``|w| <= threshold`` from the weights at its start. Weights that the
+    mask leaves out are neither perturbed nor updated, and neither weight decay nor momentum moves them.
 
-    Where no magnitude is above the threshold there is nothing to tell apart (zero biases, norms that are all
-    ones, LoRA's B): such a tensor moves as a whole for the whole run.
+    If no magnitude is above the threshold, the mask cannot distinguish elements (zero biases, norms that are all
+    ones, LoRA's B); such a tensor moves as a whole for the whole run.
 
     With m moving elements the two-sided estimator has the second moment
-    ``(m + n + kurtosis - 2) / n * |grad on them|^2``. `values` knows no weights, and shows the direction before
-    the mask.
+    ``(m + n + kurtosis - 2) / n * |grad on them|^2``. `values` has no access to the weights, and returns the
+    direction before the mask.
 
     Attributes:
-        quantile: the share of each tensor that moves, above 0 and at most 1 (1 is ``of`` itself). The paper
+        quantile: the fraction of each tensor that moves, above 0 and at most 1 (1 is ``of`` itself). The paper
             masks 0.75 to 0.8 of the weights, so that 0.2 to 0.25 move.
         of: a noise with independent elements.
     """
@@ -78,7 +78,7 @@ class Sparse(Wrapping):
 
     @property
     def elements(self) -> ElementNoise:
-        """The other noise."""
+        """The noise that is masked."""
         assert isinstance(self.wrapped, ElementNoise)
         return self.wrapped
 
@@ -88,8 +88,8 @@ class SparseDirection(Direction):
     """A direction from which the elements of large weights are left out; eager only.
 
     Attributes:
-        quantile: the share that moves.
-        thresholds: by slot; that of this slot is put here when it is needed first.
+        quantile: the fraction that moves.
+        thresholds: by slot; that of this slot is added when it is first needed.
     """
 
     quantile: float = 1.0
@@ -122,7 +122,7 @@ def threshold(weights: Tensor, quantile: float) -> float:
 
     Args:
         weights: flat.
-        quantile: the share that moves.
+        quantile: the fraction that moves.
     """
     integer = INTEGERS.get(weights.dtype, torch.int64)
     width = 8 * weights.element_size()

@@ -2,12 +2,12 @@
 
 No words are stored: each thread hashes those of its own eight elements, which share them (22 integer
 operations a word). Compiled for an H200 that is 22 instructions an element to perturb bf16 weights by
-signs, all told, of the 33 or so that fit into the time in which the memory moves them. A Gaussian
+signs, in total, of the 33 or so that fit into the time in which the memory moves them. A Gaussian
 element costs 14 more and a gather from 128 KiB of table. These are counts of instructions and
-data-sheet rates; they are no measurement.
+data-sheet rates, not measurements.
 
-What keeps the bits those of the eager passes: 32-bit integers that wrap around, no fused
-multiply-add, sums from left to right, and bf16 taken apart and put together as integers.
+The bits equal those of the eager passes because of 32-bit integers that wrap around, no fused
+multiply-add, sums from left to right, and bf16 values converted from and to integers by bit operations.
 """
 
 # Kernels are written in Triton's own types.
@@ -41,7 +41,7 @@ _FP16_STEPS = tl.constexpr(FP16_STEPS)
 
 
 def supports(direction: Direction, dtype: torch.dtype) -> bool:
-    """Whether there is a fused form: not for float64 weights, noises of a user's own, or very many terms."""
+    """Whether there is a fused form: not for float64 weights, user-defined noises, or very many terms."""
     return (
         type(direction.noise) in (Rademacher, Gaussian)
         and dtype in (torch.float32, *DROPPED_BITS)
@@ -119,7 +119,7 @@ def _add_kernel(
         rounding0: with rounding1, the key of the rounding bits.
         count: number of weights.
         TERMS: how many there are.
-        BFLOAT16: whether int16 stands for bf16.
+        BFLOAT16: whether int16 holds bf16 bits.
         DROPPED: random bits for stochastic rounding; 0 rounds to nearest even.
         BLOCK: elements of one program.
     """
@@ -163,7 +163,7 @@ def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor
     launch; further ones through pinned memory.
 
     Args:
-        direction: as `supports` accepts it.
+        direction: one that `supports` accepts.
         theta: CUDA weights of any shape and strides (CPU tensors under ``TRITON_INTERPRET=1``).
         decay: a float32 value.
         out: where the result goes; ``theta`` itself, or no memory of it.

@@ -13,17 +13,17 @@ from .base import NOISES, Noise
 
 @dataclass(frozen=True)
 class Wrapping(Noise):
-    """A noise over another; subclasses have a field ``of`` that names it.
+    """A noise that wraps another one; subclasses have a field ``of`` that names it.
 
     Attributes:
-        inner: the other noise.
+        inner: the wrapped noise.
     """
 
     def _wrap(self, of: str | dict[str, Any] | Noise) -> None:
         """Resolves ``of``, and keeps it in the plain form that configurations and logs are written in.
 
         Raises:
-            ValueError: there is no such noise.
+            ValueError: ``of`` names no known noise.
         """
         inner = NOISES.resolve(of)
         object.__setattr__(self, "inner", inner)
@@ -31,7 +31,7 @@ class Wrapping(Noise):
 
     @property
     def wrapped(self) -> Noise:
-        """The other noise."""
+        """The wrapped noise."""
         return self.__dict__["inner"]
 
     def seed(self, base: int, step: int, direction: int) -> int:
@@ -48,7 +48,7 @@ class Wrapping(Noise):
 
 
 def check_part(name: str, value: object, meaning: str) -> None:
-    """Raises `ValueError` for what is no part of a whole, above 0 and at most 1."""
+    """Raises `ValueError` unless ``value`` is a number above 0 and at most 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0.0 < value <= 1.0:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must be above 0 and at most 1: {meaning}, for example 0.25")

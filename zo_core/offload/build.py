@@ -31,26 +31,26 @@ def offload(
     device: torch.device | None = None,
     memory: int | None = None,
 ) -> Streaming | None:
-    """Moves the blocks of a model into a store; from then on they come when their forward needs them.
+    """Moves the blocks of a model into a store; from then on each is fetched when its forward needs it.
 
     Args:
-        model: its parameters that are reachable from outside their block stay resident.
+        model: parameters that are also used outside of their block stay resident.
         kind: "cpu" (host memory), "disk", or "auto": in ``folder`` if there is one, else in host
             memory, and only what does not fit into the device's free memory.
         folder: for "disk", where the block files go; None makes a temporary folder.
-        names: of the blocks; None finds them.
-        moving: ``id`` of the tensors that training changes. Where they are the smaller part of their
-            block (adapters on a frozen base) they stay, and the block is never written.
-        staying: ``id`` of tensors that stay in any case.
+        names: names of the blocks; None finds them.
+        moving: ``id`` of the tensors that training changes. If they are the smaller part of their
+            block (adapters on a frozen base), they stay resident, and the block is never written.
+        staying: ``id`` of tensors that stay resident in any case.
         device: where the model computes; what is resident is moved there. None leaves it where it is.
         memory: bytes that weights may take on the device; blocks that fit are not streamed. None
             streams all of them, or, with "auto", takes what is free.
 
     Returns:
-        What streams the blocks; None if all of them stay.
+        The object that streams the blocks; None if all of them stay resident.
 
     Raises:
-        ModelError: no blocks, or a compiled model.
+        ModelError: the model has no blocks, or is compiled.
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
@@ -120,10 +120,10 @@ def plan_blocks(
 
 
 def move_streamed(model: nn.Module, device: torch.device) -> None:
-    """Lets a streamed model compute on another device, where `Module.to` would make a whole of what is absent.
+    """Makes a streamed model compute on another device, where `Module.to` would allocate what is absent.
 
     Args:
-        model: with blocks that are streamed.
+        model: a model with streamed blocks.
         device: where the resident part goes, and each block when its forward needs it.
     """
     streaming = Streaming.of(model)
@@ -146,12 +146,12 @@ def move_streamed(model: nn.Module, device: torch.device) -> None:
 
 
 def beyond(blocks: list[Block], resident: int, memory: int | None) -> list[Block]:
-    """The first of ``blocks``, as many as do not fit.
+    """The leading ones of ``blocks``, as many as do not fit.
 
     Args:
         blocks: all that could be streamed.
-        resident: bytes that stay in any case.
-        memory: bytes for what stays, and the arena for the rest; None for no limit.
+        resident: bytes that stay resident in any case.
+        memory: bytes for what stays, and for the arena of the rest; None for no limit.
     """
     if memory is None or resident + sum(block.nbytes for block in blocks) <= memory:
         return []
@@ -171,7 +171,7 @@ def resident_bytes(model: nn.Module, blocks: list[Block]) -> int:
 
 
 def describe(model: nn.Module, streaming: Streaming) -> None:
-    """One line of log: what is where, and what a step moves."""
+    """Logs one line: what is where, and how much a step reads and writes."""
     blocks, store = streaming.blocks, streaming.store
     size = sum(block.nbytes for block in blocks)
     written = sum(b.nbytes for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held))

@@ -1,7 +1,7 @@
 """Copies in the background: a thread, and on CUDA two streams that are ordered by events.
 
-On CUDA the thread only enqueues copies, and nothing waits for the device: an event says when a copy may
-begin (nobody uses its destination any more) and another when it is done, and both are given to streams.
+On CUDA the thread only enqueues copies, and nothing waits for the device: one event marks when a copy may
+begin (its destination is no longer in use) and another when it is done, and streams wait for both.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Moment = Any
 
 
 class Copies:
-    """Runs copies one after another, beside the caller.
+    """Runs copies one after another, in the background.
 
     Args:
-        device: to and from which they go.
+        device: the device that they go to and come from.
     """
 
     def __init__(self, device: torch.device):
@@ -31,19 +31,19 @@ class Copies:
         self.outgoing = torch.cuda.Stream(device) if cuda else None
 
     def fetch(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
-        """Starts a copy to the device, once the moments ``after`` have come."""
+        """Starts a copy to the device, once the moments ``after`` have passed."""
         return self.pool.submit(self._run, self.incoming, work, list(after))
 
     def send(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
-        """Starts a copy from the device."""
+        """Starts a copy from the device, once the moments ``after`` have passed."""
         return self.pool.submit(self._run, self.outgoing, work, list(after))
 
     def now(self) -> Moment:
-        """The end of what the current stream has been given to compute."""
+        """The moment at which the work that is queued on the current stream ends."""
         return None if self.incoming is None else torch.cuda.current_stream(self.device).record_event()
 
     def let_wait(self, copy: Future[Moment]) -> None:
-        """What is computed from now on begins after a copy."""
+        """Makes all later work on the current stream wait for a copy."""
         moment = copy.result()
         if moment is not None:
             torch.cuda.current_stream(self.device).wait_event(moment)
@@ -54,7 +54,7 @@ class Copies:
 
     @staticmethod
     def wait(copy: Future[Moment]) -> None:
-        """Returns when a copy is done."""
+        """Blocks until a copy is done."""
         moment = copy.result()
         if moment is not None:
             moment.synchronize()

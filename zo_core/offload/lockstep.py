@@ -1,4 +1,4 @@
-"""Several closures as coroutines: one runs at a time, and hands over where it is told to.
+"""Several closures as coroutines: one runs at a time, and hands over at fixed places.
 
 A user's closure cannot be cut in half, but it can be a thread that only runs when it has the turn.
 Each thread sees the caller's grad mode, autocast, context variables and function modes, and computes with as
@@ -30,8 +30,8 @@ class Lockstep:
     """Runs closures in turns. Its threads wait between runs, and end with this object.
 
     Args:
-        leave: called with a closure's index when it gives the turn away.
-        enter: called with a closure's index when it has the turn again.
+        leave: called with a closure's index when it gives up the turn.
+        enter: called with a closure's index when it gets the turn.
     """
 
     def __init__(self, leave: Switch, enter: Switch):
@@ -44,7 +44,7 @@ class Lockstep:
         weakref.finalize(self, _stop, self.workers)
 
     def run(self, closures: Sequence[Callable[[], Any]]) -> list[Any]:
-        """The results of all closures; the first exception of any of them is raised here."""
+        """Runs all closures and returns their results; raises the first exception of any of them."""
         while len(self.workers) < len(closures):
             self.workers.append(_Worker(len(self.workers)))
         self.error = None
@@ -55,7 +55,7 @@ class Lockstep:
         self._hand_to(0)
         while True:
             try:
-                if self.main.acquire(timeout=0.2):  # a signal that comes just before a wait is seen at its end
+                if self.main.acquire(timeout=0.2):  # a signal just before a wait is handled at its end
                     break
             except BaseException as error:  # Ctrl-C arrives here: the closures unwind at their next turn
                 self.error = error
@@ -68,7 +68,7 @@ class Lockstep:
         return results
 
     def rendezvous(self) -> None:
-        """Called by the running closure: the next live one goes on until it comes to its own."""
+        """Called by the running closure: hands over to the next live one, and returns when the turn comes back."""
         if self.error is not None:
             raise _Abort
         index = self.current
@@ -114,7 +114,7 @@ class Lockstep:
 
 
 class _Worker(threading.Thread):
-    """A thread that runs the task it finds when it is given the turn, and holds nothing in between."""
+    """A thread that runs its task when it gets the turn, and holds no references in between."""
 
     def __init__(self, index: int):
         super().__init__(name=f"zo-probe-{index}", daemon=True)
@@ -135,7 +135,7 @@ class _Worker(threading.Thread):
 
 
 def _stop(workers: list[_Worker]) -> None:
-    """Ends the threads and waits for them: one that is left when the interpreter ends aborts the process."""
+    """Ends the threads and waits for them: a thread that is left when the interpreter exits aborts the process."""
     ending = list(workers)
     workers.clear()
     for worker in ending:
@@ -146,11 +146,11 @@ def _stop(workers: list[_Worker]) -> None:
 
 
 def _ambient() -> Callable[[Callable[[], Any]], Any]:
-    """Runs a function under what is thread-local in torch, as it is in this thread now.
+    """A runner for functions that applies torch's thread-local state as it is in this thread now.
 
-    The number of threads for matrix products is among it: a new thread begins with all cores, whatever
-    `torch.set_num_threads` has said, until some operation other than a product reads the setting, and
-    a thread that is already there never hears of a change.
+    This includes the number of threads for matrix products: a new thread starts with all cores, whatever
+    `torch.set_num_threads` has set, until some operation other than a product reads the setting, and
+    an existing thread is never notified of a change.
     """
     threads, flushing = torch.get_num_threads(), _flushes_denormals()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -179,5 +179,5 @@ def _ambient() -> Callable[[Callable[[], Any]], Any]:
 
 
 def _flushes_denormals() -> bool:
-    """Whether this thread takes denormals for zero; `torch.set_flush_denormal` has no question to go with it."""
+    """Whether this thread flushes denormals to zero; torch has `torch.set_flush_denormal`, but no getter."""
     return sys.float_info.min / 2 == 0.0

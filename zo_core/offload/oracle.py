@@ -28,8 +28,8 @@ from .streaming import Block, Streaming
 
 logger = logging.getLogger(__name__)
 
-#: Where a block has as many bytes, a probe that hands over gives back what the heap of its thread has kept: the
-#: next one has a heap of its own. It takes about a millisecond, and such a block much longer.
+#: With blocks of at least this size, a probe that hands over returns what its thread's heap has kept, because the
+#: next probe has a heap of its own. That takes about a millisecond, and such a block much longer.
 TRIM_BYTES = 8 << 20
 
 
@@ -42,12 +42,12 @@ class LockstepOracle:
         direction: the perturbation of one slot at one point.
         streaming: the blocks.
         dropout: run the probes with the model's own modes.
-        realisation: how the model comes to compute with the perturbed weights.
-        carried: what closures may change beside the model.
+        realisation: how the model is made to compute with the perturbed weights.
+        carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
 
     Attributes:
-        quiet: whether no sweep so far has left a trace in random states or in the model; None before the first.
+        quiet: whether no sweep so far has changed random states or the model; None before the first.
         state: what forwards may change besides the weights.
     """
 
@@ -81,7 +81,7 @@ class LockstepOracle:
         self.trims = streaming.device.type == "cpu" and max(b.nbytes for b in streaming.blocks) >= TRIM_BYTES
         self.views: list[ProbeView] = []
         self.states: list[list[Any]] = []
-        #: What each probe finds as it left it; random states come first.
+        #: State that is kept separately for each probe; random states come first.
         self.carried: list[Carried] = [
             (rng_state, set_rng_state),
             (lambda: modes(model), lambda flags: set_modes(model, flags)),
@@ -94,9 +94,9 @@ class LockstepOracle:
         return self._sweep(points, [closure])
 
     def together(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[list[Tensor]]:
-        """As `ResidentOracle.together`, in one sweep, unless a closure leaves something for the next one.
+        """As `ResidentOracle.together`, in one sweep, unless a closure changes state that the next one uses.
 
-        Random numbers that it draws, or a buffer that it changes; then each has a sweep of its own from now on.
+        Examples are drawing random numbers or changing a buffer; then each closure has its own sweep from now on.
         """
         if self.quiet is not False and len(closures) > 1:
             start = [get() for get, _ in self.carried]
@@ -114,7 +114,7 @@ class LockstepOracle:
             try:
                 losses = self._one_sweep(points, closures)
             except Exception:
-                if not self._seen:  # what nobody kept apart was seen by the other probes
+                if not self._seen:  # otherwise state of another probe may have caused it
                     raise
             else:
                 self._seen |= self.state.share()
@@ -147,7 +147,7 @@ class LockstepOracle:
         return losses
 
     def copy_whole(self) -> None:
-        """Not possible here."""
+        """Raises `ConfigError`: the model of a closure that runs compiled code cannot be streamed."""
         raise ConfigError(["a compiled model cannot be streamed, its blocks are out of reach; leave out torch_compile"])
 
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:

@@ -1,4 +1,4 @@
-"""Where evicted blocks live. A store moves bytes and knows no maths."""
+"""Where evicted blocks live. A store only moves bytes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class RamStore:
     """Blocks in host memory, each tensor exactly once.
 
     Args:
-        pinned: for copies to and from CUDA; each block then gets memory of its own that the driver
-            knows, exactly as large as the block. (PyTorch's allocator of pinned memory rounds up to
-            powers of two.) Otherwise tensors stay in the memory they came in.
+        pinned: for copies to and from CUDA; each tensor then gets memory of its own that is registered
+            with the driver, of exactly the pages that it needs. (PyTorch's allocator of pinned memory
+            rounds up to powers of two.) Otherwise tensors stay in the memory that they are passed in.
     """
 
     def __init__(self, pinned: bool = False) -> None:
@@ -34,7 +34,7 @@ class RamStore:
         self.blocks: dict[str, Tensors] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
-        """Takes over the tensors of a block, or copies them to where they were put before."""
+        """Takes over the tensors of a block, or copies them into pinned memory that it has for them already."""
         kept = self.blocks.setdefault(block, {})
         for name, tensor in tensors.items():
             if self.pinned and name in kept:
@@ -43,14 +43,14 @@ class RamStore:
                 kept[name] = self._own(tensor.to("cpu"))
 
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        """Lets a block have one more tensor."""
+        """Adds a tensor of zeros to a block."""
         with torch.inference_mode(False):
             self.blocks[block][name] = self._own(torch.zeros(shape, dtype=dtype))
 
     def _own(self, tensor: Tensor) -> Tensor:
         if not self.pinned or not tensor.numel():
             return tensor
-        # Of whole pages, or two tensors that share one could not both be registered.
+        # Whole pages, because two tensors that share a page could not both be registered.
         used = tensor.numel() * tensor.element_size()
         memory = torch.frombuffer(mmap.mmap(-1, -(-used // mmap.PAGESIZE) * mmap.PAGESIZE), dtype=torch.uint8)
         driver = torch.cuda.cudart()
@@ -73,19 +73,22 @@ class RamStore:
         return self.blocks[block]
 
     def mapped(self, block: str) -> Tensors:
-        """The same."""
+        """The stored tensors themselves, as from `whole`."""
         return self.blocks[block]
 
 
 class DiskStore:
     """Blocks in safetensors files, read with positioned reads and not mapped while they are trained.
 
-    A live mapping would count as resident memory, and the page cache is advised to let go of what
-    was read. A file is written under another name, synced and renamed, so that it is always whole.
+    A live mapping would count as resident memory, and the page cache is advised to drop what was
+    read. A file is written under another name, synced and renamed, so that it is always complete.
 
     Args:
-        folder: made if it is missing; block files of an earlier run in it are overwritten. None makes
-            a temporary one that goes away with this object.
+        folder: created if it does not exist; block files of an earlier run in it are overwritten. None
+            creates a temporary one that is removed with this object.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None):
@@ -103,7 +106,11 @@ class DiskStore:
         self.pieces: dict[str, dict[str, Piece]] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
-        """Writes a block as a file of its own."""
+        """Writes a block as a file of its own.
+
+        Raises:
+            StateError: the file could not be written; an earlier one is unchanged.
+        """
         path = self.folder / f"{block}.safetensors"
         try:
             with replacing(path) as fresh:
@@ -117,15 +124,19 @@ class DiskStore:
         self.pieces[block] = {name: replace(piece, path=path) for name, piece in pieces.items()}
 
     def adopt(self, block: str, pieces: dict[str, Piece]) -> None:
-        """Takes a block as it lies in other files, which are never written."""
+        """Uses a block that is stored in other files, which are never written."""
         self.pieces[block] = pieces
 
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
-        """Lets a block have one more tensor; it takes no space until the block is written."""
+        """Adds a tensor of zeros to a block; it takes no space until the block is written."""
         self.pieces[block][name] = Piece(shape, dtype)
 
     def read(self, block: str, into: Tensors) -> None:
-        """Reads a block's values into tensors of the same names and shapes."""
+        """Reads a block's values into tensors of the same names and shapes.
+
+        Raises:
+            StateError: a file is missing or damaged.
+        """
         paths: dict[Path, list[str]] = {}
         for name, tensor in into.items():
             path = self.pieces[block][name].path
@@ -144,11 +155,11 @@ class DiskStore:
                 ) from error
 
     def write(self, block: str, tensors: Tensors, changed: Collection[str]) -> None:
-        """Writes the block anew."""
+        """Writes the whole block again."""
         self.put(block, tensors)
 
     def whole(self, block: str) -> Tensors:
-        """The block's tensors, read into fresh memory."""
+        """The block's tensors, read into new memory."""
         tensors = {name: torch.empty(piece.shape, dtype=piece.dtype) for name, piece in self.pieces[block].items()}
         self.read(block, tensors)
         return tensors
@@ -166,7 +177,7 @@ class DiskStore:
 
 
 def _fill(descriptor: int, tensor: Tensor, offset: int) -> None:
-    """Reads as many bytes as a tensor has."""
+    """Reads the bytes of a tensor from a file."""
     host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
     target = bytes_of(host)
     done, size = 0, len(target)

@@ -1,7 +1,7 @@
-"""Blocks that come and go: a few arena slots, a prefetch thread, and updates that wait their turn.
+"""Streams blocks through the device: a few arena slots, a prefetch thread, and pending updates.
 
 Outside its block's forward an evicted parameter is NaN, expanded to its shape: shape, dtype and count
-survive, and a stray use gives NaN, never a quietly wrong loss. Codes of quantised weights, which have no
+are kept, and a stray use gives NaN, never a silently wrong loss. Codes of quantised weights, which have no
 NaN, are empty instead, and a stray use is an error.
 """
 
@@ -30,7 +30,7 @@ from .tensor_file import Tensors
 Update = Callable[[Tensors], None]
 
 #: Blocks on the device at a time: the one in use, and the one being fetched. A block is written back while it
-#: is in use, so its slot is free when the next one but one is fetched.
+#: is in use, so its slot is free when the block after the next one is fetched.
 ARENA_SLOTS = 2
 
 
@@ -39,13 +39,13 @@ class Block:
     """A module whose parameters are streamed.
 
     Attributes:
-        name: of the module within the model.
+        name: name of the module within the model.
         module: the layer itself.
         holders: parameter objects by their name within the block; several if they share memory.
-        state: what a rule keeps for the parameters (momentum) and travels with them, by name; these
-            tensors only stand for it, and are always NaN.
+        state: the rule's state of the parameters (momentum), which is streamed with them, by name; these
+            tensors are placeholders, and always NaN.
         pending: updates that were not applied yet, oldest first, each with the names that it changes.
-        specs: shape and dtype of all that travels, whatever a forward makes of the parameter objects.
+        specs: shape and dtype of each streamed tensor, by name, whatever forwards do to the parameter objects.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Block:
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of the arena slot that it takes, where each tensor begins at a multiple of 64."""
+        """Bytes of an arena slot for the block, in which each tensor begins at a multiple of 64."""
         return sum(_aligned(*spec) for spec in self.specs.values())
 
 
 class Reader(Protocol):
-    """Knows more about the values of streamed parameters than the store."""
+    """Corrects the values of streamed parameters when they are read outside of forwards."""
 
     def corrected(self, tensor: Tensor, values: Tensor) -> Tensor: ...
 
@@ -81,11 +81,11 @@ class Streaming:
 
     Args:
         blocks: in the order in which a forward is expected to visit them.
-        store: has their values.
+        store: holds their values.
         device: where they compute.
     """
 
-    #: Who streams a module of this process, by its ``id``.
+    #: The object that streams a module of this process, by the module's ``id``.
     attached: ClassVar[weakref.WeakValueDictionary[int, Streaming]] = weakref.WeakValueDictionary()
 
     def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
@@ -100,7 +100,7 @@ class Streaming:
         self.handles: list[Any] = []
         self.sweeping = False
         self.reader: Reader | None = None
-        #: Parameters that somebody has read outside of a forward, with the values that they show since.
+        #: Parameters that were read outside of a forward, with the values that they have shown since.
         self.read: OrderedDict[tuple[Block, str], Tensor] = OrderedDict()
         self.pinned: dict[Block, int] = {}
         self._home = {id(t): (block, name) for block in blocks for name, ts in block.holders.items() for t in ts}
@@ -111,12 +111,16 @@ class Streaming:
             self.attached[id(block.module)] = self
 
     def _all_absent(self) -> dict[tuple[Block, str], Tensor]:
-        # Each has memory of its own, so that parameters which share none do not seem to be tied.
+        # Each has its own memory, so that parameters that share none do not seem to be tied.
         pairs = ((block, name) for block in self.blocks for name in block.holders)
         return {(block, name): nan(*block.specs[name], self.device) for block, name in pairs}
 
     def compute_on(self, device: torch.device) -> None:
-        """From here on blocks come to another device; what is resident is the caller's to move."""
+        """Streams blocks to another device from now on; the caller moves what is resident.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         self.flush()
         for block in self.blocks:
             self.settle(block)
@@ -131,14 +135,23 @@ class Streaming:
 
     @classmethod
     def of(cls, model: nn.Module) -> Streaming | None:
-        """What streams the blocks of a model; None if they are resident."""
+        """The object that streams the blocks of a model; None if they are resident."""
         return next((cls.attached[id(m)] for m in model.modules() if id(m) in cls.attached), None)
 
     def keep_state(self, block: Block, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Lets a tensor of zeros travel with a block from now on, for what a rule keeps for a parameter.
+        """Adds a tensor of zeros to a block, for a rule's state of a parameter, or resets an existing one to zero.
+
+        Args:
+            block: the block.
+            key: name of the tensor within the block.
+            shape: shape of the tensor.
+            dtype: dtype of the tensor.
 
         Returns:
-            A tensor that stands for it.
+            A placeholder of this shape and dtype: NaN on the device, in the memory of one element.
+
+        Raises:
+            StateError: a block could not be read or written.
         """
         if key in block.state:
             self.load_state(block, {key: None})
@@ -152,19 +165,37 @@ class Streaming:
         return block.state[key]
 
     def state(self, block: Block, key: str) -> Tensor:
-        """The stored values of what `keep_state` made."""
+        """A stored tensor of a block, on the CPU; do not write to it. Pending updates are not included.
+
+        Args:
+            block: the block.
+            key: name of the tensor within the block: a parameter, or a key of `keep_state`.
+
+        Raises:
+            StateError: an earlier read or write of the block has failed.
+        """
         self._finish(block)
         return self.store.mapped(block.name)[key]
 
     def load_state(self, block: Block, values: dict[str, Tensor | None]) -> None:
-        """Stores new values for what `keep_state` made; None for zeros."""
+        """Stores new values for some tensors of a block, after applying its pending updates.
+
+        Args:
+            block: the block.
+            values: by name within the block (parameters, or keys of `keep_state`): tensors of the stored
+                shapes, which are cast to the stored dtypes, or None for zeros.
+
+        Raises:
+            StateError: the block could not be read. If the write in the background fails, the next use of
+                the block raises.
+        """
         tensors = self.values(block)
         for key, value in values.items():
             tensors[key].zero_() if value is None else tensors[key].copy_(value)
         self._write_back(block, tensors, set(values))
 
     def _attach(self, block: Block) -> None:
-        """Outside of sweeps (evaluation, generation) a block comes for its own forward; states are whole."""
+        """Hooks for use outside of sweeps: forwards (evaluation, generation) fetch their block; states are whole."""
         module = block.module
         self.handles += [
             module.register_forward_pre_hook(lambda *_: None if self.sweeping else self.open(block), prepend=True),
@@ -191,18 +222,18 @@ class Streaming:
         self.evict_view(block)
 
     def home(self, tensors: Sequence[Tensor]) -> tuple[Block, str] | None:
-        """The block that a parameter is streamed with, and its name there; None if it is resident."""
+        """The block that a parameter is streamed with, and its name within the block; None if it is resident."""
         return next((self._home[id(tensor)] for tensor in tensors if id(tensor) in self._home), None)
 
     def _empty_arenas(self) -> None:
-        """Slots are made when they are needed: momentum makes them larger, one tensor after another."""
+        """Drops all slots; they are made when they are needed, as each tensor of momentum makes them larger."""
         self.slots = min(ARENA_SLOTS, len(self.blocks))
         self.arenas: list[Tensor] = []
         self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
 
     @property
     def slot_bytes(self) -> int:
-        """Size of an arena slot."""
+        """Size of an arena slot, in bytes."""
         return max(block.arena_bytes for block in self.blocks)
 
     def _arena(self) -> Tensor:
@@ -212,7 +243,20 @@ class Streaming:
     # Views
 
     def values(self, block: Block) -> Tensors:
-        """The block's tensors on the device, up to date; fetched if they are not there."""
+        """The block's tensors on the device, fetched if necessary, and with pending updates applied.
+
+        Also starts to fetch the block that is expected next.
+
+        Args:
+            block: the block.
+
+        Returns:
+            By name within the block, parameters and state with the shapes and dtypes of `Block.specs`. They are
+            views of an arena slot, valid until another block is fetched into it.
+
+        Raises:
+            StateError: a block could not be read, or an earlier write has failed.
+        """
         self.settle(block)
         if block not in self.loaded:
             self._start_fetch(block)
@@ -233,22 +277,36 @@ class Streaming:
         return tensors
 
     def open(self, block: Block, only: Iterable[str] | None = None) -> None:
-        """Brings a block and lets its parameters (those named in ``only``) show their values."""
+        """Fetches a block, and points its parameters at their values until `shut`.
+
+        Args:
+            block: the block.
+            only: names within the block; None for all parameters.
+
+        Raises:
+            StateError: a block could not be read, or an earlier write has failed.
+        """
         tensors = self.values(block)
         self.pinned[block] = self.pinned.get(block, 0) + 1
         self.point(block, tensors, only)
 
     def shut(self, block: Block, only: Iterable[str] | None = None) -> None:
-        """The end of what `open` began."""
+        """Undoes `open`; after as many calls as to `open`, the parameters show NaN again."""
         if block not in self.pinned:
-            return  # it could not be brought
+            return  # it could not be fetched
         self.pinned[block] -= 1
         if not self.pinned[block]:
             del self.pinned[block]
             self.evict_view(block, only)
 
     def point(self, block: Block, tensors: Tensors, only: Iterable[str] | None = None) -> None:
-        """Lets the parameters show ``tensors``."""
+        """Points the parameters at ``tensors``, without a copy.
+
+        Args:
+            block: the block.
+            tensors: by name within the block, tensors of the parameters' shapes and dtypes.
+            only: names within the block; None for all parameters.
+        """
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
                 ordinary(holder)
@@ -256,7 +314,7 @@ class Streaming:
         torch.clear_autocast_cache()
 
     def evict_view(self, block: Block, only: Iterable[str] | None = None) -> None:
-        """Lets the parameters show NaN, and between steps their values to whoever reads them."""
+        """Points the parameters at NaN; outside of sweeps, reading them brings their values."""
         for name in block.holders if only is None else only:
             for holder in block.holders[name]:
                 ordinary(holder)
@@ -269,7 +327,7 @@ class Streaming:
 
     @contextmanager
     def sweep(self) -> Iterator[None]:
-        """In this context parameters outside of their block's forward are NaN, whoever looks."""
+        """A context in which parameters outside of their block's forward are NaN for all readers."""
         for block in self.blocks:
             self.settle(block)
         self.sweeping = True
@@ -283,7 +341,7 @@ class Streaming:
                 self.evict_view(block)
 
     def _bring(self, block: Block, name: str) -> None:
-        """Somebody reads a parameter: it has its values until its block comes by, or the memory is needed."""
+        """Called when a parameter is read: gives it its values until its block is fetched or the memory is needed."""
         if block.pending:
             self.values(block)
         self._finish(block)
@@ -300,20 +358,24 @@ class Streaming:
         return values if self.reader is None else self.reader.corrected(block.holders[name][0], values)
 
     def _make_room(self, block: Block) -> None:
-        """Lets go of parameters of other blocks that were read, as far as nobody holds on to what was read."""
+        """Drops the values of parameters of other blocks that were read, unless something still references them."""
         for key, values in list(self.read.items()):
             holders = key[0].holders[key[1]]
-            alone = ALONE + len(holders)  # the parameters, this object, and the question itself
+            alone = ALONE + len(holders)  # the parameters, this object, and the query itself
             if key[0] is not block and torch._C._storage_Use_Count(values.untyped_storage()._cdata) <= alone:
                 self._settle(*key)
 
     def settle(self, block: Block) -> None:
-        """Takes back what was read of a block; values that were changed since go to the store."""
+        """Drops the values of a block's parameters that were read; values changed since then go to the store.
+
+        Raises:
+            StateError: changed values could not be stored.
+        """
         for key in [key for key in self.read if key[0] is block]:
             self._settle(*key)
 
     def _settle(self, block: Block, name: str) -> None:
-        if self.read.pop((block, name), None) is None:  # to store another one of the block has settled all
+        if self.read.pop((block, name), None) is None:  # storing another one of the block has settled all
             return
         with torch.no_grad(), torch.inference_mode(False), torch.DisableTorchFunction():
             now = block.holders[name][0].data
@@ -326,7 +388,7 @@ class Streaming:
     # Movement
 
     def _start_fetch(self, block: Block) -> None:
-        after = [self.copies.now()]  # what was given to the device to compute may still use the slot
+        after = [self.copies.now()]  # work that is queued on the device may still use the slot
         if not self.arenas:
             full = len(self.loaded) >= self.slots
             oldest = next((b for b in self.loaded if b not in self.pinned), None) if full else None
@@ -336,7 +398,7 @@ class Streaming:
                 after += self._moments(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
         arena = self.arenas.pop()
-        with torch.inference_mode(False):  # a view as another dtype would be an inference tensor, which nobody may fill
+        with torch.inference_mode(False):  # or views of another dtype are inference tensors, which cannot be filled
             tensors = _carve(arena, block)
         self.loaded[block] = (arena, tensors)
         after += self._moments(block)
@@ -344,11 +406,11 @@ class Streaming:
         self.fetching[block] = self.copies.fetch(partial(self.store.read, block.name, tensors), after)
 
     def _moments(self, block: Block) -> list[Moment]:
-        """When the copies that are under way for a block are done."""
+        """The moments at which the copies in progress for a block are done."""
         return [futures[block].result() for futures in (self.fetching, self.writing) if block in futures]
 
     def _finish(self, block: Block) -> None:
-        """Waits for what is under way for a block."""
+        """Waits for the copies in progress for a block."""
         for futures in (self.fetching, self.writing):
             if block in futures:
                 self.copies.wait(futures.pop(block))
@@ -370,7 +432,11 @@ class Streaming:
         self.writing[block] = self.copies.send(write, [self.copies.now()])
 
     def flush(self) -> None:
-        """Applies all pending updates and waits until they are stored."""
+        """Applies all pending updates and waits until they are stored.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         for block in self.blocks:
             if block.pending:
                 self.values(block)
@@ -378,7 +444,14 @@ class Streaming:
             self._finish(block)
 
     def close(self, device: torch.device | None = None) -> None:
-        """Flushes, gives the parameters their values back as ordinary tensors, and ends the thread."""
+        """Flushes, makes the parameters ordinary tensors again, and ends the thread.
+
+        Args:
+            device: where the parameters go; None takes the device that they computed on.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         self.flush()
         device = self.device if device is None else device
         for block in self.blocks:

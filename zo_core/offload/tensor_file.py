@@ -1,4 +1,4 @@
-"""Safetensors files with the place of each tensor's bytes, which the library safetensors does not say."""
+"""Safetensors files with the position of each tensor's bytes, which the safetensors library does not expose."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Piece:
     """Where the bytes of a tensor are.
 
     Attributes:
-        shape: of the tensor.
-        dtype: of the tensor and of the bytes.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor and of the bytes.
         path: a safetensors file; None for zeros that were never written.
         key: the tensor's name in the file.
         begin: offset of its first byte in the file.
@@ -35,7 +35,7 @@ class Piece:
     begin: int = 0
 
 
-#: The names that safetensors gives to the dtypes that weights and codes have.
+#: The names in safetensors of the dtypes that weights and codes have.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -53,9 +53,9 @@ DTYPES = {
 
 
 def write_file(tensors: Tensors, path: str | os.PathLike[str]) -> None:
-    """A safetensors file.
+    """Writes a safetensors file.
 
-    ``safetensors.torch.save_file`` copies all tensors first; here their bytes go to the file from where they are.
+    ``safetensors.torch.save_file`` copies all tensors first; here their bytes are written from their own memory.
 
     Raises:
         OSError: it could not be written.
@@ -77,7 +77,7 @@ def write_file(tensors: Tensors, path: str | os.PathLike[str]) -> None:
 
 
 def _write(file: io.FileIO, data: memoryview) -> None:
-    """Writes all of it; the system takes at most 2 GB at a time."""
+    """Writes all of ``data``; the system accepts at most 2 GB at a time."""
     while len(data):
         data = data[file.write(data) :]
 
@@ -89,10 +89,10 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Piece]:
-    """What is in a safetensors file, by name.
+    """The tensors in a safetensors file, by name.
 
     Raises:
-        StateError: the file is missing, damaged, or shorter than it says.
+        StateError: the file is missing, damaged, or shorter than its header says.
     """
     try:
         size = os.path.getsize(path)

@@ -1,4 +1,4 @@
-"""What a probe does to the calls of torch functions: float32 losses, and weights used out of turn."""
+"""What a probe changes in calls of torch functions: float32 losses, and weights used outside their module's forward."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Realising a probe without copies: linear layers and embeddings take a low-rank term on the way.
+"""Realising a probe without copies: linear layers and embeddings add a low-rank term to their result.
 
     y = x W^T + (x right^T) left^T          with  z = left right  of low rank
 
 A `TorchFunctionMode` sees every call of a torch function with the parameters among its arguments. Where a
 matrix is used as `F.linear`, `F.embedding` or `torch.addmm` (the ``Conv1D`` of transformers) do, the term is
-added to the result, whoever calls, so functional tied heads are covered; any other use of a parameter gets a
-perturbed copy in its place, tensor by tensor. The parameters themselves show NaN all the while: what Python
+added to the result, whatever the caller, so functional tied heads are covered; any other use of a parameter gets a
+perturbed copy in its place, tensor by tensor. The parameters themselves show NaN throughout: code that Python
 cannot see computes with NaN, and the oracle notices, as it does for materialised probes.
 """
 
@@ -29,15 +29,15 @@ from .function_mode import LOSS_FUNCTIONS, ProbeMode, upcast
 from .materialise import Materialised, ProbeView
 from .scratch import ScratchPool
 
-#: Statements about the parameter object, which are no use of its values.
+#: Assignments to the parameter object, which do not use its values.
 ASSIGNMENTS = {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")} | {Tensor.requires_grad_}
 
 
 class Sight:
-    """The weights as ``values + s``, without that sum where it can be avoided.
+    """The weights as ``values + s``, without forming that sum where possible.
 
     Args:
-        slots: those that differ from the values in memory.
+        slots: the slots that differ from the values in memory.
         values: the values of a slot in memory.
         direction: ``s`` of a slot.
         pool: memory for copies.
@@ -55,13 +55,13 @@ class Sight:
         self.values, self.direction, self.pool = values, direction, pool
         self.known: dict[tuple[Slot, torch.dtype], tuple[Tensor, Tensor, float] | None] = {}
         self.copies: OrderedDict[Slot, Tensor] = OrderedDict()
-        #: Copies are kept for uses that follow, as many as fit into the memory of the largest slot.
+        #: Copies are kept for later uses, as many as fit into the memory of the largest slot.
         self.room = max((slot.tensor.numel() * slot.tensor.element_size() for slot in slots), default=0)
 
     def factors(self, slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
         """``left``, ``right`` and the decay of a matrix slot, in ``dtype``; None if ``s`` is of full rank, or 0.
 
-        Neither has a slot whose tensors differ: what its transpose is used for would need other factors.
+        Also None for a slot whose tensors differ: uses of its transpose would need other factors.
         """
         self.used = True
         if (slot, dtype) not in self.known:
@@ -90,7 +90,7 @@ class Sight:
 
 
 class FunctionalMode(TorchFunctionMode):
-    """Lets torch functions compute with what a `Sight` says the weights are.
+    """Makes torch functions compute with the weights of a `Sight`.
 
     Args:
         sight: the weights.
@@ -127,7 +127,7 @@ class FunctionalMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _concerned(self, values: Iterable[Any]) -> bool:
-        """Whether a parameter may be among them; most calls have none, and there are many calls."""
+        """Whether a parameter may be among ``values``; most calls have none, and there are many calls."""
         for value in values:  # noqa: SIM110 (runs at every call of a torch function, and any() is slower)
             if id(value) in self.slots or type(value) is tuple or type(value) is list:
                 return True
@@ -153,7 +153,7 @@ class FunctionalMode(TorchFunctionMode):
             y = F.linear(scaled, values, bias)
             left, right = self._in_type_of(y, slot)
             return y + F.linear(F.linear(input.to(y.dtype), right), left)
-        # The term comes first and the product is added to it: no pass of its own over a large result.
+        # The term comes first and the product is added to it, which saves a pass over a large result.
         inner = F.linear(input.reshape(-1, input.shape[-1]), right)
         y = torch.mm(inner, left.t()) if bias is None else torch.addmm(bias, inner, left.t())
         y.addmm_(scaled.reshape(-1, input.shape[-1]), values.t())
@@ -181,7 +181,7 @@ class FunctionalMode(TorchFunctionMode):
         return y.addmm_(mat1.to(y.dtype) @ left, right)
 
     def _in_type_of(self, result: Tensor, slot: Slot) -> tuple[Tensor, Tensor]:
-        """The factors in the type that a function has computed in, which autocast may have chosen."""
+        """The factors in the dtype that a function has computed in, which autocast may have chosen."""
         known = self.sight.factors(slot, result.dtype)
         assert known is not None
         return known[0], known[1]
@@ -196,17 +196,17 @@ class Functional(Materialised):
     """Runs code with the slots perturbed along directions of low rank, without copies of the matrices."""
 
     def moves(self, point: Point) -> bool:
-        return True  # updates that wait count at the unperturbed point, too
+        return True  # pending updates also count at the unperturbed point
 
     def view(self, point: Point, original: Callable[[Slot], Tensor]) -> ProbeView:
         return FunctionalView(self, point, original)
 
     def hook(self, *_: Any) -> None:
-        """Nothing to do at the beginning and end of modules."""
+        """Does nothing: no hooks are needed at the beginning and end of modules."""
 
 
 class FunctionalView(ProbeView):
-    """What one probe sees: the parameters show NaN, and torch functions are given what they stand for."""
+    """What one probe sees: the parameters show NaN, and torch functions get the perturbed weights in their place."""
 
     def __init__(self, owner: Materialised, point: Point, original: Callable[[Slot], Tensor]):
         super().__init__(owner, point, original)
@@ -222,7 +222,7 @@ class FunctionalView(ProbeView):
         return FunctionalMode(self.sight, losses=True)
 
     def suspend(self) -> None:
-        """The parameters show NaN to every probe."""
+        """Does nothing: the parameters show NaN to every probe."""
 
     def resume(self) -> None:
-        """The parameters still show NaN."""
+        """Does nothing: the parameters still show NaN."""

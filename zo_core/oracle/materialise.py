@@ -1,10 +1,10 @@
 """Realising a probe with scratch copies: ``theta + scale * z`` exists one layer at a time.
 
 Nothing is ever perturbed in place, so nothing has to be undone: a weight's own memory is not
-written during a probe. For the length of a module's forward its parameters point at perturbed
-copies; otherwise they point at NaN. A parameter that some other code reaches for in between
-is noticed in the call of the torch function and given its copy there, and one that is used where no
-Python code can see it gives a NaN loss, never a quietly wrong one.
+written during a probe. During a module's forward its parameters point at perturbed copies;
+otherwise they point at NaN. If other code uses a parameter in between, the call of the torch
+function is intercepted and the parameter gets its copy there; a use that Python cannot see gives a
+NaN loss, never a silently wrong one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class Materialised:
     Args:
         model: the module that the closures call.
         slots: what is perturbed.
-        direction: the perturbation of one slot at one point.
+        direction: called with a slot and a point, returns the `Direction` from the slot's weights in memory
+            to the weights at that point: ``scale * z``, and pending updates.
 
     Attributes:
         whole: copy everything at the start of the probe instead of layer by layer; needs memory for
-            a second set of the slots, and works for modules whose insides Python cannot see.
+            a second set of the slots, and works for modules whose code Python cannot see.
         used: whether any probe so far has used a slot.
     """
 
@@ -47,7 +48,7 @@ class Materialised:
 
     @contextmanager
     def at(self, point: Point) -> Iterator[None]:
-        """In this context the model computes with ``theta + point.scale * z(point.seed)``."""
+        """A context in which the model computes with ``theta + point.scale * z(point.seed)``."""
         originals: Originals = {}
         with ExitStack() as stack:
             stack.callback(restore, originals)
@@ -70,11 +71,11 @@ class Materialised:
         return point.scale != 0.0
 
     def view(self, point: Point, original: Callable[[Slot], Tensor]) -> ProbeView:
-        """What the probe at a point sees; ``original`` gives the values of a slot in memory."""
+        """What the probe at a point sees; ``original`` returns the values of a slot in memory."""
         return ProbeView(self, point, original)
 
     def hook(self, current: Callable[[], ProbeView], stack: ExitStack) -> None:
-        """Tells the probe that has the turn about every module that begins and ends, until ``stack`` ends."""
+        """Notifies the running probe of the beginning and end of every module's forward, until ``stack`` ends."""
         for module, own in self.hooked_modules():
             pre = module.register_forward_pre_hook(lambda *_, own=own: current().enter(own), prepend=True)
             post = module.register_forward_hook(lambda *_: current().leave(), always_call=True)
@@ -91,10 +92,10 @@ class Materialised:
 
 
 class ProbeView:
-    """What one probe sees of the slots: which have values, and which module's end takes them away.
+    """What one probe sees of the slots: which have values, and at the end of which module they lose them.
 
     Args:
-        owner: the directions and the scratch memory.
+        owner: has the directions and the scratch memory.
         point: where this probe measures.
         original: the unperturbed values of a slot.
     """
@@ -112,20 +113,20 @@ class ProbeView:
         return self.given
 
     def mode(self) -> TorchFunctionMode:
-        """Is to be active while the probe runs."""
+        """The mode that has to be active while the probe runs."""
         return ProbeMode(self.absent, self.serve)
 
     def enter(self, own: list[Slot]) -> None:
-        """A module begins: the slots that it holds get values."""
+        """Called when a module's forward begins: gives the slots that it holds their values."""
         self.frames.append([])
         for slot in own:
             if id(slot.tensor) in self.absent:
                 self.materialise(slot)
-                # Tied weights come round again: one copy serves the whole probe.
+                # Tied weights are used again: one copy serves the whole probe.
                 self.frames[0 if len(slot.modules) > 1 else -1].append(slot)
 
     def leave(self) -> None:
-        """A module ends: what got values for its sake loses them."""
+        """Called when a module's forward ends: releases the slots that got values for it."""
         for slot in self.frames.pop():
             self.release(slot)
 
@@ -161,7 +162,7 @@ class ProbeView:
         torch.clear_autocast_cache()
 
     def suspend(self) -> None:
-        """Another probe gets the turn: what this one sees is taken out of the parameters."""
+        """Called when this probe gives up the turn: points its parameters at NaN."""
         with torch.DisableTorchFunction():
             for slot in self.present:
                 for tensor in slot.tensors:
@@ -169,7 +170,7 @@ class ProbeView:
         torch.clear_autocast_cache()
 
     def resume(self) -> None:
-        """This probe has the turn again."""
+        """Called when this probe gets the turn again: points its parameters at its copies."""
         with torch.DisableTorchFunction():
             for slot, scratch in self.present.items():
                 for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
@@ -181,7 +182,7 @@ Originals = dict[Slot, list[Tensor]]
 
 
 def restore(originals: Originals) -> None:
-    """Gives the slots their own memory back."""
+    """Points the slots at their own memory again."""
     for slot, data in originals.items():
         for tensor, original in zip(slot.tensors, data, strict=True):
             tensor.data = original
@@ -189,7 +190,7 @@ def restore(originals: Originals) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile or TorchScript runs this module, out of the reach of hooks."""
+    """Whether torch.compile or TorchScript runs this module, where hooks cannot reach it."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
     return isinstance(module, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule))

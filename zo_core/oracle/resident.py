@@ -33,8 +33,8 @@ class ResidentOracle:
         slots: what is perturbed.
         direction: the perturbation of one slot at one point.
         dropout: run the probes with the model's own modes, dropout included, instead of eval mode.
-        realisation: how the model comes to compute with the perturbed weights.
-        carried: what closures may change beside the model.
+        realisation: how the model is made to compute with the perturbed weights.
+        carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
 
     Attributes:
@@ -61,15 +61,15 @@ class ResidentOracle:
         self._warned_half = False
 
     def copy_whole(self) -> None:
-        """From now on each probe copies all slots at once, for closures that run compiled code."""
+        """Makes each probe copy all slots at once from now on, for closures that run compiled code."""
         self.realisation.whole = self._checked = True
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """The loss at each point.
 
-        Every probe begins with the same state of the global random generators and of the model (its
-        buffers, say), and afterwards both are as one forward leaves them. An exception from the closure
-        passes through; weights, modes and hooks are restored first.
+        Every probe starts from the same state of the global random generators and of the model (such as
+        its buffers), and afterwards both are as one forward leaves them. An exception from the closure
+        is passed on; weights, modes and hooks are restored first.
 
         Args:
             points: where to measure.
@@ -141,7 +141,7 @@ def as_scalar(value: Any) -> Tensor:
     """What a closure returned, as a detached float64 tensor of shape ``[]``.
 
     Raises:
-        LossError: it is not one real number.
+        LossError: ``value`` is not one real number.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():

@@ -9,7 +9,7 @@ from ..cache import kept
 
 
 class ScratchPool:
-    """Hands out tensors shaped like weights; those that nobody looks at any more are reused.
+    """Hands out tensors shaped like weights, and reuses those that are no longer referenced.
 
     A model may keep a view of a weight for longer than its module's forward, so a buffer is reused
     only once this pool holds the last reference to its memory. CUDA's caching allocator does all of
@@ -34,16 +34,16 @@ class ScratchPool:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is held: of each size as many buffers as were in use at once."""
+        """Bytes held: for each size as many buffers as were in use at once."""
         return sum(buffer.numel() * buffer.element_size() for held in self._buffers.values() for buffer in held)
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self._buffers.clear()
 
 
 def _count_alone() -> int:
-    """What the use count of a storage says when one tensor and the question itself hold it."""
+    """The use count of a storage that only one tensor and the query itself hold."""
     probe = torch.empty(1)
     return int(torch._C._storage_Use_Count(probe.untyped_storage()._cdata))
 
@@ -54,18 +54,18 @@ ALONE = _count_alone()
 def nan_like(tensor: Tensor, *, dense: bool = False) -> Tensor:
     """NaN in the shape of ``tensor``, in the memory of one element.
 
-    Integers (codes of quantised weights) have no NaN: for them it is an empty tensor, any use of
-    which fails.
+    Integers (codes of quantised weights) have no NaN: for them the result is an empty tensor, any
+    use of which fails.
 
     Args:
-        tensor: gives shape, dtype and device.
-        dense: with memory for every element, for tensors that kernels read by their address.
+        tensor: determines shape, dtype and device.
+        dense: allocate memory for every element, for tensors that kernels read by their address.
     """
     return _nan(tensor.shape, tensor.dtype, tensor.device, dense)
 
 
 def nan(shape: torch.Size, dtype: torch.dtype, device: torch.device, dense: bool = False) -> Tensor:
-    """As `nan_like`, in memory that no other tensor has."""
+    """As `nan_like`, in memory that no other tensor shares."""
     with torch.inference_mode(False):
         if not (dtype.is_floating_point or dtype.is_complex):
             return torch.empty((0, *shape[1:]), dtype=dtype, device=device)

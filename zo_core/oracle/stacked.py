@@ -1,14 +1,14 @@
 """All probes of a step in one forward: the model runs once, with a value per probe wherever weights differ.
 
 The closure runs under `torch.vmap` over the probes, so its own code sees ordinary shapes and the batch as it is;
-what depends on a weight has one copy per probe, and every torch function treats the copies by themselves.
+what depends on a weight has one copy per probe, and every torch function treats the copies separately.
 Losses, masks, reductions and random numbers are therefore those of separate probes by construction. A matrix is
 read once for all copies,
 
     y_c = x_c W^T + (x_c right^T) left_c^T          right [K, columns] shared, left_c [m, K] of copy c
 
 and small tensors (norms, biases) have a perturbed value per copy. A matrix in any other function would need a copy
-per probe, and is not stackable. As in `functional`, the parameters show NaN all the while.
+per probe, and is not stackable. As in `functional`, the parameters show NaN throughout.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class StackedSight(Sight):
     Args:
         slots: what is perturbed.
         values: the values of a slot in memory.
-        alternatives: the directions of a slot at some points.
+        alternatives: called with a slot and all points, returns one direction per point.
         points: one per copy.
     """
 
@@ -82,9 +82,9 @@ class StackedSight(Sight):
         """``left_c`` as ``[copies, m, K]``, and ``right`` ``[K, columns]``.
 
         Args:
-            directions: of a matrix.
-            like: has the device and the dtype of the factors.
-            rows: their indices, where only some of the m rows are wanted.
+            directions: the directions of a matrix.
+            like: determines the device and the dtype of the factors.
+            rows: indices of the rows to return; None for all m.
         """
         left, right = stacked_factors(directions, like.device, rows, apart=like.dtype in HALF)
         return left.to(like.dtype), right.to(like.dtype)
@@ -93,7 +93,7 @@ class StackedSight(Sight):
         """The values of all copies, ``[copies, *shape]``, of a slot whose direction is of full rank.
 
         Raises:
-            _Matrix: there is to be no copy of it.
+            _Matrix: the slot is a matrix of low rank or a scale, which is not copied.
         """
         if slot not in self.stacks:
             found = self.alternatives(slot)
@@ -110,7 +110,7 @@ def _no_sum(slot: Slot) -> Direction:
 
 
 class StackedMode(FunctionalMode):
-    """Lets torch functions compute with the weights of all copies; to be entered inside of `torch.vmap`."""
+    """Makes torch functions compute with the weights of all copies; has to be entered inside of `torch.vmap`."""
 
     sight: StackedSight
     forms: ClassVar[dict[Callable[..., Any], str]] = {
@@ -128,7 +128,7 @@ class StackedMode(FunctionalMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inside = _functorch.maybe_current_level() != self.level  # of a transform in the code of the model
+        inside = _functorch.maybe_current_level() != self.level  # in a transform in the code of the model
         try:
             if func in REDUCTIONS or (inside and func not in METADATA):
                 args = self.replaced(args)
@@ -139,20 +139,20 @@ class StackedMode(FunctionalMode):
             raise NotStackable(f"{_name(func)} uses {matrix}, and has no form for several probes at once") from None
 
     def replaced(self, value: Any) -> Any:
-        """The value, with those of all copies for the parameters in it."""
+        """The value, with all copies in place of the parameters in it."""
         if isinstance(value, Tensor):
             slot = self.slots.get(id(value))
             return value if slot is None else self.wrap(slot.seen_by(value, self.sight.stack(slot)))
         return super().replaced(value)
 
     def wrap(self, stack: Tensor) -> Tensor:
-        """``[copies, *shape]`` as what the code of the model sees, of shape ``shape``."""
+        """``[copies, *shape]`` as the batched tensor of shape ``shape`` that the code of the model sees."""
         if _functorch.maybe_current_level() != self.level:
             raise NotStackable("a torch.func transform inside of the closure uses the trained weights")
         return _functorch._add_batch_dim(stack, 0, self.level)
 
     def unwrap(self, value: Any) -> Tensor | None:
-        """The inverse of `wrap`; None for what is the same in all copies."""
+        """The inverse of `wrap`; None for a value that is the same in all copies."""
         if not isinstance(value, Tensor) or not _functorch.is_batchedtensor(value):
             return None
         if _functorch.maybe_get_level(value) != self.level:
@@ -173,25 +173,25 @@ class StackedMode(FunctionalMode):
         y = F.linear(x if decay == 1.0 else x * decay, self.sight.values(slot), bias if shift is None else None)
         left, right = self.sight.lefts(directions, y)
         inner = F.linear(x.to(y.dtype), right)
-        if shift is not None:  # goes along with the factors: one pass over y less
+        if shift is not None:  # added together with the factors, which saves a pass over y
             left = torch.cat([left, shift.unsqueeze(2).to(y.dtype)], 2)
             inner = F.pad(inner, (0, 1), value=1.0)
         return self.wrap(self._added(y, inner, left.transpose(1, 2)))
 
     def _frozen(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """A layer that does not move, in one product for all copies."""
+        """Computes a layer that does not move in one product for all copies."""
         stack = self.unwrap(input)
         if stack is None or self.unwrap(weight) is not None or self.unwrap(bias) is not None:
             return None
         return self.wrap(F.linear(stack, weight, bias))
 
     def _shared(self, value: Tensor) -> Tensor:
-        """``[copies or 1, ...]``."""
+        """The value as ``[copies, ...]``, or ``[1, ...]`` if it is the same in all copies."""
         stack = self.unwrap(value)
         return value.unsqueeze(0) if stack is None else stack
 
     def _added(self, y: Tensor, inner: Tensor, left: Tensor) -> Tensor:
-        """``y + inner left`` copy by copy, ``[copies, ..., m]``; what is the same in all copies comes as one."""
+        """``y + inner left`` for each copy, ``[copies, ..., m]``; ``y`` and ``inner`` may have a leading 1 instead."""
         rows = y.shape[1:-1]
         flat, inner = y.reshape(len(y), -1, y.shape[-1]), inner.reshape(len(inner), -1, inner.shape[-1])
         if len(y) == len(left):
@@ -228,12 +228,12 @@ class StackedMode(FunctionalMode):
         y = y + shift.view(len(shift), *(1,) * (3 - shift.ndim), *shift.shape[1:])
         return self.wrap(self._added(y, inner, right.expand(self.sight.count, -1, -1)))
 
-    # Functions that vmap would take apart
+    # Functions that vmap would decompose
 
     def layer_norm(
         self, input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor | None:
-        """Half precision is rounded once, as in the kernel for one copy."""
+        """Layer norm in which half precision is rounded once, as in the kernel for one copy."""
         if input.dtype not in HALF:
             return None
         weight, bias = upcast(self.replaced(weight)), upcast(self.replaced(bias))
@@ -242,7 +242,7 @@ class StackedMode(FunctionalMode):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor | None:
-        """One call for all copies, whose batches become one; random numbers are left to vmap."""
+        """Attention in one call for all copies, whose batches are concatenated; dropout is left to vmap."""
         dropout = args[0] if args else kwargs.get("dropout_p", 0.0)
         count, given = self.sight.count, (query, key, value)
         if dropout or any(one.ndim != 4 for one in given) or all(self.unwrap(one) is None for one in given):
@@ -258,7 +258,7 @@ class StackedMode(FunctionalMode):
         return self.wrap(y.unflatten(0, (count, -1)))
 
     def reduced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A loss function of each copy by itself, in float32."""
+        """Computes a loss function of each copy separately, in float32."""
         stacks = [self.unwrap(value) for value in args]
         named = {name: self.unwrap(value) for name, value in kwargs.items()}
         if all(stack is None for stack in (*stacks, *named.values())):
@@ -274,12 +274,12 @@ class StackedMode(FunctionalMode):
 
 
 def is_stack(value: Any) -> bool:
-    """Whether a value stands for one in each of the copies that a closure runs on."""
+    """Whether a value is batched over the copies that a closure runs on."""
     return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)
 
 
 def each_copy(value: Any) -> list[Any]:
-    """What a value is in each of the copies that a closure runs on; outside of stacked probes it is one."""
+    """The value in each of the copies that a closure runs on; outside of stacked probes there is one."""
     if is_stack(value):
         return list(_functorch.get_unwrapped(value).movedim(_functorch.maybe_get_bdim(value), 0).unbind())
     return [value]

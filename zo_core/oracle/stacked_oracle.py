@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class StackedOracle(ResidentOracle):
     """As `ResidentOracle`, with one call of the closure for all points.
 
-    The first step is measured both ways. Losses that differ by more than rounding, or code that cannot
-    run on several copies, are said once, and from then on probes run one after another.
+    The first step is measured both ways. If losses differ by more than rounding, or code cannot run on
+    several copies, that is logged once, and from then on probes run one after another.
 
     Args:
         alternatives: the perturbations of one slot at some points; the other arguments are those of `ResidentOracle`.
@@ -50,7 +50,7 @@ class StackedOracle(ResidentOracle):
         try:
             found = self._stacked(points, closure)
             problem = self._kept_copies()
-        except Exception as error:  # the closure's own comes again below
+        except Exception as error:  # the closure's own error is raised again below
             text = str(error).strip().splitlines() or [""]
             problem = text[0] if isinstance(error, NotStackable) else f"{type(error).__name__}: {text[0]}"
         if problem is None and self._compared:
@@ -65,10 +65,10 @@ class StackedOracle(ResidentOracle):
             return separate
         self._compared = all(math.isfinite(loss.item()) for loss in separate)
         set_rng_state(after)
-        return found  # as all steps to come, so that a resumed run, whose first step is another, has these numbers
+        return found  # as in later steps, so that a resumed run, whose first step is another one, has the same numbers
 
     def _kept_copies(self) -> str | None:
-        """Says if the model has kept a value of every probe, which is of no use once the forward has ended."""
+        """Reports if the model has kept a value of every probe, which is unusable once the forward has ended."""
         for part in self.state.changed():
             if any(is_stack(value) for value in part.found()):
                 return f"a forward keeps what it computes in {part.name}"
@@ -99,15 +99,15 @@ class StackedOracle(ResidentOracle):
                 for tensor in slot.tensors:
                     tensor.data = nan_like(tensor, dense=slot.scaling is not None)
             torch.clear_autocast_cache()
-            # The same random numbers for all copies: what separate probes have.
+            # The same random numbers for all copies, as for separate probes.
             return list(torch.vmap(run, randomness="same")(torch.arange(len(points))).unbind())
 
 
 def difference(stacked: list[Tensor], separate: list[Tensor], slots: Sequence[Slot]) -> str | None:
-    """Says if losses of the same points differ by more than the rounding of sums in another order.
+    """Reports if losses at the same points differ by more than the rounding of sums in another order.
 
-    That is some units in the last place of float32, in which losses are computed, or of the type in which
-    the model computes if that has fewer digits.
+    The tolerance is some units in the last place of float32, in which losses are computed, or of the dtype in
+    which the model computes if that has fewer digits.
     """
     types = {slot.tensor.dtype for slot in slots}
     if torch.is_autocast_enabled(slots[0].tensor.device.type):

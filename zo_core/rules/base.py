@@ -1,4 +1,4 @@
-"""What an update rule is: it applies the probes of a step to one slot, locally."""
+"""The interface of update rules: each applies the probes of a step to one slot, locally."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class UpdateRule:
     Class attributes:
         name: its name in the registry.
         wants_optimizer: whether a torch optimizer does the update.
-        elementwise: whether each element moves by its own value, state and noise alone, so that a slot
-            may be moved piece by piece; ``state`` then holds tensors of the slot's shape only.
-        linear: whether ``theta`` and ``state`` change linearly with the estimate, and by elements of it alone, so
-            that the factor of a sum of low rank can be moved in the place of the sum. Updates of other rules are
-            never of low rank, and are written at once.
+        elementwise: whether each element depends only on its own value, state and noise, so that a slot
+            may be moved piece by piece; ``state`` then holds only tensors of the slot's shape.
+        linear: whether ``theta`` and ``state`` change linearly and elementwise with the estimate, so that the
+            factor of a low-rank sum can be moved instead of the sum. Updates of other rules are not of low rank,
+            and are written at once.
     """
 
     name: ClassVar[str]
@@ -33,7 +33,7 @@ class UpdateRule:
     linear: ClassVar[bool] = False
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of each tensor that this rule keeps for a slot between steps; zeros at first."""
+        """Shape and dtype by name of each tensor that this rule keeps for a slot between steps; initially zeros."""
         return {}
 
     def update(
@@ -42,11 +42,16 @@ class UpdateRule:
         """Changes ``theta`` and ``state`` in place.
 
         Args:
-            theta: the slot's weights.
-            state: what `state` names, saved in checkpoints; made here where it is missing.
-            direction: ``G``.
+            theta: the slot's weights, in their shape and floating point dtype. In a low-rank window, the float32
+                factor ``[m, K]`` instead, for `linear` rules.
+            state: tensors by name, with the shapes and dtypes that `state` returns for ``theta``, on its device;
+                saved in checkpoints. Missing ones are created here, as zeros.
+            direction: ``G``, for a tensor of the shape of ``theta``.
             lr: learning rate of the slot's group.
-            weight_decay: decoupled: the weights shrink by ``1 - lr * weight_decay`` first.
+            weight_decay: decoupled: the weights are first multiplied by ``1 - lr * weight_decay``.
+
+        Raises:
+            NotImplementedError: a torch optimizer does the update (`wants_optimizer`).
         """
         raise NotImplementedError
 

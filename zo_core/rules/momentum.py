@@ -1,4 +1,4 @@
-"""Heavy-ball momentum. It averages directions over steps, at the price of a second tensor per slot."""
+"""Heavy-ball momentum. It averages directions over steps, at the cost of a second tensor per slot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import RULES, UpdateRule
 @RULES.register
 @dataclass(frozen=True)
 class Momentum(UpdateRule):
-    """``m <- beta m + G``, then ``theta <- (1 - lr * weight_decay) theta - lr m``; m in float32.
+    """``m <- beta m + G``, then ``theta <- (1 - lr * weight_decay) theta - lr m``; m in float32 (or float64).
 
     Attributes:
         beta: decay of the momentum, in [0, 1).

@@ -13,16 +13,16 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ..noise import Direction
 from .base import RULES, UpdateRule
 
-#: Optimizers whose step treats every parameter by itself, so that one gradient at a time is enough.
+#: Optimizers whose step treats every parameter separately, so that one gradient at a time is enough.
 SEPARABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop)
 
 
 @RULES.register
 @dataclass(frozen=True)
 class Torch(UpdateRule):
-    """The optimizer that was passed does the update; used when one is passed.
+    """A torch optimizer does the update; this is the rule when one is passed.
 
-    With SGD, Adam, AdamW and RMSprop one gradient exists at a time. Others may look at all of them
+    With SGD, Adam, AdamW and RMSprop one gradient exists at a time. Other optimizers may use all gradients
     together, so they get all at once, which takes the memory of a second set of weights.
     """
 
@@ -68,7 +68,7 @@ def _gradient(tensor: Tensor, direction: Direction) -> Tensor:
 
 
 def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there are hooks that would run once per parameter instead of once per step, and do not say they may."""
+    """Whether there are hooks that would run once per parameter instead of once per step, and do not allow it."""
     own = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
     strict = any(not getattr(hook, "per_parameter", False) for hook in own)
     return bool(strict or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)

@@ -1,4 +1,4 @@
-"""What may move. A target names the tensors of a model that training changes, as slots."""
+"""What training may change: a target returns these tensors of a model as slots."""
 
 from .auto import Auto, has_adapters
 from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, slot_keys

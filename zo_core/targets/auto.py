@@ -1,4 +1,4 @@
-"""The default target: what a user of this model most likely wants to move."""
+"""The default target: what a user of this model most likely wants to train."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ class Auto(Target):
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters on the model, and something of them is trainable."""
+    """Whether PEFT has added adapters to the model, and some parameter is trainable."""
     configured = any(getattr(module, "peft_config", None) for module in model.modules())
     return configured and any(parameter.requires_grad for parameter in model.parameters())

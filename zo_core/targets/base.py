@@ -1,4 +1,4 @@
-"""What may move. A target names the tensors of a model that training changes, as slots."""
+"""What training may change: a target returns these tensors of a model as slots."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Slot:
         tensors: the tensor, and any other tensor objects that share its memory (tied weights).
         modules: the modules that hold one of ``tensors`` directly.
         scaling: how quantisation scales move; None for ordinary weights.
-        own: values of this slot for the optimizer's group (``lr``, ``eps``), where they differ from
-            those of the run.
-        region: how the tensors show the memory, where they do not all show it alike.
+        own: hyperparameters of this slot for the optimizer's group (``lr``, ``eps``), where they differ
+            from those of the run.
+        region: how each tensor views the memory; None if they all have the same view.
     """
 
     key: str
@@ -47,16 +47,16 @@ class Slot:
 
     @property
     def leads(self) -> tuple[Tensor, ...]:
-        """Those of the tensors that show the slot as the noise counts its elements."""
+        """The tensors that view the slot in the order in which the noise counts its elements."""
         return self.tensors if self.region is None else self.tensors[: self.region.leads]
 
     def led_by(self, ids: Container[int]) -> Slot:
-        """The same slot, its first tensor one whose ``id`` is in ``ids``: the one an optimizer knows."""
+        """The same slot, with a tensor whose ``id`` is in ``ids`` first: the one that an optimizer holds."""
         first = sorted(self.leads, key=lambda tensor: id(tensor) not in ids)
         return replace(self, tensors=(*first, *self.tensors[len(first) :]))
 
     def seen(self, values: Tensor) -> list[Tensor]:
-        """What each of the tensors shows if the first one has ``values``, which are in memory or from `room`."""
+        """The view of each tensor if the first one has ``values``, which are in memory or from `room`."""
         if self.region is None:
             return [values] * len(self.tensors)
         return [self.region.seen(index, values) for index in range(len(self.tensors))]
@@ -69,7 +69,7 @@ class Slot:
         return self.region.seen(index, values)
 
     def room(self, values: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-        """Memory for other values of the first tensor; ``take`` makes a tensor like another one."""
+        """Memory for other values of the first tensor; ``take`` allocates a tensor like another one."""
         return take(values) if self.region is None else self.region.room(values, take)
 
 
@@ -79,7 +79,7 @@ class Target:
 
     Class attributes:
         name: its name in the registry.
-        default_clip: bound on the coefficients where the configuration leaves it open.
+        default_clip: bound on the coefficients if the configuration sets none.
         of_quantised: whether it moves parts of quantised weights, which trainers otherwise refuse to train.
     """
 
@@ -88,7 +88,7 @@ class Target:
     of_quantised: ClassVar[bool] = False
 
     def chosen(self, model: nn.Module) -> Target:
-        """The target that decides for this model: itself, unless it picks among others."""
+        """The target to use for this model: itself, unless it chooses among others."""
         return self
 
     def slots(self, model: nn.Module) -> list[Slot]:
@@ -104,12 +104,12 @@ TARGETS: Registry[Target] = Registry("target", Target)
 
 
 def slot_keys(names: Iterable[str]) -> list[str]:
-    """Parameter names without what wrappers put in front of them.
+    """Parameter names without the prefixes that wrappers add.
 
     Removes ``module`` and ``_orig_mod`` anywhere, then the longest run of leading components that
     all names share, always leaving the last component. So a bare model, the same model inside a
-    LightningModule and a compiled one give the same keys, hence the same noise. Names that only a
-    wrapper told apart are numbered: no two slots may have the same noise.
+    LightningModule and a compiled one give the same keys, hence the same noise. Names that differed
+    only by a wrapper are numbered, because no two slots may have the same noise.
     """
     split = []
     for name in names:
@@ -155,20 +155,20 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _stands_for(tensor: Tensor) -> bool:
-    """Whether a tensor only has the place of one that is streamed: a single NaN, expanded."""
+    """Whether a tensor is the placeholder of a streamed one: a single NaN, expanded."""
     return tensor.untyped_storage().nbytes() == tensor.element_size() and bool(tensor.detach().flatten()[0].isnan())
 
 
 @as_it_lies
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for two tensors exactly if they show the same elements in the same order."""
-    if tensor.numel() == 0 or tensor.is_meta:  # which have no memory: on meta, only a tensor itself is tied
+    """A key that is equal for two tensors exactly if they view the same elements in the same order."""
+    if tensor.numel() == 0 or tensor.is_meta:  # without memory; on meta, a tensor is tied only to itself
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def plain_parameters(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that have the parameters' values: themselves, or what is inside of tensor subclasses, by name."""
+    """The plain tensors that hold the parameters' values, by name: themselves, or the parts of tensor subclasses."""
     for name, parameter in module.named_parameters(recurse=recurse):
         if is_traceable_wrapper_subclass(parameter):
             yield from ((f"{name}.{part}", getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])

@@ -1,6 +1,6 @@
-"""Models of which accelerate keeps layers on disk or in host memory, and brings them for their forward.
+"""Models whose layers accelerate keeps on disk or in host memory, and loads for their forward.
 
-Between forwards such weights are on ``meta``. Accelerate is not imported: its hooks are known by what they look like.
+Between forwards such weights are on ``meta``. Accelerate is not imported: its hooks are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import ModelError
 
 
 def elsewhere(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tensor]]]:
-    """The parameters that a hook brings: the name of each, what stands for it, and a function that reads it."""
+    """The parameters that a hook loads: the name of each, its placeholder, and a function that reads the values."""
     for prefix, module in model.named_modules():
         for hook in _hooks(module):
             for name, parameter in module.named_parameters(recurse=bool(getattr(hook, "place_submodules", False))):
@@ -24,7 +24,7 @@ def elsewhere(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[], Tens
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Those hooks of accelerate on a module that bring weights."""
+    """The hooks of accelerate on a module that load weights."""
     hook = getattr(module, "_hf_hook", None)
     return [each for each in getattr(hook, "hooks", [hook]) if getattr(each, "offload", False)]
 
@@ -35,11 +35,11 @@ def _read(hook: Any, name: str, parameter: Tensor) -> Tensor:
 
 
 def check_values(model: nn.Module, *, frozen: bool = False) -> None:
-    """Raises `ModelError` if accelerate keeps layers elsewhere, and parameters that are to move have no values.
+    """Raises `ModelError` if accelerate keeps layers elsewhere, so that trainable parameters have no values.
 
     Args:
-        model: any.
-        frozen: whether those that do not move need values, too.
+        model: any module.
+        frozen: whether frozen parameters need values, too.
     """
     if not any(True for _ in elsewhere(model)):
         return

@@ -1,6 +1,6 @@
-"""Quantisation scales of 4-bit layers: the codes stay, their scales are the continuous parameters.
+"""Quantisation scales of 4-bit layers: the codes are fixed, their scales are the continuous parameters.
 
-The one file that knows bitsandbytes, which is imported at use. QZO, arXiv 2505.13430.
+The only file that depends on bitsandbytes, which is imported when it is used. QZO, arXiv 2505.13430.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class Int4Scales(Scales):
 
 
 def has_quantised_layers(model: nn.Module) -> bool:
-    """Whether bitsandbytes has quantised layers of the model, to 4 bits or to 8."""
+    """Whether bitsandbytes has quantised layers of the model, to 4 or 8 bits."""
     library = sys.modules.get("bitsandbytes")
     return library is not None and (any(True for _ in quantised_layers(model, library)) or bool(_eight_bit(model)))
 
 
 def keep_codes_plain(model: nn.Module) -> None:
-    """No repacking for CPUs with AVX512-BF16, which the first forward in eval mode would do.
+    """Prevents the repacking for CPUs with AVX512-BF16 that the first forward in eval mode would do.
 
-    It replaces codes behind the back of whoever streams them, and rounds scales to bf16. What is
-    repacked already is put in order again. Loading a state dict, scales included, works from now on.
+    Repacking replaces codes unnoticed by the code that streams them, and rounds scales to bf16. Layers
+    that are already repacked are unpacked. Loading a state dict, scales included, works from now on.
     """
     library = sys.modules.get("bitsandbytes")
     if library is None:
@@ -81,8 +81,8 @@ class Layer:
     """A 4-bit tensor of bitsandbytes.
 
     Args:
-        module: whose forward dequantises it.
-        weight: holds the codes and the `QuantState`; None where ``module`` holds the state itself.
+        module: the module whose forward dequantises it.
+        weight: holds the codes and the `QuantState`; None if ``module`` holds the state itself.
     """
 
     def __init__(self, module: Any, weight: Any = None):
@@ -93,17 +93,17 @@ class Layer:
         return bool(getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False))
 
     def float_scales(self) -> Tensor:
-        """The scales as float32, made the layer's own; a second call returns the same tensor."""
+        """The scales as float32, stored in the layer; a second call returns the same tensor."""
         return own_float_scales(self.module.quant_state if self.weight is None else self.weight.quant_state)
 
     def settle_bias(self) -> None:
-        """Casts a bias that stays to the compute type now; bitsandbytes does so, in place, at the first forward."""
+        """Casts a frozen bias to the compute dtype now; bitsandbytes does so, in place, at the first forward."""
         bias, dtype = getattr(self.module, "bias", None), getattr(self.module, "compute_dtype", None)
         if self.weight is not None and bias is not None and dtype is not None:
             bias.data = bias.data.to(dtype)
 
     def keep_plain(self) -> None:
-        """See `keep_codes_plain`."""
+        """Prevents or undoes the repacking of this layer; see `keep_codes_plain`."""
         module, weight = self.module, self.weight
         if getattr(weight, "quant_state", None) is None:  # lost in a conversion; the module has another reference
             if getattr(module, "quant_state", None) is None:
@@ -122,7 +122,7 @@ class Layer:
 
 
 def own_float_scales(state: Any) -> Tensor:
-    """The scales of a `QuantState`, which holds them as plain float32 values from now on."""
+    """The scales of a `QuantState`, which stores them as plain float32 values from now on."""
     with torch.inference_mode(False), torch.no_grad():
         if state.nested:
             dequantise = _bitsandbytes().functional.dequantize_blockwise
@@ -154,7 +154,7 @@ def load_layer(
     _extra: Any,
     errors: Any,
 ) -> None:
-    """Before a 4-bit layer loads its codes: takes its scales out of the state."""
+    """A hook before a 4-bit layer loads its codes: takes its scales out of the state."""
     _take_scales(module.weight.quant_state, state, f"{prefix}weight", errors)
 
 
@@ -168,7 +168,7 @@ def load_fused(
     _extra: Any,
     errors: Any,
 ) -> None:
-    """The same for parametrised weights, whose codes ``state_dict`` names after the weight."""
+    """As `load_layer`, for parametrised weights, whose codes ``state_dict`` names after the weight."""
     for name, (parametrisation, *_) in module.parametrizations.items():
         if hasattr(parametrisation, "quant_state") and f"{prefix}{name}" in state:
             state[f"{prefix}parametrizations.{name}.original"] = state.pop(f"{prefix}{name}")
@@ -182,14 +182,14 @@ def _take_scales(into: Any, state: dict[str, Tensor], name: str, errors: list[st
     scales = own_float_scales(into)
     values = own_float_scales(_bitsandbytes().functional.QuantState.from_dict(found, device=scales.device))
     if values.shape != scales.shape:
-        errors.append(f"size mismatch for {name}.absmax: {list(values.shape)} came for {list(scales.shape)}")
+        errors.append(f"size mismatch for {name}.absmax: got {list(values.shape)}, expected {list(scales.shape)}")
         return
     with torch.no_grad():
         scales.copy_(values)
 
 
 def accept_scales(model: nn.Module, library: Any) -> None:
-    """Lets ``load_state_dict`` take what ``state_dict`` gives; bitsandbytes ignores scales there, or refuses them."""
+    """Makes ``load_state_dict`` accept what ``state_dict`` returns; bitsandbytes ignores or refuses scales there."""
     for name, layer in quantised_layers(model, library):
         if layer.weight is not None:
             owner, hook = layer.module, load_layer
@@ -211,7 +211,7 @@ def _bitsandbytes() -> ModuleType:
 
 
 def _eight_bit(model: nn.Module) -> str:
-    """A remark for models that are quantised, but not like that."""
+    """A remark for the error message if the model has 8-bit layers."""
     library = sys.modules.get("bitsandbytes")
     if library is not None and any(
         isinstance(module, library.nn.Linear8bitLt) and not module.state.has_fp16_weights for module in model.modules()

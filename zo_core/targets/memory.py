@@ -1,8 +1,8 @@
-"""Which tensors show the same memory, and how: a tie is a matter of bytes, not of equal shapes.
+"""Which tensors view the same memory, and how: tensors are tied by their bytes, not by equal shapes.
 
-An `Extent` says which bytes a tensor shows. Tensors with equal extents show the same elements in some order.
-Whether different extents have elements in common is looked up in a map of the memory, and only where they lie
-within each other's bounds, so that the cost of finding out is that of sorting the tensors of a model.
+An `Extent` describes the bytes that a tensor views. Tensors with equal extents view the same elements in some order.
+Whether different extents have elements in common is looked up in a map of the memory, and only if their bounds
+overlap, so the cost is that of sorting the tensors of a model.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Key = TypeVar("Key")
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-#: Size and stride of a view, and how many elements after that of the lead it begins.
+#: Size and stride of a view, and its offset from the lead, in elements.
 Way = tuple[torch.Size, tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
 class Extent:
-    """The bytes that a tensor shows, in whatever order.
+    """The bytes that a tensor views, regardless of order.
 
     Attributes:
         device: where they are.
-        begin: address of the first one.
-        dtype: of the elements.
-        dims: stride in bytes and size, outermost first; neighbouring runs are one, and the last is a run of bytes.
+        begin: address of the first byte.
+        dtype: dtype of the elements.
+        dims: stride in bytes and size, outermost first; adjacent runs are merged, and the last is a run of bytes.
     """
 
     device: torch.device
@@ -48,7 +48,7 @@ class Extent:
 
     @property
     def nested(self) -> bool:
-        """Whether each stride is longer than all that the inner ones reach; then nothing is shown twice."""
+        """Whether each stride exceeds the reach of the inner dimensions; then no byte is viewed twice."""
         reach = 1
         for stride, size in reversed(self.dims):
             if stride < reach:
@@ -58,7 +58,7 @@ class Extent:
 
 
 def as_it_lies(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Lets a function look at the memory that parameters have, without bringing the values that stand-ins stand for."""
+    """Lets a function inspect the current memory of parameters, without loading the values of stand-ins."""
 
     @wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -70,7 +70,7 @@ def as_it_lies(function: Callable[Parameters, Result]) -> Callable[Parameters, R
 
 @as_it_lies
 def extent(tensor: Tensor) -> Extent | None:
-    """Where the elements of a tensor are; None if it has no memory, or none of its own (empty, meta, sparse)."""
+    """Where the elements of a tensor are; None if it has no memory of its own (empty, meta, sparse)."""
     own = tensor.layout is torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
     if not own or not tensor.numel():
         return None
@@ -86,7 +86,7 @@ def extent(tensor: Tensor) -> Extent | None:
 
 
 def shows_twice(tensor: Tensor) -> bool:
-    """Whether several elements of a tensor are the same piece of memory, as those of an expanded view are."""
+    """Whether several elements of a tensor share memory, like those of an expanded view."""
     where = extent(tensor)
     if where is None or where.nested:
         return False
@@ -98,7 +98,7 @@ def shows_twice(tensor: Tensor) -> bool:
 
 
 def neighbours(extents: Iterable[tuple[Key, Extent]]) -> Iterator[list[tuple[Key, Extent]]]:
-    """Those whose bounds meet, two or more at a time."""
+    """Groups of two or more extents whose bounds overlap."""
     together: list[tuple[Key, Extent]] = []
     end = 0
     for key, where in sorted(extents, key=lambda pair: (str(pair[1].device), pair[1].begin)):
@@ -114,7 +114,7 @@ def neighbours(extents: Iterable[tuple[Key, Extent]]) -> Iterator[list[tuple[Key
 
 @as_it_lies
 def in_several_ways(model: nn.Module) -> set[int]:
-    """``id`` of the parameters and buffers whose bounds meet those of another one that shows something else."""
+    """``id`` of the parameters and buffers whose bounds overlap those of another one with a different view."""
     held = [*model.parameters(), *model.buffers()]
     placed = [(tensor, where) for tensor in held if (where := extent(tensor)) is not None]
     return {
@@ -138,32 +138,32 @@ class Chart:
         self.owners = torch.full((size,), -1, dtype=torch.int32)
 
     def view(self, where: Extent) -> Tensor:
-        """What an extent shows of the map."""
+        """The view of the map that an extent has."""
         *outer, (_, run) = where.dims
         sizes = [*(size for _, size in outer), run // self.unit]
         strides = [*(stride // self.unit for stride, _ in outer), 1]
         return self.owners.as_strided(sizes, strides, (where.begin - self.begin) // self.unit)
 
     def mark(self, where: Extent, owner: int) -> None:
-        """Enters an owner."""
+        """Marks an extent as owned by ``owner``."""
         self.view(where).copy_(torch.tensor(owner, dtype=torch.int32))
 
     def met(self, where: Extent) -> list[int]:
-        """The owners of what an extent shows."""
+        """The owners of the memory that an extent views."""
         return torch.bincount(self.view(where).reshape(-1) + 1)[1:].nonzero().view(-1).tolist()
 
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that the tensors of a slot show in different ways.
+    """Memory that the tensors of a slot view in different ways.
 
-    Values of the lead that come from `room`, and those in memory, are such that the other ways are views of them.
+    The other tensors can be obtained as views of values of the lead that come from `room` or are in memory.
 
     Attributes:
-        ways: how each tensor of the slot shows it, the lead first.
-        leads: how many of them are trainable and show it as the lead does.
+        ways: how each tensor of the slot views it, the lead first.
+        leads: how many of them are trainable and have the same view as the lead.
         start: where it begins, in elements after the lead's first; 0 or less.
-        numel: how many elements it has.
+        numel: number of elements.
     """
 
     ways: tuple[Way, ...]
@@ -173,11 +173,11 @@ class Region:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], leads: int) -> Region | None:
-        """What these tensors, whose memory meets, show; None if it is the same in all of them.
+        """The region of tensors with overlapping memory; None if all of them have the same view.
 
         Args:
             tensors: the lead first.
-            leads: how many of the first ones may lead.
+            leads: how many of the first tensors may lead.
         """
         lead, itemsize = tensors[0], tensors[0].element_size()
         alike = [t.shape == lead.shape and t.stride() == lead.stride() for t in tensors]
@@ -188,18 +188,18 @@ class Region:
         return cls(ways, leads, min(offsets), max(map(_reach, ways)) - min(offsets))
 
     def seen(self, index: int, values: Tensor) -> Tensor:
-        """What the tensor at ``index`` shows if the lead has these values; copies may be stacked in front."""
+        """The view of the tensor at ``index`` if the lead has these values, which may be stacked copies."""
         size, stride, offset = self.ways[index]
         extra = values.ndim - len(self.ways[0][0])
         stride = (*values.stride()[:extra], *stride)
         return values.as_strided((*values.shape[:extra], *size), stride, values.storage_offset() + offset)
 
     def room(self, values: Tensor, take: Callable[[Tensor], Tensor]) -> Tensor:
-        """Memory for other values of the lead, in which what only the other tensors show is as it was.
+        """Memory for other values of the lead; what only the other tensors view is copied into it.
 
         Args:
-            values: of the lead, in memory.
-            take: makes a tensor like another one.
+            values: values of the lead, in memory.
+            take: allocates a tensor like another one.
         """
         flat = self._flat(values)
         memory = take(flat)
@@ -208,7 +208,7 @@ class Region:
         return memory.as_strided(values.shape, values.stride(), memory.storage_offset() - self.start)
 
     def spread(self, values: Tensor, stack: Tensor) -> Tensor:
-        """``stack``, several values of the lead, in memory such as `room` makes."""
+        """Copies ``stack``, several values of the lead, into memory like that of `room`."""
         flat = self._flat(values)
         memory = flat.expand(len(stack), -1).clone(memory_format=torch.contiguous_format)
         size, stride = (len(stack), *values.shape), (self.numel, *values.stride())

@@ -1,4 +1,4 @@
-"""What all targets of quantisation scales share: their settings, and how scales become slots. QZO, arXiv 2505.13430."""
+"""Common code of all targets of quantisation scales: settings, and how scales become slots. QZO, arXiv 2505.13430."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Scales(Target):
     Attributes:
         relative: probe ``scale * (1 + eps * z)`` and update by ``scale * (1 - lr * g * z)``, so that one
             eps fits all layers; False moves by ``eps * z`` itself, as the paper does.
-        floor: no scale, of a probe or of an update, sinks below it.
+        floor: minimum of a scale, in probes and updates.
         others: trainable unquantised parameters (norms, embeddings, biases, adapters) move too.
         others_lr: their learning rate; None takes that of the scales.
         others_eps: their eps; None takes that of the scales.
@@ -54,19 +54,19 @@ class Scales(Target):
             raise ValueError(f"target {self.name!r}: " + "; ".join(problems))
 
     def as_slots(self, model: nn.Module, found: Iterable[tuple[str, Tensor, nn.Module]]) -> list[Slot]:
-        """A slot for each scale tensor, and for what else moves.
+        """A slot for each scale tensor, and for each other parameter that moves.
 
         Args:
             model: has the other parameters.
-            found: the name of a scale tensor, itself, and the module whose forward reads it. A tensor may
-                come more than once.
+            found: name of a scale tensor, the tensor itself, and the module whose forward reads it. A tensor
+                may occur more than once.
         """
         scales: dict[int, tuple[str, Tensor, list[nn.Module]]] = {}
         for name, tensor, module in found:
             check_tensor(name, tensor)
             scales.setdefault(id(tensor), (name, tensor, []))[2].append(module)
         others = trainable_slots(model) if self.others else []
-        # One call for all keys: the prefix that they lose depends on who is there.
+        # One call for all keys, because the prefix that is removed depends on all names.
         keys = slot_keys([*(name for name, _, _ in scales.values()), *(name for name, _ in others)])
         scaling = Scaling(self.relative, self.floor)
         result = [

@@ -1,7 +1,7 @@
-"""Scales inside of weights that torchao has quantised: the codes stay, as with bitsandbytes.
+"""Scales inside weights that torchao has quantised: the codes are fixed, as with bitsandbytes.
 
-The one file that knows torchao, which is imported at use. Such a weight is a tensor subclass, and its scales
-are a plain tensor inside of it.
+The only file that depends on torchao, which is imported when it is used. Such a weight is a tensor subclass, and
+its scales are a plain tensor inside it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..errors import ModelError
 from .base import TARGETS, Slot
 from .scales import Scales
 
-#: Weights whose layers compute with the scales in torch's own operations, in whatever dtype they are.
+#: Weights whose layers compute with the scales in torch's own operations, in any dtype.
 FIT = ("IntxUnpackedToInt8Tensor", "Int8Tensor")
 
-#: Of each module the weights whose scales move, by name, each with its scales.
+#: For each module the weights whose scales move, by name, each with its scales.
 _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDictionary()
 
 
@@ -31,8 +31,8 @@ _known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDic
 class TorchaoScales(Scales):
     """The scales of torchao's weight-only quantised weights; codes and zero points never change. Fields as in `Scales`.
 
-    What `IntxWeightOnlyConfig` and `Int8WeightOnlyConfig` make. On entry 16-bit scales become float32, with
-    which these layers compute the same values, and hooks see to it that the weights keep them.
+    These weights come from `IntxWeightOnlyConfig` and `Int8WeightOnlyConfig`. On entry 16-bit scales become float32,
+    with which these layers compute the same values, and hooks make sure that the weights keep them.
     """
 
     name: ClassVar[str] = "torchao_scales"
@@ -70,7 +70,7 @@ def has_torchao_weights(model: nn.Module) -> bool:
 
 
 def quantised_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Modules by name, each with the name of a parameter of its own that torchao has quantised."""
+    """Modules with their names, each with the name of one of its own parameters that torchao has quantised."""
     library: Any = sys.modules.get("torchao.utils")
     if library is None:
         return
@@ -90,7 +90,7 @@ def _unfit(weight: Tensor) -> str | None:
 
 
 def own_scales(module: nn.Module, leaf: str) -> Tensor:
-    """The scales of a weight as a float32 tensor that it keeps from now on; a second call returns the same one."""
+    """The scales of a weight, as a float32 tensor that it keeps from now on; a second call returns the same one."""
     relink(module)
     weight: Any = getattr(module, leaf)
     scale: Tensor = weight.scale
@@ -106,9 +106,9 @@ def own_scales(module: nn.Module, leaf: str) -> Tensor:
 
 
 def relink(module: nn.Module, *_: Any) -> None:
-    """Gives weights the scales again that move.
+    """Puts the scales that move back into their weights.
 
-    ``module.to()``, which trainers call even where nothing is to be moved, leaves a weight with new tensors inside,
+    ``module.to()``, which trainers call even if there is nothing to convert, leaves a weight with new tensors inside,
     and rounds scales to the dtype of the weight.
     """
     known = _known.get(module, {})
@@ -130,7 +130,7 @@ def load_weights(
     _extra: Any,
     errors: list[str],
 ) -> None:
-    """Before a module loads its weights: puts those together that a safetensors file has in parts."""
+    """A hook before a module loads its weights: reassembles those that a safetensors file stores in parts."""
     relink(module)
     for leaf, (weight, _) in _known.get(module, {}).items():
         names, attributes = weight.__tensor_flatten__()
@@ -141,6 +141,6 @@ def load_weights(
             state.pop(f"{prefix}_{leaf}_{name}")
             if value.shape != getattr(weight, name).shape:
                 came, here = list(value.shape), list(getattr(weight, name).shape)
-                errors.append(f"size mismatch for {prefix}{leaf}.{name}: {came} came for {here}")
+                errors.append(f"size mismatch for {prefix}{leaf}.{name}: got {came}, expected {here}")
                 return
         state[f"{prefix}{leaf}"] = weight.__tensor_unflatten__(parts, attributes, weight.shape, weight.stride())

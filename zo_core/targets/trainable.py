@@ -51,10 +51,10 @@ class Trainable(Target):
 
 @as_it_lies
 def trainable_slots(model: nn.Module) -> list[tuple[str, Slot]]:
-    """A slot for each memory that a parameter with ``requires_grad`` shows, with the full name of its first.
+    """A slot for each piece of memory that a parameter with ``requires_grad`` views, with its first full name.
 
-    What else shows that memory (frozen parameters, buffers, tensors that are attributes of a module) belongs to the
-    slot, too: it moves with it, so a probe has to see it moved.
+    Other tensors that view that memory (frozen parameters, buffers, attributes of a module) belong to the slot, too:
+    they move with it, so a probe has to perturb them.
 
     Raises:
         ModelError: a parameter cannot be moved, or shares a part of its memory with another one that moves.
@@ -77,7 +77,7 @@ def trainable_slots(model: nn.Module) -> list[tuple[str, Slot]]:
 
 
 def _slot(members: list[Named], others: list[Tensor], owners: dict[int, list[nn.Module]]) -> Slot:
-    """The slot of parameters that show the same elements, and of what else shows some of them."""
+    """The slot of parameters that view the same elements, and of other tensors that view some of them."""
     lead = members[0][1]
     first = [p for _, p in members if p.shape == lead.shape and p.stride() == lead.stride()]
     known = set(map(id, first))
@@ -101,14 +101,14 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[Other, nn.Module]]:
 
 
 def followers(groups: Mapping[Hashable, Sequence[Named]], others: Iterable[Other]) -> dict[Hashable, list[Tensor]]:
-    """Those of ``others`` that show some of the memory of a group.
+    """Those of ``others`` that view some of the memory of a group, by group.
 
     Args:
-        groups: of parameters that show the same elements, by their `Extent`.
-        others: what does not move by itself.
+        groups: groups of parameters that view the same elements, by their `Extent`.
+        others: tensors that do not move by themselves.
 
     Raises:
-        ModelError: two groups have elements in common, or one of ``others`` shows some of two, or as another type.
+        ModelError: two groups have elements in common, or one of ``others`` views parts of two, or as another dtype.
     """
     order = {key: index for index, key in enumerate(groups)}
     placed: list[tuple[Extent | Other, Extent]] = [(key, key) for key in groups if isinstance(key, Extent)]
@@ -135,7 +135,7 @@ def followers(groups: Mapping[Hashable, Sequence[Named]], others: Iterable[Other
 
 
 def _is_view(tensor: Tensor, lead: Tensor) -> bool:
-    """Whether a tensor can be had as a view of the memory that a parameter is a view of."""
+    """Whether a tensor can be expressed as a view of a parameter's storage."""
     storage, where = lead.untyped_storage(), extent(tensor)
     assert where is not None
     inside = storage.data_ptr() <= where.begin and where.end <= storage.data_ptr() + storage.nbytes()
@@ -151,7 +151,7 @@ def _in_common(one: str, other: str) -> str:
 
 
 def _refuse(other: Other, names: list[str]) -> None:
-    """Raises `ModelError`; an attribute may be no more than the memory that parameters were cut from."""
+    """Raises `ModelError`; only warns for an attribute, which may just be the memory that parameters were cut from."""
     those = " and ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     if other.kind == "attribute":
         logger.warning(

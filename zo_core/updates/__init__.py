@@ -1,4 +1,4 @@
-"""Where slots live, and how each of them is written."""
+"""Where slots are stored, and how each of them is written."""
 
 from .base import AtOnce, ByTorchOptimizer, Updater
 from .places import Places, State, Work

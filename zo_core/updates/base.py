@@ -1,4 +1,4 @@
-"""How a slot is written: at once, or by the torch optimizer that was passed. The third way is a `Window`."""
+"""How a slot is written: at once, or by the torch optimizer that was passed. A third way is `Window`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .places import Places, State
 
 
 class Updater:
-    """Writes one slot. The rule comes with each update, because a scheduler may have changed it.
+    """Writes one slot. The rule is passed to each update, because a scheduler may have changed it.
 
     Class attributes:
-        windowed: whether updates wait for the end of a window.
+        windowed: whether updates are pending until the end of a window.
     """
 
     windowed: ClassVar[bool] = False
@@ -27,28 +27,28 @@ class Updater:
         """Moves the slot.
 
         Args:
-            rule: decides how.
+            rule: the update rule.
             direction: the estimate ``G`` of the gradient; it is not `Direction.still`.
             lr: learning rate of the slot's group.
-            weight_decay: decoupled, of the slot's group.
+            weight_decay: decoupled weight decay of the slot's group.
         """
         raise NotImplementedError
 
     def effective(self, direction: Direction) -> Direction:
-        """A direction from the weights as they are in memory, with what waits in it."""
+        """A direction from the weights in memory, which includes pending updates."""
         return direction
 
     def settle(self) -> bool:
-        """Puts what waits into the weights; whether anything did."""
+        """Merges pending updates into the weights; returns whether there were any."""
         return False
 
 
 class AtOnce(Updater):
-    """The rule writes into the weights, wherever they live.
+    """The rule writes into the weights, wherever they are stored.
 
     Args:
-        slot: what is written.
-        places: where it is.
+        slot: the slot to write.
+        places: where it is stored.
     """
 
     def __init__(self, slot: Slot, places: Places):
@@ -77,11 +77,11 @@ class TorchStep:
 
 
 class ByTorchOptimizer(Updater):
-    """The estimate becomes the slot's gradient in the optimizer's next step, whose numbers count.
+    """The estimate becomes the slot's gradient in the optimizer's next step, with its own hyperparameters.
 
     Args:
-        slot: what is written.
-        step: of the optimizer.
+        slot: the slot to write.
+        step: the next step of the optimizer.
     """
 
     def __init__(self, slot: Slot, step: TorchStep):
@@ -92,5 +92,5 @@ class ByTorchOptimizer(Updater):
 
 
 def copies(held: dict[str, Any]) -> dict[str, Any]:
-    """A state with tensors of its own."""
+    """A copy of a state, with its tensors cloned."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in held.items()}

@@ -1,4 +1,4 @@
-"""Where the weights and the rule's state of each slot live: with the model, or in the store of a streamed block."""
+"""Where the weights and the rule's state of each slot are stored: in the model, or in the store of a streamed block."""
 
 from __future__ import annotations
 
@@ -14,53 +14,69 @@ from ..targets import Slot
 
 State = MutableMapping[str, Any]
 
-#: Changes the weights and the state of one slot in place.
+#: Changes a slot in place: gets its weights, in their shape and dtype on the device that computes, and its state.
 Work = Callable[[Tensor, State], None]
 
 
 class Places:
-    """The one answer to where a slot is. Everybody who asks holds this object, and `close` changes it in place.
+    """The single source for where a slot is stored. All users share this object, and `close` changes it in place.
+
+    Methods that use the store of a streamed model raise `StateError` if a block could not be read or written.
 
     Args:
-        optimizer: has the rule's state by tensor; None where nothing moves. For a streamed slot there are tensors
-            that only stand for what is in the store, and are NaN.
+        optimizer: holds the rule's state by tensor; None if nothing moves. For a streamed slot it holds
+            placeholders of the tensors in the store, which are NaN.
 
     Attributes:
-        streaming: what streams the model's blocks; None for a resident model.
+        streaming: the object that streams the model's blocks; None for a resident model.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None = None):
         self.optimizer = optimizer
         self.streaming: Streaming | None = None
-        #: Of each streamed slot: by kind of state, its key in the store and the tensor that stands for it.
+        #: For each streamed slot, by kind of state: its key in the store and its placeholder.
         self._kept: dict[Slot, dict[str, tuple[str, Tensor]]] = {}
 
     @property
     def states(self) -> MutableMapping[Any, State]:
-        """The optimizer's, which is another one after it has loaded something."""
+        """The optimizer's state, by tensor; loading a state replaces this object."""
         return {} if self.optimizer is None else self.optimizer.state
 
     def home(self, slot: Slot) -> tuple[Block, str] | None:
-        """The block that a slot is streamed with, and its name there; None if it is resident."""
+        """The block that a slot is streamed with, and its name within the block; None if it is resident."""
         return None if self.streaming is None else self.streaming.home(slot.tensors)
 
     def device(self, slot: Slot) -> torch.device:
-        """Where a slot is computed with."""
+        """The device on which a slot is computed."""
         return slot.tensor.device if self.streaming is None else self.streaming.device
 
     def waits(self) -> bool:
-        """Whether some updates wait for their block."""
+        """Whether updates of streamed blocks are pending."""
         return self.streaming is not None and any(block.pending for block in self.streaming.blocks)
 
     # Weights
 
     def values(self, slot: Slot) -> Tensor:
-        """The weights as they are in memory, to be read and not written."""
+        """The weights as they are stored, in the slot's shape and dtype; do not write to them.
+
+        Pending updates are not included. For a streamed slot the tensor is on the CPU.
+
+        Raises:
+            StateError: an earlier read or write of the slot's block has failed.
+        """
         home = self.home(slot)
         return slot.tensor.data if home is None or self.streaming is None else self.streaming.state(*home)
 
     def load(self, slot: Slot, values: Tensor) -> None:
-        """Puts other values in the place of the weights."""
+        """Replaces the weights.
+
+        Args:
+            slot: one of the engine's.
+            values: new values in the slot's shape, on any device; they are copied, and cast to its dtype.
+
+        Raises:
+            StateError: the slot's block could not be read or written.
+        """
         home = self.home(slot)
         if home is None or self.streaming is None:
             slot.tensor.data.copy_(values)
@@ -68,7 +84,13 @@ class Places:
             self.streaming.load_state(home[0], {home[1]: values})
 
     def move(self, slot: Slot, work: Work) -> None:
-        """Runs ``work`` on a slot: now, or when its block comes by."""
+        """Runs ``work`` on a slot: now, or for a streamed slot when its block is fetched next.
+
+        Args:
+            slot: one of the engine's.
+            work: called with the weights, in the slot's shape and dtype, and the rule's state of the slot by
+                kind, both on the slot's `device`; changes them in place.
+        """
         home = self.home(slot)
         if home is None:
             state = self.states[slot.tensor]
@@ -85,14 +107,26 @@ class Places:
         block.pending.append(((name, *keys.values()), update))
 
     def flush(self) -> None:
-        """Applies the updates that wait for their block."""
+        """Applies the pending updates of streamed blocks.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         if self.streaming is not None:
             self.streaming.flush()
 
     # The rule's state
 
     def keep(self, slots: Iterable[Slot], rule: UpdateRule) -> None:
-        """Makes room in the store for what a rule keeps of streamed slots; zeros at first."""
+        """Makes room in the store for a rule's state of streamed slots, initially zeros.
+
+        Args:
+            slots: slots of the engine; those that are resident are skipped.
+            rule: `UpdateRule.state` determines the shapes and dtypes.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         for slot in slots:
             home = self.home(slot)
             if self.streaming is None or home is None:
@@ -106,11 +140,11 @@ class Places:
                     kept[kind] = key, token
 
     def streams_state(self, tensor: Tensor) -> bool:
-        """Whether the state of this tensor travels with a block."""
+        """Whether the rule's state of this tensor is streamed with a block."""
         return any(tensor is slot.tensor for slot, held in self._kept.items() if held)
 
     def used(self) -> bool:
-        """Whether there is state from earlier steps; what is streamed is there from the start, as zeros."""
+        """Whether there is state from earlier steps; streamed state exists from the start, as zeros."""
         for tensor, state in self.states.items():
             held = next((held for slot, held in self._kept.items() if slot.tensor is tensor), {})
             if any(kind not in held or bool(value.any()) for kind, value in self.whole(state).items()):
@@ -118,7 +152,11 @@ class Places:
         return False
 
     def whole(self, state: State) -> dict[str, Any]:
-        """A slot's state with the stored values of what is streamed."""
+        """A slot's state by kind, with the stored tensors (on the CPU) in place of placeholders.
+
+        Raises:
+            StateError: an earlier read or write of a block has failed.
+        """
         stored: dict[int, Tensor] = {}
         for slot, held in self._kept.items():
             home = self.home(slot)
@@ -130,7 +168,11 @@ class Places:
         return {kind: stored.get(id(value), value) for kind, value in state.items()}
 
     def store(self) -> None:
-        """Moves what was loaded into the optimizer's state to where it is streamed from; what is missing is zero."""
+        """Moves what was loaded into the optimizer's state to the store of streamed slots; missing tensors become zero.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         loaded: dict[Block, dict[str, Tensor | None]] = {}
         for slot, held in self._kept.items():
             home = self.home(slot)
@@ -144,7 +186,7 @@ class Places:
             self.streaming.load_state(block, values)
 
     def bring_back(self) -> None:
-        """Makes the state of streamed slots ordinary again; the weights stay where they are."""
+        """Puts copies of the stored state of streamed slots into the optimizer; the weights stay where they are."""
         for slot, held in self._kept.items():
             if held:
                 whole = self.whole(self.states[slot.tensor])
@@ -152,13 +194,20 @@ class Places:
         self._kept = {}
 
     def close(self, device: torch.device | None) -> None:
-        """Everything is resident from here on; ``device`` as in `Streaming.close`."""
+        """Makes everything resident, after applying pending updates.
+
+        Args:
+            device: where streamed parameters go; None takes the device that they computed on.
+
+        Raises:
+            StateError: a block could not be read or written.
+        """
         if self.streaming is not None:
             self.flush()
             kept = list(self._kept)
             self.bring_back()
             self.streaming.close(device)
             self.streaming = None
-            for slot in kept:  # state is beside the weights, wherever these went
+            for slot in kept:  # state is on the device of the weights, wherever these went
                 state = self.states[slot.tensor]
                 state.update({kind: value.to(slot.tensor.device) for kind, value in state.items()})

@@ -1,4 +1,4 @@
-"""Which updater each slot of an engine has, and what checkpoints need of those that wait."""
+"""The updater of each slot of an engine, and what checkpoints need of pending updates."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Move = tuple[Slot, Direction, float, float]
 class Updaters:
     """Writes the slots of an engine, each by an updater of its own.
 
-    Matrices of a low-rank noise wait in windows where the rule has a form for them (`UpdateRule.linear`). Compiled
-    models have none, whose forwards no hook or function mode could correct. What waits for an engine before this
-    one goes into the weights.
+    With a low-rank noise, updates of matrices are pending in windows if the rule supports it (`UpdateRule.linear`).
+    Compiled models have no windows, because no hook or function mode could correct their forwards. Pending updates
+    of an earlier engine are merged into the weights.
 
     Args:
         model: the module that is trained.
-        slots: what moves.
-        places: where the slots are.
-        noise: of the directions.
-        rule: decides the updates.
-        inner: the torch optimizer that does them; None if the rule does.
-        stochastic: how 16-bit weights are rounded.
+        slots: the slots that move.
+        places: where the slots are stored.
+        noise: the noise of the directions.
+        rule: the update rule.
+        inner: the torch optimizer that does the updates; None if the rule does.
+        stochastic: whether updates of 16-bit weights round stochastically.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Updaters:
         return AtOnce(slot, self.places) if self.step is None else ByTorchOptimizer(slot, self.step)
 
     def apply(self, rule: UpdateRule, moves: Iterable[Move]) -> None:
-        """The updates of one step."""
+        """Applies the updates of one step."""
         with torch.no_grad(), self.windows.hidden():
             for slot, direction, lr, weight_decay in moves:
                 if not direction.still:
@@ -79,19 +79,19 @@ class Updaters:
         torch.clear_autocast_cache()
 
     def follow(self, rule: UpdateRule) -> None:
-        """Another rule decides from here on; what it keeps of streamed slots has to travel with them."""
+        """Switches to another rule; its state of streamed slots is streamed with them."""
         self.places.keep([slot for slot, updater in self.of.items() if not updater.windowed], rule)
 
     def waiting(self, slot: Slot) -> LowRankDirection | None:
-        """What has to be added to the weights of a slot in memory; None for nothing."""
+        """The pending updates of a slot, to be added to its weights in memory; None if there are none."""
         return self.windows.waiting(slot)
 
     def settle(self) -> bool:
-        """Puts everything that waits for the end of a window into the weights; whether anything did."""
+        """Merges everything that is pending in windows into the weights; returns whether there was anything."""
         return self.windows.settle()
 
     def wait_no_more(self, rule: UpdateRule) -> None:
-        """All slots are written at once from here on."""
+        """Merges pending updates; from now on all slots are written at once."""
         self.settle()
         self.of.update({slot: self._other(slot) for slot in self.windows.of})
         self.places.keep(self.windows.of, rule)
@@ -100,18 +100,18 @@ class Updaters:
     # Checkpoints
 
     def saved(self) -> dict[int, dict[str, Any]]:
-        """What waits, as `Window.saved` returns it, by the ``id`` of the slot's tensor in the optimizer."""
+        """The pending updates, as `Window.saved` returns them, by the ``id`` of the slot's tensor in the optimizer."""
         with self.windows.hidden():
             found = {id(slot.tensor): window.saved() for slot, window in self.windows.of.items()}
         return {key: kept for key, kept in found.items() if kept}
 
     def fits(self, tensor: Tensor, kept: Mapping[str, Any]) -> bool:
-        """Whether a window that was saved for a tensor is one of this engine's."""
+        """Whether a window that was saved for a tensor fits this engine."""
         slot = self.windows.slots.get(id(tensor))
         return slot is not None and self.windows.of[slot].fits(kept)
 
     def load(self, kept: Mapping[int, Mapping[str, Any]]) -> None:
-        """Goes on with what was `saved`, and with the rule's state that the optimizer has loaded."""
+        """Restores what was `saved`, and the rule's state that the optimizer has loaded."""
         with torch.no_grad(), self.windows.hidden():
             for slot, window in self.windows.of.items():
                 window.load(kept.get(id(slot.tensor), {}))
@@ -119,10 +119,10 @@ class Updaters:
 
 
 def can_wait(noise: Noise, slot: Slot) -> bool:
-    """Whether the updates of a slot can wait: of a matrix, which all of its tensors show alike."""
+    """Whether the updates of a slot can be pending: it is a matrix, of which all its tensors have the same view."""
     return noise.rank_of(slot.tensor.shape, slot.scaling) is not None and slot.region is None
 
 
 def changes_often(noise: Noise, slot: Slot) -> bool:
-    """Whether a slot is written at every step while others are once in a window."""
+    """Whether a slot is written at every step while others are written once per window."""
     return isinstance(noise.plain, LowRank) and not can_wait(noise, slot)

@@ -1,10 +1,10 @@
-"""Updates of low rank that wait: inside a window the weights in memory are not written.
+"""Pending low-rank updates: inside a window the weights in memory are not written.
 
     W_eff = decay * W + A right          A [m, K] float32, right [K, columns] the bases of the window
 
-A step moves the small factor A by the rule itself: A is what it moves, and the left factors are its direction.
-When the window ends, the sum goes into W at once, so 16-bit weights round stochastically once per window. State
-of the rule (momentum) has the shape of A, and is projected to the next window's bases (LOZO-M, arXiv 2410.07698,
+A step applies the rule to the small factor A instead of W, with the left factors as its direction. When the
+window ends, the sum is added to W at once, so 16-bit weights round stochastically once per window. The rule's
+state (momentum) has the shape of A, and is projected to the next window's bases (LOZO-M, arXiv 2410.07698,
 section 4.2).
 """
 
@@ -26,7 +26,7 @@ from ..targets import Slot
 from .base import AtOnce, Updater, copies
 from .places import Places, State
 
-#: What the rule's state is called in a checkpoint, beside the factor.
+#: Prefix of the names of the rule's state in a checkpoint, next to the factor.
 PREFIX = "factor_"
 
 
@@ -35,17 +35,17 @@ class Window(Updater):
 
     Args:
         slot: the matrix.
-        noise: of low rank.
-        places: where the matrix is.
-        stochastic: how the sums of 16-bit weights are rounded.
+        noise: the low-rank noise.
+        places: where the matrix is stored.
+        stochastic: whether the sums of 16-bit weights round stochastically.
 
     Attributes:
-        factor: A; None before the first update.
-        bases: those of the window.
-        decay: what the weights have shrunk by in this window.
-        moved: whether W_eff may be something else than the weights in memory.
-        state: what the rule keeps for A.
-        exported: the copy of W_eff that is in a state dict, as long as somebody holds that.
+        factor: A, float32 ``[m, K]``; None before the first update.
+        bases: the bases of the window.
+        decay: factor by which the weights have shrunk in this window.
+        moved: whether W_eff may differ from the weights in memory.
+        state: the rule's state for A.
+        exported: weak reference to the copy of W_eff in a state dict, while that is in use.
     """
 
     windowed: ClassVar[bool] = True
@@ -56,7 +56,7 @@ class Window(Updater):
         self.forget()
 
     def forget(self) -> None:
-        """Nothing waits; the rule's state goes with its bases."""
+        """Drops pending updates, and with their bases the rule's state."""
         self.factor: Tensor | None = None
         self.bases: tuple[int, ...] = ()
         self.decay = 1.0
@@ -65,7 +65,7 @@ class Window(Updater):
         self.exported: weakref.ref[Tensor] | None = None
 
     def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
-        if not rule.linear:  # a schedule may have put it in the place of one that is
+        if not rule.linear:  # a schedule may have replaced a linear rule by this one
             self.settle()
             AtOnce(self.slot, self.places).update(rule, direction, lr, weight_decay)
             return
@@ -80,7 +80,7 @@ class Window(Updater):
         rule.update(factor, self.state, left, lr, weight_decay)
 
     def _turn(self, bases: tuple[int, ...], rounding: int | None) -> Tensor:
-        """A window ends and another begins: the sum goes into the weights, the rule's state to the new bases."""
+        """Starts the next window: merges the sum into the weights, and projects the rule's state to the new bases."""
         waiting = self.waiting()
         device = self.places.device(self.slot)
         if waiting is not None:
@@ -99,7 +99,7 @@ class Window(Updater):
         return direction if waiting is None else replace(waiting, terms=direction.terms)
 
     def waiting(self) -> LowRankDirection | None:
-        """What has to be added to the weights in memory; None for nothing."""
+        """The pending updates, to be added to the weights in memory; None if there are none."""
         if self.factor is None:
             return None
         return LowRankDirection(
@@ -121,7 +121,11 @@ class Window(Updater):
         self.places.move(self.slot, work)
 
     def settle(self) -> bool:
-        """Puts what waits into the weights. The next update begins a window, without the rule's state."""
+        """Merges pending updates into the weights. The next update begins a window, without the rule's state.
+
+        Returns:
+            Whether there were any.
+        """
         waiting = self.waiting()
         if waiting is not None:
             self._write(waiting)
@@ -131,7 +135,7 @@ class Window(Updater):
     # Checkpoints
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint needs; empty if nothing waits. The weights are those in memory, not the model's W_eff."""
+        """What a checkpoint needs; empty if nothing is pending. The weights are those in memory, not W_eff."""
         if self.factor is None:
             return {}
         state = {PREFIX + kind: value for kind, value in self.state.items()}
@@ -139,12 +143,12 @@ class Window(Updater):
         return {"factor": self.factor, "bases": self.bases, "decay": self.decay, **state, "weights": weights}
 
     def fits(self, kept: Mapping[str, Any]) -> bool:
-        """Whether what another run has saved are factors of this noise and slot."""
+        """Whether what another run has saved has the shapes of this noise and slot."""
         shape = (self.shape[0], len(kept["bases"]) * self.noise.rank)
         return all(value.shape == shape for name, value in kept.items() if name.startswith("factor"))
 
     def load(self, kept: Mapping[str, Any]) -> None:
-        """Goes on with what `saved` has returned; nothing waits if that is empty."""
+        """Restores what `saved` has returned; nothing is pending if that is empty."""
         self.forget()
         if not kept:
             return
@@ -168,7 +172,7 @@ def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
         rank: r.
 
     Returns:
-        float32 ``[m, K]``. The products of signs are whole numbers, so this is exact but for the sums over r.
+        float32 ``[m, K]``. The products of signs are whole numbers, so this is exact except for the sums over r.
     """
     result = torch.empty_like(momentum)
     columns = old.shape[1]

@@ -1,7 +1,7 @@
-"""What everybody sees of weights whose updates wait: ``W_eff``, in forwards, in state dicts, and by reading them.
+"""How weights with pending updates appear outside the engine: as ``W_eff``, in forwards, in state dicts and when read.
 
-Neither ends the window, so a run does not depend on who looks. For the engine's own code, in `Windows.hidden`, the
-parameters show what is in memory.
+None of these ends the window, so reading weights does not change a run. For the engine's own code, in
+`Windows.hidden`, the parameters show what is in memory.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .window import Window
 
 
 class Windows:
-    """The windows of an engine, and the hooks by which a model counts with what waits in them.
+    """The windows of an engine, and the hooks that make a model include the pending updates.
 
     Args:
         model: the module that is trained.
         of: the window of each slot that has one.
-        places: where slots are.
+        places: where slots are stored.
     """
 
     def __init__(self, model: nn.Module, of: Mapping[Slot, Window], places: Places):
@@ -47,12 +47,12 @@ class Windows:
         self.pool = ScratchPool()
         self.entered: list[list[Any]] = []
         self.inside = 0
-        #: What resident parameters pointed at before somebody read them.
+        #: What resident parameters pointed at before they were read.
         self.read: dict[Slot, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model that is copied or pickled takes its hooks along, hence this object; its parameters were read for
-        # the copy, so nothing waits there.
+        # A model is copied or pickled together with its hooks, hence with this object; its parameters were read for
+        # the copy, so nothing is pending there.
         return {"model": self.model, "handles": self.handles}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -61,22 +61,22 @@ class Windows:
 
     @staticmethod
     def in_model(model: nn.Module) -> Iterator[Windows]:
-        """Whoever has updates that wait for this model."""
+        """All windows with hooks on this model, which may have pending updates."""
         hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
         owners = {id(owner): owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Windows)}
         yield from owners.values()
 
     def waiting(self, slot: Slot) -> LowRankDirection | None:
-        """What has to be added to the weights in memory; None for nothing."""
+        """The pending updates, to be added to the weights in memory; None if there are none."""
         return None if slot not in self.of else self.of[slot].waiting()
 
     def settle(self) -> bool:
-        """Puts everything that waits into the weights, and takes the hooks away: for the end of training.
+        """Merges all pending updates into the weights, and removes the hooks: for the end of training.
 
-        A run that goes on afterwards begins new windows, so its numbers differ from those without this.
+        A run that continues afterwards begins new windows, so its numbers differ from those without this.
 
         Returns:
-            Whether anything waited.
+            Whether anything was pending.
         """
         with torch.no_grad(), self.hidden():
             waited = [window.settle() for window in self.of.values()]
@@ -88,7 +88,7 @@ class Windows:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """In this context another engine may move the resident weights; at its end the windows are as they were."""
+        """A context in which another engine may move the resident weights; at its end the windows are restored."""
         with self.hidden():
             waiting = [w for slot, w in self.of.items() if self.places.home(slot) is None and w.factor is not None]
             before = [(window, window.places.values(window.slot).clone(), dict(vars(window))) for window in waiting]
@@ -104,7 +104,7 @@ class Windows:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """In this context the parameters show what is in memory; outside of it, who reads one sees W_eff."""
+        """A context in which the parameters show what is in memory; outside of it, reading one gives W_eff."""
         if not self.inside:
             self._settle_read()
         self.inside += 1
@@ -117,7 +117,7 @@ class Windows:
 
     @contextmanager
     def effective(self) -> Iterator[None]:
-        """A context in which torch functions that are given a parameter compute with W_eff."""
+        """A context in which torch functions with a parameter as an argument compute with W_eff."""
         known = [slot for slot, window in self.of.items() if window.factor is not None]
         with self.hidden(), FunctionalMode(Sight(known, _values, self._waiting, self.pool), losses=False):
             yield
@@ -128,7 +128,7 @@ class Windows:
         return waiting
 
     def _show(self) -> None:
-        """Makes the parameters that are behind stand-ins, and lets the model count with what waits."""
+        """Makes stand-ins of the parameters with pending updates, and attaches the hooks that include these."""
         behind = [slot for slot, window in self.of.items() if window.factor is not None]
         for slot in behind:
             if self.places.home(slot) is None and slot not in self.read:
@@ -138,7 +138,7 @@ class Windows:
             self._attach()
 
     def _bring(self, slot: Slot) -> None:
-        """Somebody reads a parameter: it points at W_eff until the next step."""
+        """Called when a parameter is read: points it at W_eff until the next step."""
         for tensor in slot.tensors:
             ordinary(tensor)
         waiting = self.of[slot].waiting()
@@ -151,7 +151,7 @@ class Windows:
             tensor.data = sum_
 
     def _settle_read(self) -> None:
-        """What was read shows the memory of the window again; what was written, too, is where it begins anew."""
+        """Points parameters that were read at the window's memory; one that was also written starts over from there."""
         with torch.no_grad(), torch.inference_mode(False):
             for slot in self.of:
                 for tensor in slot.tensors if self.places.home(slot) is None else ():
@@ -167,13 +167,13 @@ class Windows:
                     tensor.data = kept
 
     def corrected(self, tensor: Tensor, values: Tensor) -> Tensor:
-        """What a streamed parameter counts as, given its values in the store, which are changed in place."""
+        """The values of a streamed parameter with pending updates, given those in the store, which change in place."""
         slot = self.slots.get(id(tensor))
         waiting = None if slot is None else self.of[slot].waiting()
         return values if waiting is None else waiting.add_to(values)
 
     def overwritten(self, tensor: Tensor) -> None:
-        """A streamed parameter was given new values."""
+        """Called when a streamed parameter was given new values; drops its pending updates."""
         slot = self.slots.get(id(tensor))
         if slot is not None:
             self.of[slot].forget()
@@ -195,7 +195,7 @@ class Windows:
                 ]
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
-        """A forward outside of a step begins; the outermost module turns the corrections on."""
+        """Called when a forward outside of a step begins; the outermost module turns the corrections on."""
         if self.entered and self.entered[-1][0] is module:
             self.entered[-1][2] += 1
         elif not any(isinstance(mode, (FunctionalMode, ProbeMode)) for mode in _get_current_function_mode_stack()):
@@ -223,7 +223,7 @@ class Windows:
             state_dict[prefix + name] = copy
 
     def _import(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Weights that are loaded are W_eff; nothing waits for them."""
+        """Drops the pending updates of weights that are loaded, which are W_eff."""
         for name, slot in self._own(module):
             if prefix + name in state_dict:
                 self.of[slot].forget()
@@ -234,4 +234,4 @@ class Windows:
 
 
 def _values(slot: Slot) -> Tensor:
-    return slot.tensor  # the parameter itself, so that who differentiates W_eff gets gradients
+    return slot.tensor  # the parameter itself, so that differentiating W_eff gives gradients
