@@ -10,7 +10,7 @@ from .errors import ConfigError, LossError, ModelError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .lr_range import LrSuggestion, Trial
-from .noise import NOISES, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
+from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .records import Point, Probe, StepRecord
@@ -26,6 +26,7 @@ __all__ = [
     "RULES",
     "TARGETS",
     "ConfigError",
+    "ElementNoise",
     "Estimate",
     "Estimator",
     "Fzoo",

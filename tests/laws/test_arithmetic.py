@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zo_core import NOISES, Noise
-from zo_core.noise import Direction, ElementNoise
+from zo_core import NOISES, ElementNoise, Noise
+from zo_core.noise import Direction
 from zo_core.noise.direction import CPU_CHUNK, FLOAT_DTYPES
 from zo_core.noise.hashing import BATCH_WORDS
 from zo_core.noise.rounding import DROPPED_BITS, rounding_key, stochastic_round

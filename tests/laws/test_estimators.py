@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from zo_core import ESTIMATORS, NOISES, Estimator, Fzoo, Noise, Point, Spsa, ZeroOrder, derive_seed
+from zo_core import ESTIMATORS, NOISES, ElementNoise, Estimator, Fzoo, Noise, Point, Spsa, ZeroOrder, derive_seed
 from zo_core.estimators.fzoo import MIN_SIGMA
-from zo_core.noise import ElementNoise
 
 #: Distributions of independent elements; the other noises say where one of these is applied.
 ELEMENTS = [noise for noise in map(NOISES.resolve, NOISES) if isinstance(noise, ElementNoise)]

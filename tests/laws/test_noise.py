@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from traces import generators
 
-from zo_core import NOISES, Noise, derive_seed
+from zo_core import NOISES, ElementNoise, Noise, derive_seed
 from zo_core.cache import ByteCache, clear_caches
-from zo_core.noise import ElementNoise, hashing
+from zo_core.noise import hashing
 from zo_core.noise.gaussian import LEVELS, quantiles
 from zo_core.noise.hashing import DIRECTION, ROUNDING, ROUNDING_SPAN, rounding_bits, stream_key, words
 from zo_core.noise.rounding import rounding_key
