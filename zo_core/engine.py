@@ -293,7 +293,12 @@ class ZeroOrder(LiveSettings):
         Args:
             step: its index.
             seed: seed of the run that it belongs to; None keeps the current one.
+
+        Raises:
+            StateError: ``step`` is no index of a step.
         """
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise StateError(f"step={step!r} must be a whole number of at least 0: how many steps the run has done")
         self.discard()
         self.step_count = step
         if seed is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import closure, tiny
 
-from zo_core import RULES, Momentum, Point, SeedLogWriter, Sgd, Sign, StepRecord, ZeroOrder, replay
+from zo_core import RULES, Momentum, Point, SeedLogWriter, Sgd, Sign, StateError, StepRecord, ZeroOrder, replay
 from zo_core.stand_ins import same_bits
 
 LOW_RANK = {"name": "low_rank", "refresh": 50}
@@ -101,6 +101,16 @@ def test_a_step_that_is_skipped_moves_nothing_and_the_next_has_other_directions(
     assert run(skips, 2)[-1].seed == run(jumps, 2)[-1].seed
     assert equal(skips, jumps)
     skips.close()
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, "3", None, True])
+def test_what_is_no_step_is_an_error_that_leaves_the_engine_as_it_was(step: Any) -> None:
+    zo = engine()
+    zo.measure(closure("llama", zo.model))
+    with pytest.raises(StateError, match="step=.* must be a whole number"):
+        zo.at(step)
+    assert zo.step_count == 0
+    zo.optimizer.step()
 
 
 @pytest.mark.parametrize("noise", ["rademacher", "sparse", LOW_RANK])
