@@ -107,7 +107,7 @@ def test_a_step_that_is_skipped_moves_nothing_and_the_next_has_other_directions(
 def test_what_is_no_step_is_an_error_that_leaves_the_engine_as_it_was(step: Any) -> None:
     zo = engine()
     zo.measure(closure("llama", zo.model))
-    with pytest.raises(StateError, match="step=.* must be a whole number"):
+    with pytest.raises(StateError, match=r"step=.* must be a whole number"):
         zo.at(step)
     assert zo.step_count == 0
     zo.optimizer.step()
