@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,26 +17,23 @@ from .directions import Directions
 from .errors import LossError, ModelError, StateError
 from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
-from .following import follow_model, trainable
+from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
-from .live import LiveSettings
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .noise import Alternatives, Direction
-from .offload import LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
-from .oracle import ResidentOracle, StackedOracle, realisation
-from .placement import check_streamable, offload_model, resolve, slots_of
+from .placement import resolve
 from .records import Point, Probe, StepRecord
 from .snapshot import Snapshot
 from .step import Skips, StepPlan, mean, probes_from
-from .targets import Slot, Target, keep_codes_plain
-from .updates import Places, Updaters
+from .targets import Slot, keep_codes_plain
+from .trained_model import TrainedModel
+from .updates import Places
 
 logger = logging.getLogger(__name__)
 
 
-class ZeroOrder(LiveSettings):
+class ZeroOrder(TrainedModel):
     """Trains a model with forward passes only.
 
         zo = ZeroOrder(model, lr=1e-6, eps=1e-3)
@@ -389,148 +385,7 @@ class ZeroOrder(LiveSettings):
             "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
         )
 
-    # What moves, and where it lives
-
-    def choose(self) -> list[Slot]:
-        """The slots of the model as it is now; after adapters were added, another target may choose them."""
-        self._target = self._settings.target.chosen(self.model)
-        return self._target.slots(self.model)
-
-    def take(self, slots: list[Slot]) -> None:
-        """Builds everything that depends on which weights move."""
-        face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
-        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
-        self.oracle = self._oracle()
-        self.updaters = Updaters(
-            *(self.model, self.slots, self.places, self.noise, self.rule),
-            None if face is None else face.inner,
-            stochastic=self.config.stochastic_rounding,
-        )
-        self.trainable = trainable(self.model)
-
-    @property
-    def target(self) -> Target:
-        """The target that chose the slots; it may change after adapters were added."""
-        return self._target
-
-    @property
-    def streaming(self) -> Streaming | None:
-        """What streams the model's blocks; None for a resident model."""
-        return self.places.streaming
-
-    @property
-    def _device(self) -> torch.device:
-        return self.places.device(self.slots[0])
-
-    def _oracle(self) -> ResidentOracle | LockstepOracle:
-        config, streaming = self.config, Streaming.of(self.model)
-        if streaming is None and config.offload is None:
-            return self._resident()
-        check_streamable(config, self.rule)
-        if streaming is None:
-            streaming = offload_model(self.model, config, self.slots)
-        if streaming is None:
-            return self._resident()
-        self.places.streaming = streaming
-        parts = self.model, self.slots, self._perturbation, streaming
-        return LockstepOracle(*parts, **self._how())
-
-    def _resident(self) -> ResidentOracle:
-        parts = self.model, self.slots, self._perturbation
-        if self.config.stack_probes:
-            return StackedOracle(*parts, alternatives=self._alternatives, **self._how())
-        return ResidentOracle(*parts, **self._how())
-
-    def _how(self) -> dict[str, Any]:
-        return {
-            "dropout": self.config.dropout,
-            "realisation": realisation(self.noise),
-            "carried": self._carried,
-            "keep_mode": self._kept,
-        }
-
-    def _perturbation(self, slot: Slot, point: Point) -> Direction:
-        return self.directions.probe(self.updaters.of[slot], slot, point)
-
-    def _alternatives(self, slot: Slot, points: Sequence[Point]) -> Alternatives:
-        return self.directions.alternatives(self.updaters.of[slot], slot, points)
-
-    def direction(self, slot: Slot, seed: int) -> Direction:
-        """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
-        return self.directions.unit(slot, seed)
-
-    def flush(self) -> None:
-        """Applies the updates that are pending for streamed blocks; does nothing for a resident model."""
-        if self.streaming is not None:
-            with self.continuity.applying():
-                self.places.flush()
-            self._forget()
-
-    def stop(self) -> None:
-        """Applies pending updates, and ends the threads of the probes; the next step starts them again."""
-        self.flush()
-        if isinstance(self.oracle, LockstepOracle):
-            self.oracle.lockstep.close()
-
-    def close(self, device: torch.device | None = None) -> None:
-        """Merges pending updates, makes a streamed model ordinary parameters again, and ends the threads.
-
-        Args:
-            device: where the streamed parameters go; None takes the device they computed on.
-        """
-        self.merged = self.updaters.settle() or self.merged
-        if self.streaming is not None:
-            self.stop()
-            self.places.close(device)
-            self.oracle = self._resident()
-        self._forget()
-
-    def effective(self) -> AbstractContextManager[None]:
-        """A context in which weights include the updates that are pending until the end of a low-rank window.
-
-        Forwards of the model's modules include them anyway; this is for code that computes with a parameter
-        outside of them.
-        """
-        return self.updaters.windows.effective()
-
-    def hidden(self) -> AbstractContextManager[None]:
-        """A context in which parameters with pending updates show what is in memory, for the engine's own code."""
-        return self.updaters.windows.hidden()
-
-    def keep_mode(self, module: nn.Module) -> None:
-        """Makes probes leave the ``training`` flag of this module alone from now on, for trainers that read it."""
-        self._kept = self.oracle.keep_mode = module
-
-    def cover_new(self, alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
-        """Makes an optimizer that was passed in take slots that become trainable during a run from now on.
-
-        Args:
-            alike: whether a slot belongs in a group; see `ZOOptimizer.cover`.
-        """
-        self.regroup = partial(self.optimizer.cover, alike=alike)
-
-    def carry(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
-        """Treats further state that a closure changes like that of the model, from the next step on.
-
-        All probes of a step start from the same state, and the step leaves what one call of the closure leaves.
-
-        Args:
-            get: returns the state, or a copy if it is changed in place; equal states have to compare equal.
-            put: sets what ``get`` has returned.
-        """
-        self._carried.append((get, put))
-
-    def copy_whole(self) -> None:
-        """Makes each probe copy all slots at once from now on, for closures that run compiled code."""
-        self.oracle.copy_whole()
-        self.updaters.wait_no_more(self.rule)  # compiled code in an evaluation would not see pending updates
-
     # Checkpoints
-
-    def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
-        """Adopts the state that was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
-        self.merged = False  # the state has windows of its own
-        self.updaters.load(windows or {})
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides the model's weights."""

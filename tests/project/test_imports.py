@@ -48,6 +48,7 @@ RANKS = {
     "following": 10,
     "gradient_check": 10,
     "lr_range": 11,
+    "trained_model": 11,
     "engine": 12,
     "adapter": 13,
     "seedlog": 13,

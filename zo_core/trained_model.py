@@ -1,0 +1,186 @@
+"""The model as its engine sees it: which tensors move, where they live, and how probes and others see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Continuity
+from .config import ZOConfig
+from .directions import Directions
+from .following import trainable
+from .forward_state import Carried
+from .live import LiveSettings
+from .noise import Alternatives, Direction, Noise
+from .offload import LockstepOracle, Streaming
+from .optimizer import TorchOptimizerFace
+from .oracle import ResidentOracle, StackedOracle, realisation
+from .placement import check_streamable, offload_model, slots_of
+from .records import Point
+from .rules import UpdateRule
+from .targets import Slot, Target
+from .updates import Places, Updaters
+
+
+class TrainedModel(LiveSettings):
+    """Base class of the engine with what concerns the model; `ZeroOrder` describes the attributes."""
+
+    model: nn.Module
+    config: ZOConfig
+    noise: Noise
+    rule: UpdateRule
+    slots: list[Slot]
+    places: Places
+    directions: Directions
+    continuity: Continuity
+    merged: bool
+    regroup: Callable[[list[Slot]], object]
+    _carried: list[Carried]
+    _kept: nn.Module | None
+
+    def _forget(self) -> None:
+        """Drops what was kept for the directions of a step."""
+        raise NotImplementedError
+
+    def choose(self) -> list[Slot]:
+        """The slots of the model as it is now; after adapters were added, another target may choose them."""
+        self._target = self._settings.target.chosen(self.model)
+        return self._target.slots(self.model)
+
+    def take(self, slots: list[Slot]) -> None:
+        """Builds everything that depends on which weights move."""
+        face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
+        self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
+        self.oracle = self._oracle()
+        self.updaters = Updaters(
+            *(self.model, self.slots, self.places, self.noise, self.rule),
+            None if face is None else face.inner,
+            stochastic=self.config.stochastic_rounding,
+        )
+        self.trainable = trainable(self.model)
+
+    @property
+    def target(self) -> Target:
+        """The target that chose the slots; it may change after adapters were added."""
+        return self._target
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """What streams the model's blocks; None for a resident model."""
+        return self.places.streaming
+
+    @property
+    def _device(self) -> torch.device:
+        return self.places.device(self.slots[0])
+
+    def _oracle(self) -> ResidentOracle | LockstepOracle:
+        config, streaming = self.config, Streaming.of(self.model)
+        if streaming is None and config.offload is None:
+            return self._resident()
+        check_streamable(config, self.rule)
+        if streaming is None:
+            streaming = offload_model(self.model, config, self.slots)
+        if streaming is None:
+            return self._resident()
+        self.places.streaming = streaming
+        parts = self.model, self.slots, self._perturbation, streaming
+        return LockstepOracle(*parts, **self._how())
+
+    def _resident(self) -> ResidentOracle:
+        parts = self.model, self.slots, self._perturbation
+        if self.config.stack_probes:
+            return StackedOracle(*parts, alternatives=self._alternatives, **self._how())
+        return ResidentOracle(*parts, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        return {
+            "dropout": self.config.dropout,
+            "realisation": realisation(self.noise),
+            "carried": self._carried,
+            "keep_mode": self._kept,
+        }
+
+    def _perturbation(self, slot: Slot, point: Point) -> Direction:
+        return self.directions.probe(self.updaters.of[slot], slot, point)
+
+    def _alternatives(self, slot: Slot, points: Sequence[Point]) -> Alternatives:
+        return self.directions.alternatives(self.updaters.of[slot], slot, points)
+
+    def direction(self, slot: Slot, seed: int) -> Direction:
+        """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
+        return self.directions.unit(slot, seed)
+
+    def flush(self) -> None:
+        """Applies the updates that are pending for streamed blocks; does nothing for a resident model."""
+        if self.streaming is not None:
+            with self.continuity.applying():
+                self.places.flush()
+            self._forget()
+
+    def stop(self) -> None:
+        """Applies pending updates, and ends the threads of the probes; the next step starts them again."""
+        self.flush()
+        if isinstance(self.oracle, LockstepOracle):
+            self.oracle.lockstep.close()
+
+    def close(self, device: torch.device | None = None) -> None:
+        """Merges pending updates, makes a streamed model ordinary parameters again, and ends the threads.
+
+        Args:
+            device: where the streamed parameters go; None takes the device they computed on.
+        """
+        self.merged = self.updaters.settle() or self.merged
+        if self.streaming is not None:
+            self.stop()
+            self.places.close(device)
+            self.oracle = self._resident()
+        self._forget()
+
+    def effective(self) -> AbstractContextManager[None]:
+        """A context in which weights include the updates that are pending until the end of a low-rank window.
+
+        Forwards of the model's modules include them anyway; this is for code that computes with a parameter
+        outside of them.
+        """
+        return self.updaters.windows.effective()
+
+    def hidden(self) -> AbstractContextManager[None]:
+        """A context in which parameters with pending updates show what is in memory, for the engine's own code."""
+        return self.updaters.windows.hidden()
+
+    def keep_mode(self, module: nn.Module) -> None:
+        """Makes probes leave the ``training`` flag of this module alone from now on, for trainers that read it."""
+        self._kept = self.oracle.keep_mode = module
+
+    def cover_new(self, alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
+        """Makes an optimizer that was passed in take slots that become trainable during a run from now on.
+
+        Args:
+            alike: whether a slot belongs in a group; see `ZOOptimizer.cover`.
+        """
+        self.regroup = partial(self.optimizer.cover, alike=alike)
+
+    def carry(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        """Treats further state that a closure changes like that of the model, from the next step on.
+
+        All probes of a step start from the same state, and the step leaves what one call of the closure leaves.
+
+        Args:
+            get: returns the state, or a copy if it is changed in place; equal states have to compare equal.
+            put: sets what ``get`` has returned.
+        """
+        self._carried.append((get, put))
+
+    def copy_whole(self) -> None:
+        """Makes each probe copy all slots at once from now on, for closures that run compiled code."""
+        self.oracle.copy_whole()
+        self.updaters.wait_no_more(self.rule)  # compiled code in an evaluation would not see pending updates
+
+    def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
+        """Adopts the state that was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
+        self.updaters.load(windows or {})
