@@ -175,7 +175,7 @@ class GptqLinear(nn.Module):
 def test_the_documented_target_for_another_scheme_works(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "int4.md").read_text()
     code = text[text.index("    from dataclasses import dataclass\n    from zo_core import TARGETS, ModelError") :]
-    code = code[: code.index("\n`Scales` has the settings")]
+    code = code[: code.index("\n`Scales` defines the settings")]
     monkeypatch.setattr(TARGETS, "_classes", dict(TARGETS._classes))
     exec(textwrap.dedent(code), {"__name__": "documented"})
     model = nn.Sequential(GptqLinear(), nn.Tanh(), nn.Linear(16, 2))
