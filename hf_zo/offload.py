@@ -38,8 +38,8 @@ def from_pretrained_offloaded(
     model can be trained by `ZOTrainer` or `zo_core.ZeroOrder` without further settings, evaluated, given
     adapters by PEFT, and saved.
 
-    What ``from_pretrained`` has to convert (another ``dtype`` than the checkpoint's, fused experts) is
-    converted layer by layer and kept in ``offload_dir``.
+    Weights that ``from_pretrained`` must convert (another ``dtype`` than the checkpoint's, fused experts)
+    are converted layer by layer and kept in ``offload_dir``.
 
     Args:
         model_class: ``AutoModelForCausalLM`` or any other class with ``from_pretrained``.
