@@ -1,6 +1,6 @@
-"""Forward-only fine-tuning for Hugging Face: swap ``Trainer`` for ``ZOTrainer``.
+"""Forward-only fine-tuning for Hugging Face: replace ``Trainer`` by ``ZOTrainer``.
 
-The names are loaded at their first use: `Trainer` takes seconds to import, and ``zo-estimate`` has no use for it.
+The names are imported at their first use: `Trainer` takes seconds to import, and ``zo-estimate`` does not need it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 _missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
 if _missing:
     raise ImportError(
-        f"hf_zo needs transformers and accelerate (there is no {' and no '.join(_missing)}); install them with: "
+        f"hf_zo needs transformers and accelerate (missing: {', '.join(_missing)}); install them with: "
         "pip install 'zo-trainer[hf]'"
     )
 
@@ -52,7 +52,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # or type checkers would take any name
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

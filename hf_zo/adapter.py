@@ -18,19 +18,19 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_zo_adapter(source: ZOTrainerMixin | SeedLog | str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
-    """Writes a folder from which `load_zo_adapter` makes the fine-tuned weights again.
+    """Writes a folder from which `load_zo_adapter` reproduces the fine-tuned weights.
 
     Args:
-        source: a trainer after `train()`, or a seed log. With a trainer the folder also has the
-            fingerprint of the trained weights, which loading then checks; and if the trainer went back to
-            its best checkpoint, the steps after that are left out.
+        source: a trainer after `train()`, or a seed log or its path. With a trainer the folder also has the
+            fingerprint of the trained weights, which loading then checks. If the trainer has loaded its
+            best checkpoint, later steps are left out.
         folder: created if it does not exist.
 
     Returns:
         The folder, with ``seedlog.zo``, ``zo_adapter.json`` and a model card.
 
     Raises:
-        StateError: there is no log, or it cannot be replayed.
+        StateError: there is no log, or the log cannot be replayed.
     """
     log, until, trained, name = _source(source)
     return save_adapter(log, folder, until=until, trained=trained, base_model=name, loading=_loading(log, name))
@@ -50,7 +50,7 @@ def _loading(log: SeedLog, name: str) -> list[str]:
 
 
 def _source(source: Any) -> tuple[SeedLog, int, str | None, str]:
-    """The log, how many steps of it count, the fingerprint of the trained weights, and the base model's name."""
+    """Returns the log, the step to stop before, the trained weights' fingerprint, and the base model's name."""
     if isinstance(source, (SeedLog, str, os.PathLike)):
         log = source if isinstance(source, SeedLog) else SeedLog.read(source)
         return log, log.next_step, None, ""
@@ -78,16 +78,16 @@ def load_zo_adapter(
 
     Args:
         model: the base model, in the dtype of the run and untrained; changed in place.
-        folder_or_hub_id: a folder that `save_zo_adapter` made, or its repository on the Hugging Face Hub.
-        until: an earlier step of the run; None takes the weights that were shared.
+        folder_or_hub_id: a folder that `save_zo_adapter` wrote, or its repository on the Hugging Face Hub.
+        until: an earlier step of the run; None loads the weights that were shared.
         revision: branch, tag or commit on the Hub.
 
     Returns:
         ``model``.
 
     Raises:
-        StateError: another base model, or a damaged folder. Before the last check, of the result, nothing
-            is changed; if that fails, the weights are not those that were shared.
+        StateError: the base model is another one, or the folder is damaged. The model is unchanged, unless the
+            last check, of the result, fails: then its weights are not those that were shared.
     """
     folder = Path(folder_or_hub_id)
     if not folder.is_dir():

@@ -11,24 +11,24 @@ from zo_core import ZOConfig
 from zo_core.checkpoint import FrontEnd
 
 PREFIX = "zo_"
-#: Fields that have another name in `ZOConfig`.
+#: Fields whose name in `ZOConfig` is not the field name without the prefix.
 RENAMED = {"zo_learning_rate": "lr"}
 
 
 def _metadata(setting: str) -> dict[str, str]:
-    """What `HfArgumentParser` shows for a field: the text of the setting in `ZOConfig`."""
+    """The help text that `HfArgumentParser` shows for a field: that of the setting in `ZOConfig`."""
     return {"help": ZOConfig.help_for(setting)}
 
 
 @dataclass
 class ZOArguments:
-    """The ``zo_*`` fields alone, to add to other arguments:
+    """The ``zo_*`` fields, to combine with other training arguments:
 
         @dataclass
         class ZOSFTConfig(ZOArguments, SFTConfig): ...
 
-    Each field is the setting of the same name in `zo_core.ZOConfig`; ``zo_learning_rate`` is ``lr``. There is no
-    field for ``weight_decay``, which is the trainer's own argument, and ``zo_log`` concerns the trainer alone.
+    Each field sets the setting of that name in `zo_core.ZOConfig`; ``zo_learning_rate`` sets ``lr``. There is no
+    field for ``weight_decay``, which is the trainer's own argument; ``zo_log`` only concerns the trainer.
     """
 
     zo_estimator: str = field(default="spsa", metadata=_metadata("estimator"))
@@ -54,7 +54,7 @@ class ZOArguments:
     )
 
     def zo_settings(self) -> dict[str, Any]:
-        """The ``zo_*`` fields that differ from their defaults, under the names they have in `ZOConfig`."""
+        """Returns the ``zo_*`` fields that differ from their defaults, by their names in `ZOConfig`."""
         return {
             RENAMED.get(f.name, f.name.removeprefix(PREFIX)): getattr(self, f.name)
             for f in fields(ZOArguments)
@@ -62,10 +62,10 @@ class ZOArguments:
         }
 
     def to_zo_config(self) -> ZOConfig:
-        """The settings as a `ZOConfig`.
+        """Returns the settings as a `ZOConfig`.
 
         Raises:
-            ConfigError: settings are not valid; all of them are listed.
+            ConfigError: settings are not valid; the message lists all of them.
         """
         return ZOConfig(**self.zo_settings())
 
@@ -84,10 +84,10 @@ class ZOTrainingArguments(ZOArguments, TrainingArguments):
 
 
 def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
-    """How the user of a trainer has written settings, for messages.
+    """Returns the names under which the user of a trainer has set the settings, for messages.
 
     Args:
-        args: of the trainer.
+        args: arguments of the trainer.
         config: the value of ``zo_config``.
     """
     names = {"lr": "learning_rate"}

@@ -1,8 +1,8 @@
-"""What ``compute_loss`` does to a trainer's own attributes: counters, flags, the last or best loss.
+"""Changes that ``compute_loss`` makes to a trainer's own attributes: counters, flags, the last or best loss.
 
-A probe is one of several calls of ``compute_loss`` for one micro-batch. Each begins with the attributes that the call
-of ``training_step`` found, and puts them back when it ends; what the last one has left counts, once. Nothing is
-touched that ``compute_loss`` has not changed.
+A probe is one of several calls of ``compute_loss`` for one micro-batch. Each starts from the attributes at the call
+in ``training_step``, and restores them when it ends. The changes of the last probe are then applied, once. Attributes
+that ``compute_loss`` has not changed are left alone.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-#: Types of the values that are followed. Objects are not: a model that is loaded at its first use is loaded once.
+#: Types of the values that are tracked. Objects are not: a model that is loaded at its first use is loaded once.
 PLAIN = frozenset({int, float, bool, str, type(None)})
 
 _MISSING = object()
 
 
 class Attributes:
-    """The plain values among an object's attributes, as they are now.
+    """A snapshot of the plain values among an object's attributes.
 
     Args:
-        owner: the trainer.
+        owner: the object, a trainer.
     """
 
     def __init__(self, owner: Any):
@@ -32,7 +32,7 @@ class Attributes:
         return isinstance(other, Attributes) and not self.changes(other) and not other.changes(self)
 
     def put(self, owner: Any) -> None:
-        """Gives the object these values again; an object in place of one of them stays."""
+        """Restores these values on ``owner``; an attribute that is now an object stays."""
         own = vars(owner)
         for name in [name for name, value in own.items() if type(value) in PLAIN and name not in self.names]:
             del own[name]
@@ -41,7 +41,7 @@ class Attributes:
                 own[name] = value
 
     def changes(self, later: Attributes) -> dict[str, tuple[Any, Any]]:
-        """What has another plain value later, with the two values."""
+        """Returns the attributes with another plain value in ``later``, with both values."""
         return {
             name: (start, end)
             for name, end in later.values.items()
@@ -51,15 +51,19 @@ class Attributes:
 
 
 def only_counts(before: Attributes, after: Attributes) -> bool:
-    """Whether all that has changed are integers, which are taken for counters: their differences can be added up."""
+    """Whether only integers have changed. They are assumed to be counters, whose differences can be added up."""
     return all(type(start) is type(end) is int for start, end in before.changes(after).values())
 
 
 def take_over(owner: Any, calls: Iterable[tuple[Attributes, Attributes]]) -> None:
-    """Lets the object have gone through calls, each given by what it had before and after.
+    """Applies the changes of some calls to the object.
 
-    The end counts where the value is still that of the beginning. Micro-batches that are measured together all begin
-    with the same number, and the differences of counters add up.
+    Each changed value is set to its value after the call. Integers are counters: micro-batches that are measured
+    together all start from one number, so the differences are added up.
+
+    Args:
+        owner: the object, changed in place.
+        calls: the attributes before and after each call.
     """
     own = vars(owner)
     for before, after in calls:

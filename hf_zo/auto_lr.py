@@ -1,4 +1,4 @@
-"""Batches for the range test behind ``zo_learning_rate="auto"``, without a trace in the order of the data."""
+"""Batches for the range test of ``zo_learning_rate="auto"``, drawn without changing the order of the training data."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ STEPS = 8
 
 
 def samples(trainer: Any, count: int) -> list[tuple[list[Any], Any]]:
-    """The micro-batches of a few steps, as the trainer would draw them, each with its number of items.
+    """Draws the micro-batches of `STEPS` steps as the trainer would.
 
     Args:
-        trainer: at its first step.
-        count: micro-batches in a step.
+        trainer: the trainer, at its first step.
+        count: number of micro-batches in a step.
 
     Returns:
-        Nothing for an iterable dataset, which may be a stream that gives each row once.
+        The micro-batches of each step with the step's number of items. An empty list for an iterable dataset,
+        which may be a stream that yields each row once.
     """
     if isinstance(trainer.train_dataset, IterableDataset):
         return []
     random, known = rng_state(), list(trainer.accelerator._dataloaders)
     try:
         loader = trainer.get_train_dataloader()
-        # The loader inside: accelerate's own would tell the accelerator that an epoch has begun.
+        # The inner loader: accelerate's wrapper would tell the accelerator that an epoch has begun.
         rows = iter(getattr(loader, "base_dataloader", loader))
         drawn = [trainer.get_batch_samples(rows, count, trainer.args.device) for _ in range(STEPS)]
     finally:
@@ -43,7 +44,7 @@ def samples(trainer: Any, count: int) -> list[tuple[list[Any], Any]]:
 
 @contextmanager
 def unnoticed(trainer: Any) -> Iterator[None]:
-    """What the trainer counts about its forwards is as before afterwards, TRL's metrics included."""
+    """A context that restores the trainer's plain attributes and TRL's metrics at its end."""
     found, metrics = Attributes(trainer), copy.deepcopy({k: v for k, v in vars(trainer).items() if k == "_metrics"})
     try:
         yield
@@ -53,6 +54,6 @@ def unnoticed(trainer: Any) -> Iterator[None]:
 
 
 def schedulers(trainer: Any) -> list[Any]:
-    """The trainer's scheduler, without accelerate's wrapper."""
+    """Returns the trainer's scheduler, if any, without accelerate's wrapper."""
     scheduler = trainer.lr_scheduler
     return [] if scheduler is None else [getattr(scheduler, "scheduler", scheduler)]

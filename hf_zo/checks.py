@@ -17,7 +17,11 @@ MIN_LR_SCALES = 1e-5
 
 
 def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None:
-    """Raises `ConfigError` for what cannot work, and neutralises what has no use."""
+    """Checks the arguments of a trainer, and turns off settings that have no use.
+
+    Raises:
+        ConfigError: settings cannot work; the message lists all of them.
+    """
     problems = []
     if args.world_size > 1:
         problems.append(
@@ -33,7 +37,7 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
             problems.append(f"{name}={getattr(args, name)!r}: sharded models are not supported yet; leave it out")
     if problems:
         raise ConfigError(problems)
-    for name in ("gradient_checkpointing", "activation_checkpointing"):  # two names of one setting, which mirror it
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # two names of one setting, kept equal
         if getattr(args, name, False):
             setattr(args, name, False)
             if name == "gradient_checkpointing" and not default(args, name):
@@ -64,7 +68,7 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
     if any(slot.scaling is not None for slot in engine.slots):
         if hasattr(engine.model, "peft_config"):
             logger.warning(
-                "quantisation scales move beside the adapters, but PEFT saves adapters only; keep the scales with "
+                "quantisation scales are trained as well, but PEFT only saves the adapters; save the scales with "
                 "torch.save(model.state_dict(), ...), and load them with load_state_dict"
             )
         lr = float(engine.optimizer.param_groups[0]["lr"])
@@ -81,5 +85,5 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
 
 
 def default(args: TrainingArguments, name: str) -> Any:
-    """The default of a field; TRL's arguments have other defaults than `TrainingArguments`."""
+    """Returns the default of a field; TRL's arguments have other defaults than `TrainingArguments`."""
     return type(args).__dataclass_fields__[name].default

@@ -1,4 +1,4 @@
-"""The seed log of one `train()`: where it is, and from where a resumed run continues."""
+"""The seed log of one `train()`: its place, and the step from which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class Journal(RunLog):
     """Decides from ``resume_from_checkpoint`` what happens with the log in the output folder.
 
     * None: a new log begins, and an old one is kept under another name.
-    * True: the log is continued. The run starts from the newest checkpoint that was written completely, or
-      without any from the model as it is, and repeats the steps that the log has beyond it. After an
-      interrupt in the same process the model is at the last of them, and repeating them does not move it.
+    * True: the log is continued. The run starts from the newest complete checkpoint, or from the current
+      model if there is none, and repeats the later steps of the log. After an interrupt in the same
+      process the weights already include these steps, and repeating them does not move the weights.
     * the path of a checkpoint: the run continues from exactly there; the log loses the later steps,
       and the whole log is kept under another name.
 
     Args:
         folder: the output folder.
-        resume: what `train()` was given.
-        before: the journal of the trainer's last run.
+        resume: the argument of `train()`.
+        before: the journal of the trainer's previous run.
 
     Attributes:
-        checkpoint: what `Trainer.train` is to be given.
-        running: between the start and the end of `train()`.
-        evaluated: metrics of the run's evaluations in this process, by step and their names.
+        checkpoint: the argument for `Trainer.train`.
+        running: whether `train()` is running.
+        evaluated: metrics of the run's evaluations in this process, by step and names of the metrics.
 
     Raises:
-        StateError: with True, the log cannot be read, or begins at a checkpoint that is gone.
+        StateError: with True, the log cannot be read, or it begins at a checkpoint that no longer exists.
     """
 
     def __init__(self, folder: str, resume: str | bool | None, before: Journal | None = None):
@@ -58,14 +58,14 @@ class Journal(RunLog):
         self._rng = rng_state()
 
     def _go_on(self, before: Journal) -> None:
-        """In the same process: random numbers as at the start of the run, and the weights if they are its last."""
+        """Continues a run of this process: restores its random state, and keeps the weights if they are its last."""
         self.evaluated = before.evaluated
         set_rng_state(before._rng)
         if self.checkpoint is None:
             self.take_up(before)
 
     def start(self, engine: ZeroOrder) -> Start:
-        """As the class says."""
+        """Decides as the class describes."""
         return "follow" if self.follows else "branch" if self.resume else "attach"
 
     def _last_checkpoint(self) -> str | None:
@@ -85,12 +85,13 @@ class Journal(RunLog):
         return self.path.parent / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def metrics(self, step: int, found: dict[str, float], *, behind: bool) -> dict[str, float]:
-        """Metrics of an evaluation after so many steps.
+        """Returns the metrics of an evaluation at a step.
 
         Args:
-            step: how many.
-            found: what the weights in memory have.
-            behind: whether those are of a later step; then it is what was found when they were not.
+            step: number of steps done.
+            found: the metrics of the weights in memory.
+            behind: whether these weights are of a later step; the metrics are then those of the first
+                evaluation at ``step``.
 
         Raises:
             StateError: there was no such evaluation.
@@ -106,7 +107,7 @@ class Journal(RunLog):
         return self.evaluated[key]
 
     def begin_checkpoint(self, step: int) -> None:
-        """The log is on the disk before the checkpoint, and a checkpoint that it overwrites is complete no more."""
+        """Syncs the log before a checkpoint is written; one that it overwrites no longer counts as complete."""
         if self.log is not None:
             (self._folder(step) / TRAINER_STATE_NAME).unlink(missing_ok=True)
             self.note_checkpoint(step)
@@ -121,7 +122,7 @@ class Journal(RunLog):
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a run can continue from a checkpoint: it has the optimizer, and its last file, the trainer's state."""
+    """Whether a run can continue from a checkpoint: it has the optimizer and its last file, the trainer's state."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_bytes())
     except (OSError, ValueError):
@@ -142,7 +143,7 @@ def exit_on_sigterm() -> Iterator[None]:
     owner = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a data loader's worker has inherited this
+        if os.getpid() != owner:  # a data loader's worker has inherited this handler
             os._exit(128 + number)
         raise SystemExit(128 + number)
 

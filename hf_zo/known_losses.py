@@ -1,9 +1,9 @@
-"""Losses whose value is not what they optimise, in trainers that people use.
+"""Losses of common trainers whose value is not what they optimise.
 
 Forward-only training sees only the value of a loss. Some losses define their gradient with a
 ``detach()``: the value of ``ratio * advantage`` with ``ratio = exp(logp - logp.detach())`` is the advantage,
-whatever the weights are. Others choose or generate what they compare, and the choice moves with the weights.
-Trainers and losses are known by the names of their classes, so nothing is imported.
+for any weights. Others select or generate what they compare, and the selection depends on the weights.
+Trainers and losses are recognised by their class names, so nothing is imported.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ logger = logging.getLogger("hf_zo")
 
 @dataclass(frozen=True)
 class Known:
-    """A loss that is refused, or warned of.
+    """A loss that raises an error or logs a warning.
 
     Attributes:
-        name: of a class of the trainer, or of its loss.
-        settings: what it depends on, attributes of the trainer's arguments or of the loss.
+        name: name of a class of the trainer, or of its loss.
+        settings: the settings in the message: attributes of the trainer's arguments, or of the loss.
         applies: whether the settings have the problem; called with the trainer, or with the loss and the trainer.
         said: what is wrong and what to write instead.
-        refused: whether it cannot work.
+        refused: whether it is an error; else a warning is logged.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Known:
     refused: bool = True
 
     def about(self, name: str, settings: Any) -> str:
-        """The message for a class of this name with these settings."""
+        """Returns the message for a class of this name with these settings."""
         came = ", ".join(f"{key}={getattr(settings, key)!r}" for key in self.settings)
         return f"{name} with {came}: {self.said}" if came else f"{name}: {self.said}"
 
 
 def _keeps_old(trainer: Any) -> bool:
-    """Whether the log-probabilities at the time of sampling are kept, as `GRPOTrainer` decides it."""
+    """Whether log-probabilities from the time of sampling are kept, by the condition of `GRPOTrainer`."""
     args = trainer.args
     every = args.steps_per_generation * trainer.num_iterations
     corrected = getattr(trainer, "use_vllm", False) and getattr(trainer, "vllm_importance_sampling_correction", False)
@@ -53,7 +53,7 @@ def _keeps_old(trainer: Any) -> bool:
 
 
 def _detached_factor(trainer: Any) -> bool:
-    """cispo and vespo multiply ``A log p`` by a factor of the ratio that has no gradient."""
+    """Whether the loss has a moving factor without a gradient: cispo and vespo multiply ``A log p`` by one."""
     moving = trainer.loss_type == "vespo" or (trainer.loss_type == "cispo" and trainer.epsilon_high >= 1)
     return moving and "GMPOTrainer" not in _names(trainer) and _keeps_old(trainer)
 
@@ -78,7 +78,7 @@ SAMPLED = ("num_iterations", "steps_per_generation")
 
 
 def _self_distillation(name: str) -> tuple[Known, ...]:
-    """What a trainer that distils a model into itself can get wrong."""
+    """The known problems of a trainer that distils a model into itself."""
     return (
         Known(
             name,
@@ -213,10 +213,10 @@ LOSSES = (
 
 
 def check_loss(trainer: Any) -> None:
-    """Refuses a trainer whose loss cannot be optimised by its value, and warns of what is not quite the same.
+    """Checks that the loss of a trainer can be optimised by its value; logs a warning if this is only partly true.
 
     Raises:
-        ConfigError: all that cannot work, with what to write instead.
+        ConfigError: the loss cannot be optimised by its value; the message lists what to write instead.
     """
     problems = []
     for known, said in _found(trainer):

@@ -1,8 +1,8 @@
-"""What a trainer's own ``training_step`` does with its loss, while the loss itself is measured by probes.
+"""Runs a trainer's own ``training_step`` while probes measure its loss.
 
 ``training_step`` runs once, at the unperturbed weights: it prepares the batch (and generates, draws noise, counts).
-Its calls of ``compute_loss`` return a stand-in that has the measured loss as its value, and how the stand-in changes
-on its way to ``accelerator.backward`` shows how the loss is scaled.
+Its calls of ``compute_loss`` return a stand-in whose value is the measured loss. The gradient of what reaches
+``accelerator.backward`` with respect to the stand-in gives the scale of the loss.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from zo_core import ConfigError
 
 from .attributes import Attributes
 
-#: What float32 arithmetic may add to a loss on its way from ``compute_loss``, relative to its size.
+#: Relative rounding error of float32 arithmetic between ``compute_loss`` and ``accelerator.backward``.
 ROUNDING = 1e-5
 
 
 class LossCall:
-    """A call of ``compute_loss``, to be made again by each probe.
+    """A call of ``compute_loss``, which each probe repeats.
 
     Args:
-        trainer: whose plain attributes (tokens seen, say) start from the same values in each probe.
-        compute_loss: the trainer's own.
-        arguments, keywords: what it was called with.
+        trainer: the trainer; its plain attributes (counts of tokens, for example) start from the same values in
+            each probe.
+        compute_loss: the trainer's own method.
+        arguments, keywords: arguments of the call.
 
     Attributes:
-        found: the trainer's attributes when it was called.
-        left: the same at the end of the last probe.
+        found: the trainer's attributes at the time of the call.
+        left: the trainer's attributes at the end of the last probe.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class LossCall:
         self.scale = 0.0
 
     def loss(self) -> Any:
-        """One probe, on containers of its own: losses pop entries from their batch, and write into it."""
+        """Runs one probe, on copies of the containers, because losses pop entries from their batch and write to it."""
         now = Attributes(self.trainer)
         self.found.put(self.trainer)
         try:
@@ -57,14 +58,14 @@ class LossCall:
         return loss[0] if isinstance(loss, tuple) else loss
 
     def stand_in(self, value: Tensor) -> Tensor:
-        """What ``training_step`` gets as the loss."""
+        """Returns the loss for ``training_step``: float32 of shape ``[]``, with the value ``value`` and a gradient."""
         with torch.no_grad():
             self.value.copy_(value)
         with torch.enable_grad():
             return self.value * 1.0  # not a leaf, so that it may be changed in place
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """A measured loss, float64 of shape ``[]``, as ``training_step`` scales it: in float32 if the loss is that."""
+        """Scales a loss, float64 of shape ``[]``, as ``training_step`` does: in float32 if its value is a float32."""
         single = loss.float()
         kept = single if bool(single.double() == loss) else loss
         divisor = 1.0 / self.scale
@@ -90,10 +91,10 @@ class LossCalls:
 
     @contextmanager
     def answered(self) -> Iterator[None]:
-        """In this context the trainer's ``compute_loss`` is answered with stand-ins, and nothing is differentiated.
+        """A context in which the trainer's ``compute_loss`` returns stand-ins, and nothing is differentiated.
 
         Raises:
-            ConfigError: the loss does not come from ``compute_loss`` alone.
+            ConfigError: ``training_step`` does not train on the results of ``compute_loss`` alone.
         """
         trainer = self.trainer
         own = vars(trainer).get("compute_loss")
@@ -116,7 +117,7 @@ class LossCalls:
         finally:
             _put(trainer, "compute_loss", own)
             del trainer.accelerator.backward
-        for call in self.calls:  # of a ``loss.backward()``
+        for call in self.calls:  # a direct ``loss.backward()``
             call.scale += 0.0 if call.value.grad is None else call.value.grad.item()
         if not any(call.scale for call in self.calls):
             raise self._elsewhere()
@@ -130,7 +131,7 @@ class LossCalls:
         )
 
     def _receive(self, loss: Tensor, **_: Any) -> None:
-        """Stands in for ``Accelerator.backward``: learns the scale of each loss."""
+        """Replaces ``Accelerator.backward``: finds the scale of each loss."""
         if not self.calls:
             raise self._elsewhere()
         values = [call.value for call in self.calls]
@@ -151,7 +152,7 @@ class LossCalls:
 
 
 def _put(trainer: Any, name: str, own: Any) -> None:
-    """Gives an attribute of the object back, or leaves it to the class."""
+    """Restores an attribute of the object; None removes it, so that the class's own is used."""
     if own is None:
         del vars(trainer)[name]
     else:
@@ -160,7 +161,7 @@ def _put(trainer: Any, name: str, own: Any) -> None:
 
 @contextmanager
 def numbers_allowed(trainer: Any) -> Iterator[None]:
-    """In this context ``compute_loss`` may return a Python number, which Trainer's evaluation takes for a tensor."""
+    """A context in which ``compute_loss`` may return a Python number, although Trainer's evaluation needs a tensor."""
     own, compute_loss = vars(trainer).get("compute_loss"), trainer.compute_loss
 
     def as_tensors(*arguments: Any, **keywords: Any) -> Any:

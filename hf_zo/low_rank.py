@@ -13,7 +13,7 @@ from zo_core.targets import keep_codes_plain
 if TYPE_CHECKING:
     from peft import PeftModel
 
-#: What `low_rank_adapter` decides.
+#: Fields of ``LoraConfig`` that `low_rank_adapter` sets itself.
 OWN = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
@@ -25,7 +25,7 @@ def low_rank_adapter(
     seed: int = 0,
     **config: Any,
 ) -> PeftModel:
-    """Adds adapters with which ordinary training uses low-rank directions, on a base that is only read.
+    """Adds adapters so that ordinary training uses low-rank directions, on a base that is only read.
 
     Each linear layer gets a LoRA adapter ``B A / sqrt(rank)``. A holds signs and is frozen, B is zero and
     trained. With the default noise a probe then perturbs a weight by ``eps U A / sqrt(rank)``, U of signs,
@@ -35,17 +35,17 @@ def low_rank_adapter(
     Args:
         model: the base model, changed in place: PEFT wraps its layers.
         rank: r, at least 1.
-        target_modules: which layers, as in PEFT's ``LoraConfig``; by default all linear ones except the
+        target_modules: the layers, as in PEFT's ``LoraConfig``; by default all linear ones except the
             head of a language model.
-        seed: determines A, together with the names of the layers. No generator is touched.
+        seed: determines A, together with the names of the layers. No random generator changes.
         **config: other fields of ``LoraConfig``, for example ``task_type="CAUSAL_LM"``.
 
     Returns:
         The model with adapters, for `ZOTrainer` or `ZeroOrder`. ``save_pretrained`` writes an ordinary adapter.
 
     Raises:
-        ConfigError: a rank or a field that cannot work, or layers that are not linear.
-        ModelError: the model has adapters already.
+        ConfigError: the rank or a field is not valid, peft is too old, or layers are not linear.
+        ModelError: the model already has adapters.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -79,7 +79,7 @@ def low_rank_adapter(
         down: Any = layer.lora_A["default"].weight
         with torch.no_grad():
             down.copy_(LowRank(rank).rights((base,), name, torch.Size([1, down.shape[1]]), down.device))
-        # Or PEFT makes A trainable whenever it activates the adapter: set_adapter, the end of disable_adapter.
+        # Otherwise PEFT makes A trainable when it activates the adapter: in set_adapter, and after disable_adapter.
         layer.frozen_peft_weight_names = {"default": ("lora_A",)}
         down.requires_grad_(False)
     return adapted

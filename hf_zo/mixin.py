@@ -1,8 +1,8 @@
 """The mixin that turns a Hugging Face trainer into a forward-only one.
 
-It uses three seams of `Trainer` and copies none of its loops: ``create_optimizer`` returns an
-optimizer whose ``step`` applies what was measured; ``training_step`` runs the trainer's own, in which
-``compute_loss`` is called once per probe, and ``accelerator.backward`` has nothing to do.
+It overrides three seams of `Trainer` and copies none of its loops: ``create_optimizer`` returns an
+optimizer whose ``step`` applies the measurements; ``training_step`` runs the trainer's own, in which
+``compute_loss`` is called once per probe; ``accelerator.backward`` has nothing to do.
 """
 
 from __future__ import annotations
@@ -48,26 +48,30 @@ logger = logging.getLogger("hf_zo")
 
 
 class ZOTrainerMixin(_Trainer):
-    """Put it before any `transformers.Trainer` subclass:
+    """A mixin to put before any `transformers.Trainer` subclass:
 
         class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
 
-    Everything that the trainer does around a step stays its own: schedules, accumulation, label
-    smoothing, callbacks, evaluation, checkpoints. What differs:
+    Everything around a step is still the trainer's own: schedules, accumulation, label smoothing, callbacks,
+    evaluation, checkpoints. The differences:
 
     * the loss is computed once per probe (twice by default), without gradients, with every submodule
       in eval mode; only the root keeps its ``training`` flag, which trainers read;
     * the logs have ``projected_grad`` (root mean square since the last log) and ``zo_clip_rate``
-      instead of ``grad_norm``, and ``zo_skipped_steps`` if there were any;
-    * directions derive from ``zo_config.seed``, else ``args.seed``, and the global step;
+      instead of ``grad_norm``, and ``zo_skipped_steps`` if any were skipped;
+    * directions derive from the global step and ``zo_config.seed``, or ``args.seed`` if that is None;
     * every step is written to ``seedlog.zo`` in the output folder (``zo_log=False`` disables it), and
       ``train(resume_from_checkpoint=True)`` starts from the last complete checkpoint, or from the current model if
       there is none, and repeats the later steps of the log, also after an interrupt in the same process;
-    * a second ``train()`` is a run of its own, which draws other directions.
+    * a second ``train()`` is a separate run, which draws other directions.
 
     Args:
-        zo_config: a `ZOConfig`. None takes the ``zo_*`` fields of `args`, if it has them, else the
+        zo_config: a `ZOConfig`. None uses the ``zo_*`` fields of ``args``, if it has them, else the
             defaults. Its ``lr`` and ``weight_decay``, if set, take precedence over those of ``args``.
+
+    Raises:
+        ConfigError: settings are not valid, or the arguments or the loss cannot work.
+        ModelError: parameters of the model have no values.
     """
 
     def __init__(self, *args: Any, zo_config: ZOConfig | None = None, **kwargs: Any):
@@ -102,10 +106,10 @@ class ZOTrainerMixin(_Trainer):
     # The log
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; with True, steps that only the seed log has are repeated, not lost.
+        """Like `Trainer.train`; with True, steps that only the seed log has are repeated, not lost.
 
         Raises:
-            StateError: the log is damaged, or of another run; the message says which.
+            StateError: the log is damaged or of another run; the message tells which.
         """
         if self.zo is not None and not resume_from_checkpoint and self.model_init is None:
             begin_again(self.zo)
@@ -114,20 +118,20 @@ class ZOTrainerMixin(_Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         folder, before = self._get_output_dir(kwargs.get("trial")), self._zo_journal
         if self.args.load_best_model_at_end and self.args.save_only_model:
-            before = None  # checkpoints to choose from, and none to go on from: only the model as it began has them all
+            before = None  # no checkpoint to continue from: only a run from the original model has all to choose from
         with Journal(folder, resume_from_checkpoint, before) as journal, exit_on_sigterm():
             self._zo_journal = journal
             return super().train(journal.checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._zo_behind():
-            return  # it was saved when the step was measured, and the weights are those of a later one
+            return  # it was saved when the step was measured, and the weights are now those of a later step
         if self._zo_journal is not None:
             self._zo_journal.begin_checkpoint(self.state.global_step)
         super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`; a repeated step has the metrics of when it was measured."""
+        """Like `Trainer.evaluation_loop`; a repeated step has the metrics from when it was measured."""
         output = super().evaluation_loop(*args, **kwargs)
         if self._zo_journal is not None and self._zo_journal.running:
             metrics: dict[str, float] = output.metrics or {}
@@ -135,7 +139,7 @@ class ZOTrainerMixin(_Trainer):
         return output
 
     def _zo_behind(self) -> bool:
-        """Whether the step is one that an interrupted run has done, whose weights are in memory."""
+        """Whether the weights in memory, of an interrupted run, are already those of a later step."""
         if self.zo is None or self._zo_journal is None or not self._zo_journal.running:
             return False
         return self.state.global_step < self.zo.continuity.ahead
@@ -147,8 +151,8 @@ class ZOTrainerMixin(_Trainer):
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """A model that is to be streamed never goes to the device as a whole."""
-        check_values(model, frozen=getattr(model, "hf_device_map", None) is None)  # or Trainer moves nothing
+        """Moves the model; one that will be streamed is never on the device as a whole."""
+        check_values(model, frozen=getattr(model, "hf_device_map", None) is None)  # with a map Trainer moves nothing
         config = self._resolve_config(self._zo_given)
         if config.offload is not None and device.type != "cpu" and Streaming.of(model) is None:
             offload_model(model, config, config.resolve().target.slots(model), device)
@@ -158,7 +162,7 @@ class ZOTrainerMixin(_Trainer):
         super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The engine's `ZOOptimizer`, or one in front of the torch optimizer that the user has chosen."""
+        """Returns the engine's `ZOOptimizer`, or one in front of the torch optimizer that the user has chosen."""
         model = self._zo_model() if model is None else model
         given = self._zo_given_optimizer()
         if isinstance(given, ZOOptimizer) and given.engine is not None and given.engine is self.zo:
@@ -180,7 +184,7 @@ class ZOTrainerMixin(_Trainer):
         return config.replace(seed=self.args.seed if config.seed is None else config.seed)
 
     def _zo_choice(self, model: nn.Module, built: torch.optim.Optimizer, config: ZOConfig) -> torch.optim.Optimizer:
-        """The optimizer that the trainer has built, if its user has chosen it; else ours, in groups like its own."""
+        """Returns the trainer's optimizer if the user has chosen it, else a `ZOOptimizer` with the same groups."""
         self._zo_root = root = whole(self, model, built)
         how = chosen_by_user(self, built)
         if isinstance(built, ZOOptimizer):
@@ -197,13 +201,13 @@ class ZOTrainerMixin(_Trainer):
         return grouped(settings.target.slots(root), built, float(self.args.learning_rate), settings.eps)
 
     def _zo_engine(self, model: nn.Module, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """An engine for this optimizer, unless it has one; returns what Trainer is to step."""
-        self._zo_summary = Summary()  # a run before this one may have stopped between two logs
+        """Makes an engine for this optimizer, unless it has one; returns the optimizer for Trainer to step."""
+        self._zo_summary = Summary()  # an earlier run may have stopped between two logs
         if self._zo_journal is not None:
             self._zo_journal.end()  # this run may be another attempt, with a smaller batch
         self._zo_waiting, self._zo_losses = [], []
         if self.zo is not None and self.zo.optimizer is given:
-            self.zo.discard()  # or between two micro-batches
+            self.zo.discard()  # it may also have stopped between two micro-batches
             return given
         root = self._zo_root or whole(self, model, given)
         self.zo_config = self._resolve_config(self._zo_given)
@@ -222,7 +226,7 @@ class ZOTrainerMixin(_Trainer):
         return self.optimizer
 
     def _zo_finish_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """`create_optimizer` as the trainer calls it: what a subclass returns without asking this one counts, too."""
+        """`create_optimizer` as the trainer calls it: also accepts what a subclass returns without calling ours."""
         made = type(self).create_optimizer(self, *args, **kwargs)
         if self.zo is None or self.zo.optimizer is not made:
             made = self._zo_engine(self._zo_model(), getattr(made, "optimizer", made))
@@ -235,12 +239,12 @@ class ZOTrainerMixin(_Trainer):
     # The step
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch: the trainer's own ``training_step``, with a loss that was measured by probes.
+        """Runs the trainer's own ``training_step`` on a micro-batch, with a loss that is measured by probes.
 
         Returns:
-            The mean loss over the probes, as the trainer scales it, float32 of shape ``[]``: at the last
-            micro-batch of a step the sum over all of them (those of a streamed model are measured together
-            then), and 0 before.
+            The mean loss over the probes, as the trainer scales it, float32 of shape ``[]``: the sum over
+            all micro-batches of a step at the last one (where those of a streamed model are measured
+            together), and 0 at earlier ones.
         """
         step = partial(super().training_step, num_items_in_batch=num_items_in_batch)
         zo = self._zo_at_step(model)
@@ -260,7 +264,7 @@ class ZOTrainerMixin(_Trainer):
         return torch.stack(losses).cumsum(0)[-1].to(self.args.device)
 
     def _zo_at_step(self, model: nn.Module) -> ZeroOrder:
-        """The engine, about to measure for the next step, with the weights that are trainable now."""
+        """Returns the engine, ready to measure the next step with the weights that are trainable now."""
         assert self.zo is not None, "create_optimizer makes the engine, and Trainer calls it first"
         zo = self.zo
         if zo.step_count != self.state.global_step:
@@ -272,7 +276,7 @@ class ZOTrainerMixin(_Trainer):
         return zo
 
     def _measure(self, zo: ZeroOrder, watching: Callable[[], Any], call: LossCall) -> Tensor:
-        """Measures a loss, or postpones it until the other micro-batches, with which it shares a sweep."""
+        """Measures a loss, or postpones it until the step's last micro-batch, to measure all in one sweep."""
         self._zo_waiting.append((call, None))
         quiet = isinstance(zo.oracle, LockstepOracle) and zo.oracle.quiet
         if quiet and self._zo_together and not self.accelerator.sync_gradients:
@@ -287,7 +291,7 @@ class ZOTrainerMixin(_Trainer):
         return torch.stack(losses[-1]).mean().float()
 
     def _count(self, zo: ZeroOrder) -> None:
-        """Adds what was measured to the step, scaled as ``training_step`` has scaled it."""
+        """Adds the measured losses to the step, scaled as ``training_step`` scales them."""
         for call, losses in self._zo_waiting:
             if losses is not None:
                 scaled = [call.scaled(loss) for loss in losses]
@@ -296,7 +300,7 @@ class ZOTrainerMixin(_Trainer):
         self._zo_waiting = [(call, losses) for call, losses in self._zo_waiting if losses is None]
 
     def _repeat(self, entry: LoggedStep, step: Callable[[], Tensor]) -> Tensor:
-        """A step that the log has: nothing is measured, unless that drew random numbers, which are drawn again."""
+        """Repeats a step of the log. The loss runs only if measuring it drew random numbers, to draw them again."""
         assert self.zo is not None
         zo = self.zo
 
@@ -313,7 +317,7 @@ class ZOTrainerMixin(_Trainer):
 
     @contextmanager
     def _lr_batches(self, step: Callable[..., Tensor], inputs: Any, items: Any) -> Iterator[list[Callable[[], Any]]]:
-        """For the range test: the losses of a few steps' data; of the batch at hand where no other can be had."""
+        """Yields losses for the range test: of a few steps' data, or of the current batch if no other is available."""
         random, count = rng_state(), self.current_gradient_accumulation_steps
         with unnoticed(self):
             closures: list[Callable[[], Any]] = []
@@ -350,6 +354,6 @@ class ZOTrainerMixin(_Trainer):
 
 
 def _sum(calls: list[LossCall], factor: float) -> Tensor:
-    """The loss of a step: of its micro-batches, as the trainer scales them."""
+    """Returns the loss of a step: the sum over its micro-batches, as the trainer scales them, times ``factor``."""
     losses = [as_scalar(call.loss()) * call.scale for call in calls]
     return torch.stack(losses).sum() * factor

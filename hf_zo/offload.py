@@ -1,4 +1,4 @@
-"""Opens a checkpoint as a streamed model, without ever holding all of it in memory."""
+"""Opens a checkpoint as a streamed model, without holding all of it in memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from zo_core import ConfigError, StateError
 from zo_core.offload import Block, DiskStore, Piece, Streaming, describe, find_blocks, read_header
 
-#: Arguments that decide where weights go, which this function sets itself.
+#: Arguments of ``from_pretrained`` that place the weights; `from_pretrained_offloaded` sets them itself.
 OWN = ("device_map", "offload_folder", "offload_state_dict", "offload_buffers", "max_memory", "state_dict")
 
-#: What finds a configuration on the Hub.
+#: Arguments that locate a configuration on the Hub.
 HUB = ("revision", "token", "cache_dir", "trust_remote_code", "subfolder", "local_files_only", "force_download")
 
 
@@ -38,14 +38,14 @@ def from_pretrained_offloaded(
     model can be trained by `ZOTrainer` or `zo_core.ZeroOrder` without further settings, evaluated, given
     adapters by PEFT, and saved.
 
-    What ``from_pretrained`` has to convert (another ``dtype`` than the checkpoint's, fused experts) is
-    converted layer by layer and kept in ``offload_dir``.
+    Weights that ``from_pretrained`` must convert (another ``dtype`` than the checkpoint's, fused experts)
+    are converted layer by layer and kept in ``offload_dir``.
 
     Args:
         model_class: ``AutoModelForCausalLM`` or any other class with ``from_pretrained``.
         name_or_path: a folder, or the name of a model on the Hub.
-        offload_dir: folder for changed layers; None makes a temporary one that goes with the model.
-        blocks: names of the streamed modules, or of containers of them; None finds them.
+        offload_dir: folder for changed layers; None makes a temporary one that is deleted with the model.
+        blocks: names of the streamed modules, or of containers of them; None finds them automatically.
         device: where the model computes.
         **kwargs: for ``from_pretrained``, for example ``dtype``.
 
@@ -53,8 +53,8 @@ def from_pretrained_offloaded(
         The model, in eval mode, as ``from_pretrained`` returns it.
 
     Raises:
-        ConfigError: an argument that this function sets itself, or a folder that cannot be written to.
-        ModelError: a model without repeated layers.
+        ConfigError: this function sets an argument itself, or the folder cannot be written to.
+        ModelError: the model has no repeated layers.
         StateError: a file of the checkpoint is damaged, or does not have all weights.
     """
     clashes = [f"{key}= is set by from_pretrained_offloaded; leave it out" for key in OWN if key in kwargs]
@@ -97,7 +97,7 @@ def _skeleton(model_class: Any, name_or_path: Any, kwargs: dict[str, Any]) -> nn
 
 
 def _parts(model: nn.Module, blocks: Collection[str], prefix: str = "") -> list[str]:
-    """Names of modules and parameters that cover the model, with ``blocks`` among them."""
+    """Returns names of modules, parameters and buffers that together cover the model and include ``blocks``."""
     parts = [name for name, _ in model.named_parameters(recurse=False)]
     parts += [name for name, _ in model.named_buffers(recurse=False)]
     for name, child in model.named_children():
@@ -109,7 +109,7 @@ def _parts(model: nn.Module, blocks: Collection[str], prefix: str = "") -> list[
 
 
 def _take_over(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Removes the hooks with which accelerate would stream the model, and returns where its weights are."""
+    """Removes accelerate's streaming hooks from the model, and returns the location of each weight."""
     from accelerate.hooks import remove_hook_from_module
 
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
@@ -118,7 +118,7 @@ def _take_over(model: nn.Module) -> dict[str, dict[str, str]]:
     remove_hook_from_module(model, recurse=True)
     for module in model.modules():
         vars(module).pop("forward", None)  # the class's own, which accelerate leaves on the object
-    del model.hf_device_map  # or Trainer takes the model for a parallel one
+    del model.hf_device_map  # otherwise Trainer treats the model as a parallel one
     return index
 
 
@@ -129,7 +129,7 @@ def _adopt(
     headers: dict[str, dict[str, Piece]],
     store: DiskStore,
 ) -> Block:
-    """A block whose values are where ``index`` says, with parameters of its own in place of those on ``meta``."""
+    """Makes a block that reads its values from the files in ``index``; new parameters replace those on ``meta``."""
     holders: dict[str, list[Tensor]] = {}
     pieces: dict[str, Piece] = {}
     for local, parameter in module.named_parameters():

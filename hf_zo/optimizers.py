@@ -1,4 +1,4 @@
-"""Which weights a trainer trains, in which groups and by which optimizer, as its user has chosen in any of the ways."""
+"""Finds which weights a trainer trains, in which groups, and whether its user has chosen an optimizer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .checks import default
 
 
 def chosen_by_user(trainer: Trainer, built: torch.optim.Optimizer) -> str | None:
-    """How the user chose an optimizer; None if the trainer built its default one.
+    """Returns the setting by which the user chose an optimizer; None if the trainer built its default one.
 
     Args:
         trainer: the trainer.
-        built: what its ``create_optimizer`` has made.
+        built: the optimizer from its ``create_optimizer``.
     """
     if trainer.optimizer_cls_and_kwargs is not None:
         return "optimizer_cls_and_kwargs"
@@ -41,7 +41,7 @@ def chosen_by_user(trainer: Trainer, built: torch.optim.Optimizer) -> str | None
 
 @contextmanager
 def numbers_of(args: TrainingArguments, config: ZOConfig) -> Iterator[None]:
-    """In this context the arguments have the learning rate and the weight decay of ``config``, if it has any."""
+    """A context in which the arguments have the learning rate and the weight decay of ``config``, if it sets them."""
     before = args.learning_rate, args.weight_decay
     if config.lr not in (None, AUTO):
         args.learning_rate = float(config.lr)
@@ -53,15 +53,15 @@ def numbers_of(args: TrainingArguments, config: ZOConfig) -> Iterator[None]:
 
 
 def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: float) -> ZOOptimizer:
-    """An optimizer over the slots that ``like`` holds, in groups like its own.
+    """Makes an optimizer over the slots that ``like`` holds, with the same groups.
 
     Args:
-        slots: those of the model. Quantisation scales, which no other optimizer holds, have a group without decay.
-        like: has the learning rate and the weight decay of each parameter.
+        slots: slots of the model. Quantisation scales, which no other optimizer holds, get a group without decay.
+        like: an optimizer with the learning rate and the weight decay of each parameter.
         lr: learning rate of parameters that ``like`` does not hold.
-        eps: distance of the probes.
+        eps: distance of the probes from the weights.
     """
-    # Groups of equal numbers stay apart: checkpoints and logs count them.
+    # Groups with equal settings stay separate: checkpoints and logs count them.
     held = {id(tensor): index for index, group in enumerate(like.param_groups) for tensor in group["params"]}
     theirs: list[dict[str, Any]] = [*like.param_groups, {}]
     members: list[list[Slot]] = [[] for _ in theirs]
@@ -79,18 +79,18 @@ def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: floa
         for group in param_groups(own)
     ]
     if slots[0].scaling is not None:
-        # The first group's eps is the unit of the projected gradient, and scales are what it should be of.
+        # The first group's eps is the unit of the projected gradient, and this should be the eps of the scales.
         groups.sort(key=lambda group: group["params"][0] is not slots[0].tensor)
     return ZOOptimizer(groups, lr=lr, eps=eps)
 
 
 def whole(trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-    """The module that has all the weights which are trained: the model, or with others that belong to the trainer.
+    """Returns a module with all trained weights: the model, or the model together with other modules of the trainer.
 
-    A loss may have weights of its own, as the classifier in a loss of sentence-transformers.
+    A loss may have its own weights, like the classifier in a loss of sentence-transformers.
 
     Raises:
-        ConfigError: the optimizer holds a weight that is in no module of the trainer.
+        ConfigError: the optimizer holds a weight that is not in any module of the trainer.
     """
     known = {id(parameter) for parameter in model.parameters()}
     others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known and p.requires_grad]
@@ -124,6 +124,6 @@ def _modules(name: str, value: Any) -> Iterable[tuple[str, nn.Module]]:
 
 
 def by_decay(trainer: Trainer, model: nn.Module, slot: Slot, group: dict[str, Any]) -> bool:
-    """Whether a slot that has become trainable belongs into a group with this weight decay."""
+    """Whether a slot that has become trainable belongs in a group with this weight decay."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return bool(group["weight_decay"]) == (names.get(id(slot.tensor)) in trainer.get_decay_parameter_names(model))

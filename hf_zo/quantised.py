@@ -1,4 +1,4 @@
-"""Quantised models: transformers refuses to train some of them, which is right for backpropagation."""
+"""Quantised models: transformers refuses to train some of them, because backpropagation cannot."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FLAG = "_hf_peft_config_loaded"
 
 @contextmanager
 def quantised_training(args: tuple[Any, ...], kwargs: dict[str, Any], config: object) -> Iterator[None]:
-    """A context for making a trainer: allows a model whose quantisation scales or adapters are trained.
+    """A context for constructing a trainer: allows a model whose quantisation scales or adapters are trained.
 
-    Scales are made ready at once, because a checkpoint may be loaded before the first step. With adapters, what
-    is refused is a method of quantisation that knows no backpropagation.
+    Scales are prepared immediately, because a checkpoint may be loaded before the first step. With adapters,
+    transformers only refuses quantisation methods without backpropagation.
 
     Args:
-        args, kwargs: what the trainer's constructor was given.
+        args, kwargs: arguments of the trainer's constructor.
         config: its ``zo_config``.
     """
     model = kwargs.get("model", args[0] if args else None)

@@ -1,4 +1,4 @@
-"""The values in a log line about the steps since the last one."""
+"""The values of a log line for the steps since the previous one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zo_core import StepRecord
 
 @dataclass
 class Summary:
-    """Sums over steps, so that a run that logs rarely holds no more than one that logs at every step."""
+    """Sums over steps, so that memory does not grow with the number of steps between two logs."""
 
     steps: int = 0
     skipped: int = 0
@@ -30,7 +30,7 @@ class Summary:
             self.squares += record.projected_grad * record.projected_grad
 
     def numbers(self) -> dict[str, float]:
-        """The root mean square of the projected gradients, the share of clipped probes, and skipped steps if any."""
+        """Returns the root mean square of projected gradients, the share of clipped probes, and any skipped steps."""
         result = {
             "projected_grad": math.sqrt(self.squares / self.measured) if self.measured else float("nan"),
             "zo_clip_rate": self.clipped / self.directions if self.directions else 0.0,

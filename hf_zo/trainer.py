@@ -1,4 +1,4 @@
-"""`ZOTrainer`: the Hugging Face `Trainer` with forward passes only."""
+"""`ZOTrainer`: the Hugging Face `Trainer` with only forward passes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .mixin import ZOTrainerMixin
 
 
 class ZOTrainer(ZOTrainerMixin, Trainer):
-    """Drop-in for `transformers.Trainer`: the same arguments, and ``zo_config``.
+    """Drop-in replacement for `transformers.Trainer`: it has the same arguments, and ``zo_config``.
 
         ZOTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer).train()
 
-    See `ZOTrainerMixin` for what differs.
+    See `ZOTrainerMixin` for the differences.
     """

@@ -1,4 +1,4 @@
-"""Batches for the range test behind ``ZOConfig(lr="auto")``, without a trace in the order of the data."""
+"""Batches for the range test of ``ZOConfig(lr="auto")``, drawn without changing the order of the training data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BATCHES = 8
 
 
 def batches(trainer: Trainer) -> list[Any]:
-    """A few batches of the training data on the strategy's device, as the trainer would draw them.
+    """Draws up to `BATCHES` batches of the training data as the trainer would.
 
     Returns:
-        Nothing for a loader that cannot be started a second time without disturbing the current epoch:
-        of an iterable dataset, with persistent workers, or of another class than ``DataLoader``.
+        The batches, on the strategy's device. An empty list if a second iterator of the loader would disturb
+        the current epoch: it has an iterable dataset or persistent workers, or is not a ``DataLoader``.
     """
     loader: Any = trainer.train_dataloader
     if (

@@ -1,4 +1,4 @@
-"""Who calls what around a step: ``optimizer_step`` hooks, closures, and the torch optimizer's own ``step``."""
+"""Checks the calls around a step: ``optimizer_step`` hooks, closures, and the torch optimizer's own ``step``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zo_core import ConfigError, ZOOptimizer
 
 
 def not_executed() -> MisconfigurationException:
-    """Lightning's own error for a closure that was not called."""
+    """Returns Lightning's own error for a closure that was not called."""
     return MisconfigurationException(
         "The closure hasn't been executed. HINT: did you call `optimizer_closure()` in your `optimizer_step` hook, or "
         "pass it on as `optimizer.step(closure=optimizer_closure)`? It could also happen because the optimizer's "
@@ -24,8 +24,8 @@ def not_executed() -> MisconfigurationException:
 class StepGuard:
     """Intercepts every call of a torch optimizer's ``step``, which only the strategy may make.
 
-    A call from elsewhere would find no gradients and change nothing. A user-defined optimizer gets a closure,
-    as it does under other strategies, and has to run it exactly once.
+    Any other call would find no gradients and change nothing. A user-defined optimizer gets a closure,
+    as it does under other strategies, and must run it exactly once.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StepGuard:
         self._depth = self._calls = 0
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Watches this optimizer from now on, instead of any other."""
+        """Watches this optimizer from now on, and no longer the previous one."""
         self.release()
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -61,8 +61,8 @@ class StepGuard:
         if not self._open:
             raise ConfigError(
                 [
-                    f"the step of {type(optimizer).__name__} was called past the strategy, where no gradients are; "
-                    "write optimizer.step(closure=optimizer_closure) with the optimizer that optimizer_step is given"
+                    f"the step of {type(optimizer).__name__} was called past the strategy, and there are no gradients; "
+                    "write optimizer.step(closure=optimizer_closure) with the optimizer passed to optimizer_step"
                 ]
             )
         self._depth += 1
@@ -71,7 +71,7 @@ class StepGuard:
         if self._depth == 1:
             self._calls = 0
             return args, {**kwargs, "closure": self._closure}
-        if not self._calls and len(args) < 2 and kwargs.get("closure") is None:  # it has called that of its base class
+        if not self._calls and len(args) < 2 and kwargs.get("closure") is None:  # its step called its base class's
             raise not_executed()
         return None
 
@@ -86,12 +86,12 @@ class StepGuard:
             raise ConfigError(
                 [
                     "the optimizer calls its closure more than once in a step, for gradients at other weights; a "
-                    "zeroth-order step has one estimate, so choose an optimizer that needs one, as torch.optim.AdamW"
+                    "zeroth-order step has one estimate, so choose an optimizer that needs one, like torch.optim.AdamW"
                 ]
             )
         return self._result
 
-    # One gradient at a time is enough for these two.
+    # These two hooks only need one gradient at a time.
     _before.per_parameter = _after.per_parameter = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Building the engine from what ``configure_optimizers`` returned."""
+"""Builds the engine from the optimizer that ``configure_optimizers`` returned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .sgd import SGDFace, is_plain
 
 logger = logging.getLogger("lightning_zo")
 
-#: Hooks that change what a step with gradients does, and why they are not called.
+#: Hooks that change a step with gradients, with the reason why they are not called.
 WITHOUT_USE = {
     "backward": "there is no backward pass",
     "configure_gradient_clipping": "there are no gradients; ZOConfig(clip=...) bounds the projected gradient",
@@ -29,13 +29,13 @@ WITHOUT_USE = {
 
 
 def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOConfig) -> ZeroOrder:
-    """An engine that moves what ``optimizer`` holds, by its hyperparameters.
+    """Makes an engine that moves the parameters of ``optimizer`` with its hyperparameters.
 
     Args:
         module: the model.
-        optimizer: a `ZOOptimizer` is used as it is; a plain SGD gives its numbers to the engine's own
-            rules; any other finds the gradient estimate in ``.grad``.
-        config: the settings; its ``lr`` and ``weight_decay`` belong in the optimizer.
+        optimizer: a `ZOOptimizer` is used directly; a plain SGD passes its hyperparameters to the engine's own
+            rules; any other optimizer gets the gradient estimate in ``.grad``.
+        config: the settings; ``lr`` and ``weight_decay`` belong in the optimizer.
 
     Raises:
         ConfigError: settings, optimizer and offload do not fit together.
@@ -91,10 +91,10 @@ def _rule(momentum: float, config: ZOConfig) -> Any:
 
 
 def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConfig:
-    """The configuration, completed by the trainer's device, seed and clipping where it sets none.
+    """Returns the configuration; device, seed and clipping come from the trainer where the configuration sets none.
 
     Raises:
-        ConfigError: clipping was given twice.
+        ConfigError: clipping is set in both.
     """
     given = os.environ.get("PL_GLOBAL_SEED")
     seed = int(given) if config.seed is None and given is not None else config.seed
@@ -115,7 +115,11 @@ def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConf
 
 
 def check(trainer: Trainer, module: LightningModule, config: ZOConfig) -> None:
-    """Raises `ConfigError` for what this module or trainer does that cannot work with probes."""
+    """Checks that a module and its trainer work with probes; logs a warning for hooks without effect.
+
+    Raises:
+        ConfigError: they cannot work; the message lists all problems.
+    """
     name = type(module).__name__
     problems = []
     if not module.automatic_optimization:

@@ -1,4 +1,4 @@
-"""The seed log of one `fit`: where it is, and from where a resumed run continues."""
+"""The seed log of one `fit`: its place, and the step from which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from zo_core.seedlog import FILE_NAME, RunLog, Start
 
 logger = logging.getLogger("lightning_zo")
 
-#: What a user may ask for: yes or no, or where.
+#: The type of the strategy's ``log``: whether to write a log, or its path.
 Where = bool | str | os.PathLike[str]
 
 
 class Asked:
-    """A launcher that launches nothing, but records the arguments of `fit`: if there is no checkpoint yet, later code
-    gets None for "last".
+    """A launcher that only records the ``ckpt_path`` of `fit`: if there is no checkpoint yet, Lightning replaces "last"
+    by None afterwards.
     """
 
     is_interactive_compatible = True
@@ -44,21 +44,21 @@ class Journal(RunLog):
     """Decides from ``ckpt_path`` what happens with the log.
 
     * None: a new log begins, and an old one is kept under another name.
-    * "last", or the newest checkpoint that the log knows: the log is continued. The run repeats the steps that
-      it has beyond the checkpoint, or all if there is no checkpoint yet.
+    * "last", or the newest checkpoint in the log: the log is continued. The run repeats its steps after the
+      checkpoint, or all of its steps if there is no checkpoint yet.
     * an older checkpoint: the run continues from exactly there; the log loses the later steps, and
       the whole log is kept under another name.
 
-    A log that is not of this run never stops it: a warning says why, and a new one begins.
+    A log of another run never stops this one: a warning gives the reason, and a new log begins.
 
     Args:
-        trainer: of the run; its checkpoint has been chosen.
-        path: of the log.
-        asked: what `fit` was given as ``ckpt_path``.
+        trainer: trainer of the run, which has already chosen its checkpoint.
+        path: path of the log.
+        asked: the argument ``ckpt_path`` of `fit`.
 
     Attributes:
-        measures_again: whether repeated steps run their forwards, because something watches what
-            ``training_step`` logs; None until that is known.
+        measures_again: whether repeated steps run their forwards, because a callback or scheduler monitors
+            a value that ``training_step`` logs; None until that is known.
     """
 
     def __init__(self, trainer: Trainer, path: Path, asked: Any):
@@ -69,7 +69,7 @@ class Journal(RunLog):
         self._begun_once = False
 
     def start(self, engine: ZeroOrder) -> Start:
-        """As the class says; a log that is opened again in mid-run is of other tensors, and a new one."""
+        """Decides as the class describes; a log opened again during a run is of other tensors, so it is a new one."""
         resumes = (self.asked == "last" or self.checkpoint is not None) and not self._begun_once
         self._begun_once = True
         source = self._source() if resumes else None
@@ -79,23 +79,23 @@ class Journal(RunLog):
         if source != self.path:
             self.adopt(source)
         if self.checkpoint is None and engine.step_count > log.first_step:
-            return "attach"  # an interrupted run goes on in one process, without a checkpoint: its optimizer is new
+            return "attach"  # an interrupted run continues in one process, without a checkpoint: its optimizer is new
         newest = max(log.parsed.checkpoints, default=log.first_step)
         return "branch" if self.asked != "last" and engine.step_count < newest else "follow"
 
     def _source(self) -> Path | None:
-        """The log to continue: next to the checkpoint, where an earlier run may have had its own folder."""
+        """Finds the log to continue, first next to the checkpoint: an earlier run may have had another folder."""
         beside = [] if self.checkpoint is None else [Path(self.checkpoint).parent / self.path.name]
         return next((path.absolute() for path in (*beside, self.path) if path.exists()), None)
 
     def saw(self, names: set[str]) -> None:
-        """Learns what ``training_step`` logs: whether repeated steps have to log it, too."""
+        """Decides from the names that ``training_step`` logs whether repeated steps must log them, too."""
         forms = {f"{name}{end}" for name in names for end in ("", "_step", "_epoch")}
         self.measures_again = bool(self.measures_again or self.watched & forms)
 
 
 def log_path(trainer: Trainer, where: Where) -> Path | None:
-    """The file of a run's log: ``where``, or next to its checkpoints; None if it has none."""
+    """Returns the file of a run's log: ``where``, or one next to its checkpoints; None if the run has no log."""
     if where is False or trainer.fast_dev_run or trainer.barebones:  # type: ignore[attr-defined]
         return None
     if where is not True:
@@ -106,8 +106,8 @@ def log_path(trainer: Trainer, where: Where) -> Path | None:
     local = [f for f in (*folders, trainer.log_dir, trainer.default_root_dir) if f and get_protocol(str(f)) == "file"]
     if not local:
         logger.warning(
-            "no seed log is written, because checkpoints and logs of this run go to another machine and a log is "
-            "appended to; ZOStrategy(log='some/folder/%s') puts it on this one",
+            "no seed log is written, because checkpoints and logs of this run go to another machine, where nothing can "
+            "be appended; ZOStrategy(log='some/folder/%s') writes it on this one",
             FILE_NAME,
         )
         return None
@@ -115,7 +115,7 @@ def log_path(trainer: Trainer, where: Where) -> Path | None:
 
 
 def _watched(trainer: Any) -> set[str]:
-    """Names of values that callbacks and schedulers decide by."""
+    """Returns the names of the values that callbacks and schedulers monitor."""
     callbacks = {str(callback.monitor) for callback in trainer.callbacks if getattr(callback, "monitor", None)}
     schedulers = {str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
     return callbacks | schedulers

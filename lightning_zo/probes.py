@@ -1,4 +1,4 @@
-"""The calls of ``training_step`` that measure one micro-batch: their losses, and what they logged."""
+"""The calls of ``training_step`` that measure one micro-batch: their losses and logged values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zo_core.oracle import each_copy, upcast
 
-#: Probes of a streamed model run in turns, each in a thread with context variables of its own.
+#: The run of the current probe. Those of a streamed model take turns, each in a thread with its own context variables.
 _current: ContextVar[Run] = ContextVar("zo_probe")
 
 
@@ -27,9 +27,10 @@ class Run:
     """One call of ``training_step``, for one probe or for all of them at once.
 
     Attributes:
-        output: what it returned, to the first of its probes.
-        loss: the loss in that, the mean over its probes; None if there was none.
-        logged: value and keyword arguments of each `log` call, by name and how often the name came before.
+        output: its return value for the first of its probes.
+        loss: the loss in the return value, as the mean over its probes; None if there was none.
+        logged: value and arguments of each `log` call, by name and the number of earlier calls with that name.
+        names: number of `log` calls by name.
     """
 
     output: Any = None
@@ -38,20 +39,20 @@ class Run:
     names: Counter[str] = field(default_factory=Counter)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Keeps what the module logs; a tensor may show a perturbed weight, so it is copied."""
+        """Keeps a logged value; a tensor is copied, because it may be a view of a perturbed weight."""
         value = _mean([one.clone() for one in each_copy(value.detach())]) if isinstance(value, Tensor) else value
         self.logged[name, self.names[name]] = (value, args, kwargs)
         self.names[name] += 1
 
 
 class Probes:
-    """Runs ``training_step`` once per probe; from outside it looks like one step with the mean of all.
+    """Runs ``training_step`` once per probe; to the trainer this is one call, with the mean over the probes.
 
     Args:
-        module: its `log` is replaced while probes run.
-        count: how many probes there are.
+        module: the module, whose `log` is replaced while probes run.
+        count: number of probes.
         accumulated: number of micro-batches in a step; losses are divided by it, as Lightning does.
-        in_turns: whether the probes run by turns, those of a streamed model.
+        in_turns: whether the probes take turns, as those of a streamed model do.
     """
 
     def __init__(self, module: LightningModule, count: int, accumulated: int, in_turns: bool):
@@ -60,9 +61,9 @@ class Probes:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """A context in which the module's logs are kept, and none reaches the trainer.
+        """A context in which the module's logs are kept and do not reach the trainer.
 
-        The profiler is paused if probes run in turns: a part of the step would begin twice before it ends.
+        The profiler is paused if probes take turns, because a part of the step would start twice before it ends.
         """
         own = vars(self.module).get("log")
         trainer: Any = self.module.trainer
@@ -78,18 +79,18 @@ class Probes:
                 self.module.log = own  # type: ignore[method-assign]
 
     def run(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One probe, on containers of its own: modules pop entries from their batch.
+        """Runs one probe, on copies of the containers, because modules pop entries from their batch.
 
         Returns:
-            The loss for the engine; 0.0 where there was none, which changes no difference of losses.
+            The loss for the engine; 0.0 if there was none, which changes no difference of losses.
         """
         run = Run()
-        self.runs.append(run)  # now, in the order of the probes: by turns, they may end in another
+        self.runs.append(run)  # here, in the order of the probes: if they take turns, they may end in another order
         token = _current.set(run)
         try:
             args, kwargs = apply_to_collection((args, kwargs), Tensor, lambda tensor: tensor)
             output = step(*args, **kwargs)
-        except Exception:  # the engine repeats what does not work for several probes at once
+        except Exception:  # the engine runs the probes one by one if this does not work for several at once
             self.runs = [other for other in self.runs if other is not run]
             raise
         finally:
@@ -104,7 +105,7 @@ class Probes:
         return upcast(loss) / self.accumulated
 
     def finish(self) -> None:
-        """Drops the runs that the engine repeated: of a first step whose loss came out as NaN, or that compares."""
+        """Drops the runs that the engine repeated in a first step, after a NaN loss or to compare two measurements."""
         for run in list(self.runs):
             if len(self.runs) > self.count and run.loss is not None and not torch.isfinite(_number(run.loss)):
                 self.runs.remove(run)
@@ -112,16 +113,16 @@ class Probes:
 
     @property
     def without_loss(self) -> int:
-        """How many probes returned None."""
+        """Number of probes that returned None."""
         return sum(run.loss is None for run in self.runs)
 
     @property
     def names(self) -> set[str]:
-        """What the module logged."""
+        """Names that the module logged."""
         return {name for run in self.runs for name, _ in run.logged}
 
     def log(self) -> None:
-        """Logs each name once, with the mean over the probes that logged it; metric objects as they are."""
+        """Logs each name once, with the mean over the probes that logged it; metric objects are passed on unchanged."""
         keys = list(dict.fromkeys(key for run in self.runs for key in run.logged))
         for key in keys:
             calls = [run.logged[key] for run in self.runs if key in run.logged]
@@ -129,7 +130,12 @@ class Probes:
             self.module.log(key[0], _mean([value for value, _, _ in calls]), *args, **kwargs)
 
     def output(self) -> Any:
-        """What one ``training_step`` would have returned: the mean loss, all else from the first probe."""
+        """Returns what one ``training_step`` would return.
+
+        Returns:
+            The mean loss, float32 of shape ``[]``, and everything else from the first probe. None if a probe had
+            no loss.
+        """
         if self.without_loss:
             return None
         loss = torch.stack([_number(run.loss) for run in self.runs]).mean()

@@ -1,4 +1,4 @@
-"""The engine's own rules behind a `torch.optim.SGD`: updates in one pass, without gradients."""
+"""Runs the engine's own rules behind a `torch.optim.SGD`: updates in one pass, without gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUFFER = "momentum_buffer"
 
 
 def is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is SGD as the rules ``sgd`` and ``momentum`` compute it."""
+    """Whether an optimizer is an SGD that the rules ``sgd`` and ``momentum`` can compute."""
     groups = optimizer.param_groups
     return (
         type(optimizer) is torch.optim.SGD
@@ -25,10 +25,10 @@ def is_plain(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class SGDFace(ZOOptimizer):
-    """A `ZOOptimizer` in front of an SGD, whose learning rate, weight decay and momentum it follows.
+    """A `ZOOptimizer` in front of an SGD, with the learning rate, weight decay and momentum of the SGD.
 
-    The trainer, schedulers and callbacks still see the SGD, and checkpoints have its format. Its
-    own ``step`` finds no gradients and changes nothing; it is called because schedulers look for it.
+    The trainer, schedulers and callbacks still use the SGD, and checkpoints have its format. The SGD's
+    own ``step`` finds no gradients and changes nothing; it is called because schedulers check for the call.
 
     Args:
         inner: the SGD.
@@ -46,12 +46,12 @@ class SGDFace(ZOOptimizer):
         return float(self.inner.param_groups[0]["momentum"])
 
     def follow(self) -> None:
-        """Adopts what a scheduler may have changed."""
+        """Copies the SGD's hyperparameters, which a scheduler may have changed."""
         for mine, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             mine["lr"], mine["weight_decay"] = theirs["lr"], theirs["weight_decay"]
         engine = self.engine
         if engine is not None and self.beta and isinstance(engine.rule, Momentum) and engine.rule.beta != self.beta:
-            engine.flush()  # what waits belongs to the momentum of its own step
+            engine.flush()  # pending updates use the momentum of their own step
             engine.rule = Momentum(self.beta)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -61,18 +61,18 @@ class SGDFace(ZOOptimizer):
         return record
 
     def sgd_state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.SGD` would save it, with our mark, which SGD ignores."""
+        """Returns the state in the format of `torch.optim.SGD`, with our mark, which SGD ignores."""
         mine = self.state_dict()["state"]
         buffers = {index: {BUFFER: state["momentum"]} for index, state in mine.items() if "momentum" in state}
         return self._marked({**self.inner.state_dict(), "state": buffers})
 
     def load_sgd_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `sgd_state_dict`; the buffers keep the precision that momentum is computed in.
+        """Loads the result of `sgd_state_dict`; buffers keep the precision in which momentum is computed.
 
-        A state that an SGD wrote in a run with backpropagation is also accepted.
+        Also accepts a state that an SGD wrote in a run with backpropagation.
 
         Raises:
-            StateError: another optimizer wrote the state, or a run with other settings; nothing was loaded.
+            StateError: another optimizer or a run with other settings wrote the state; nothing was loaded.
         """
         check_state(state_dict, self.engine, "SGD")
         problems = self._window_problems(state_dict)

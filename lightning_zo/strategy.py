@@ -1,8 +1,8 @@
-"""The strategy: Lightning's loops, with forward passes only.
+"""The strategy: Lightning's loops with only forward passes.
 
 It uses Lightning's own seams and copies none of its loops: ``training_step`` runs the module's
-``training_step`` once per probe, ``backward`` has nothing to do, and ``optimizer_step`` applies what
-was measured.
+``training_step`` once per probe, ``backward`` has nothing to do, and ``optimizer_step`` applies the
+measurements.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ class ZOStrategy(SingleDeviceStrategy):
     momentum are those of the optimizer from ``configure_optimizers``.
 
     Args:
-        config: a `ZOConfig`, or a dict of its fields, as YAML has it. None takes the defaults. Without a
-            ``seed`` the one of ``seed_everything`` counts, else 0.
-        log: whether every step goes to a seed log, ``seedlog.zo`` next to the checkpoints; or its path.
+        config: a `ZOConfig`, or a dict of its fields, as in YAML. None uses the defaults. If it has no
+            ``seed``, that of ``seed_everything`` is used, else 0.
+        log: whether to write every step to a seed log, ``seedlog.zo`` next to the checkpoints; or its path.
 
     Attributes:
         zo: the engine of the run, from the start of ``fit`` on.
-        log_path: of the run's seed log, from the start of ``fit`` on; None if it has none.
+        log_path: path of the run's seed log, from the start of ``fit`` on; None if it has none.
 
     Raises:
-        ConfigError: settings are not valid, several devices or optimizers, or manual optimization.
+        ConfigError: settings are not valid, or the run has several devices or optimizers, or manual optimization.
     """
 
     strategy_name = "zo"
-    # In place of the properties of the same names.
+    # These attributes replace the properties with their names.
     launcher: Any = None
     root_device: Any = torch.device("cpu")
 
-    # dict comes first in the annotation: LightningCLI passes on what YAML has, and our own check explains mistakes.
+    # dict comes first in the annotation, so that LightningCLI passes on plain YAML: our own check explains mistakes.
     def __init__(self, config: dict[str, Any] | ZOConfig | None = None, log: bool | str | os.PathLike[str] = True):
         super().__init__()
         self.launcher = Asked()
@@ -100,7 +100,7 @@ class ZOStrategy(SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """Empty, so that each Trainer that takes this strategy sets its own; see `root_device`."""
+        """Empty, so that each Trainer with this strategy sets its own devices; see `root_device`."""
         return []
 
     @parallel_devices.setter
@@ -116,7 +116,7 @@ class ZOStrategy(SingleDeviceStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """The nodes of the Trainer, exactly one."""
+        """Number of nodes of the Trainer: always one."""
         return 1
 
     @num_nodes.setter
@@ -125,7 +125,7 @@ class ZOStrategy(SingleDeviceStrategy):
             raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
 
     def connect(self, model: LightningModule) -> None:
-        """Accepts a module whose parameters all have values."""
+        """Connects a module; raises `ModelError` if a parameter has no values."""
         try:
             check_values(model, frozen=True)
         except ModelError:
@@ -134,7 +134,7 @@ class ZOStrategy(SingleDeviceStrategy):
         super().connect(model)
 
     def model_to_device(self) -> None:
-        """Moves the model to the device; one that is to be streamed goes there without its layers, later on."""
+        """Moves the model to the device; one that will be streamed is moved later, without its layers."""
         if self.model is not None and Streaming.of(self.model) is not None:
             move_streamed(self.model, self.root_device)
         elif self.config.offload is None or self.root_device.type == "cpu":
@@ -143,14 +143,14 @@ class ZOStrategy(SingleDeviceStrategy):
     # The run
 
     def setup(self, trainer: Trainer) -> None:
-        """As for any strategy; a model that is only evaluated is also streamed."""
+        """Does what every strategy does; a model that is only evaluated is also streamed."""
         super().setup(trainer)
         if self.config.offload is not None and trainer.state.fn != TrainerFn.FITTING:
             assert self.model is not None
             self._streaming = offload_model(self.model, self.config, [], self.root_device)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Calls ``configure_optimizers``, and makes the engine."""
+        """Calls ``configure_optimizers`` and makes the engine; raises `ConfigError` if these do not fit together."""
         module = self._module()
         check(trainer, module, self.config)
         try:
@@ -178,15 +178,15 @@ class ZOStrategy(SingleDeviceStrategy):
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
 
     def _start(self) -> ZeroOrder:
-        """Makes an engine for what the optimizer holds now, which takes over the state of a running one."""
+        """Makes an engine for the optimizer's current parameters; it takes over the state of a running engine."""
         module, optimizer, before = self._module(), self.optimizers[0], self.zo
         running = before is not None and getattr(before.optimizer, "inner", before.optimizer) is optimizer
         if running:
             assert before is not None
             if self._journal is not None:
-                self._journal.end()  # what moves is another set of tensors, with a log of its own
+                self._journal.end()  # another set of tensors moves from now on, with its own log
             before.close(torch.device("cpu"))
-        zo = self.zo = build(module, optimizer, self._settings)  # known from here on, so that teardown closes it
+        zo = self.zo = build(module, optimizer, self._settings)  # set at once, so that teardown closes it
         if running and before is not None:
             take_over(zo, before)
         zo.continuity.speak_as(FRONT_END)
@@ -209,7 +209,7 @@ class ZOStrategy(SingleDeviceStrategy):
         return self.lightning_module
 
     def teardown(self) -> None:
-        """Applies what is pending, and gives back a model in host memory; one that came streamed stays so."""
+        """Applies pending updates, and moves the model to host memory; one that was streamed before stays streamed."""
         if self._journal is not None:
             self._journal.end()
             self._journal = None
@@ -228,10 +228,10 @@ class ZOStrategy(SingleDeviceStrategy):
     # The step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch: the module's ``training_step``, once per probe.
+        """Measures one micro-batch: runs the module's ``training_step`` once per probe.
 
         Returns:
-            What the module returns, with the mean loss over the probes. None if a probe had no loss.
+            The module's return value, with the mean loss over the probes. None if a probe had no loss.
         """
         run, module = super().training_step, self._module()
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
@@ -247,8 +247,8 @@ class ZOStrategy(SingleDeviceStrategy):
             return torch.tensor(entry.loss, device=self.root_device)
         count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
         probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
-        # Around all probes, too: the default dtype that half precision sets belongs to the process, and probes
-        # of a streamed model run in turns.
+        # Also around all probes: half precision sets the default dtype of the whole process, and probes of a
+        # streamed model take turns.
         watching = nullcontext() if journal is None or entry is not None else journal.watching()
         with self.precision_plugin.train_step_context(), probes.recording(), watching:
             zo.measure(lambda: probes.run(run, args, kwargs))
@@ -262,7 +262,7 @@ class ZOStrategy(SingleDeviceStrategy):
         return probes.output()
 
     def _logged(self, zo: ZeroOrder) -> LoggedStep | None:
-        """The step that is to be repeated instead of being measured, if there is one."""
+        """Returns the step to repeat instead of measuring it, if there is one."""
         if isinstance(zo.optimizer, SGDFace):
             zo.optimizer.follow()  # the log has the learning rate of this step
         return None if self._journal is None else self._journal.logged(zo)
@@ -271,7 +271,7 @@ class ZOStrategy(SingleDeviceStrategy):
     def _lr_batches(
         self, zo: ZeroOrder, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[list[Callable[[], Any]]]:
-        """For the range test: the losses of a few batches; of the one at hand where no others can be had."""
+        """Yields losses for the range test: of a few batches, or of the current one if no others are available."""
         module = self._module()
         probes = Probes(module, 0, 1, zo.streaming is not None)
 
@@ -284,13 +284,13 @@ class ZOStrategy(SingleDeviceStrategy):
             yield [partial(closure, batch) for batch in drawn]
 
     def _at_step(self, step: int) -> ZeroOrder:
-        """The engine, about to measure for the step with this index."""
+        """Returns the engine, ready to measure the step with this index."""
         assert self.zo is not None, "setup_optimizers makes the engine"
         zo = self.zo
         trainer = self._module().trainer
         if zo.step_count != step or trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
-            # The first micro-batch of a step. What was measured before it was not applied: where Lightning's closure
-            # would drop the gradients of a batch whose step was left out, or that runs once more.
+            # The first micro-batch of a step. Earlier measurements that were not applied are dropped, as Lightning's
+            # closure would drop the gradients of a batch whose step was left out, or that runs once more.
             zo.at(step)
             self._forget()
         if not self._losses and self._trained != self._trainable():  # a callback froze or unfroze layers
@@ -303,7 +303,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self._partial = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """A batch may make one step."""
+        """Allows one step for the new batch."""
         super().on_train_batch_start(batch, batch_idx)
         self._stepped = False
 
@@ -312,7 +312,7 @@ class ZOStrategy(SingleDeviceStrategy):
         return closure_loss
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Measures the last micro-batch and moves the weights. There is no scaler, whatever the precision."""
+        """Measures the last micro-batch and moves the weights, in any precision without a scaler."""
         result, trainer = closure(), self._module().trainer
         if trainer.fit_loop._skip_backward:
             return result
@@ -341,28 +341,28 @@ class ZOStrategy(SingleDeviceStrategy):
         self._forget()
         return result
 
-    # Checkpoints and evaluation see final weights
+    # Checkpoints and evaluation use final weights
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """As for any strategy; also notes the checkpoint in the seed log."""
+        """Does what every strategy does, and records the checkpoint in the seed log."""
         if self._journal is not None:
             self._journal.sync()
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if self._journal is not None and "optimizer_states" in checkpoint:  # others have the weights alone
+        if self._journal is not None and "optimizer_states" in checkpoint:  # others only have the weights
             self._journal.note_checkpoint(checkpoint["global_step"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """As for any strategy; 4-bit layers also load their scales."""
+        """Does what every strategy does; 4-bit layers also load their scales."""
         keep_codes_plain(self._module())
         super().load_model_state_dict(checkpoint, strict)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights, after applying pending updates."""
+        """Returns the weights, after applying pending updates."""
         self._flush()
         return super().lightning_module_state_dict()
 
     def on_validation_start(self) -> None:
-        """Applies what is pending."""
+        """Applies pending updates."""
         self._flush()
 
     def _flush(self) -> None:
@@ -370,19 +370,19 @@ class ZOStrategy(SingleDeviceStrategy):
             self.zo.flush()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, in the format of its own class, with our mark."""
+        """Returns the optimizer's state, in the format of its own class, with our mark."""
         if self.zo is None:
             return super().optimizer_state(optimizer)
         face = self.zo.optimizer
         return face.sgd_state_dict() if isinstance(face, SGDFace) else face.state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continues with the state of a checkpoint; it may come from a run with the same optimizer and backpropagation.
+        """Loads the state of a checkpoint, which may come from a run of this optimizer with backpropagation.
 
         Raises:
-            StateError: another optimizer wrote it, or a run with other settings.
+            StateError: another optimizer or a run with other settings wrote it.
         """
-        if self._trained != self._trainable():  # a callback has restored its own parameter groups
+        if self._trained != self._trainable():  # a callback restored its own parameter groups
             self._start()
         assert self.zo is not None, "setup_optimizers makes the engine"
         face, state = self.zo.optimizer, checkpoint["optimizer_states"][0]
@@ -391,7 +391,7 @@ class ZOStrategy(SingleDeviceStrategy):
 
 
 def register() -> None:
-    """Makes "zo" and "zo_offload" names for ``Trainer(strategy=...)``."""
+    """Registers "zo" and "zo_offload" as names for ``Trainer(strategy=...)``."""
     names = {
         "zo": (None, "Zeroth-order training: forward passes only"),
         "zo_offload": (ZOConfig(offload="cpu"), "Zeroth-order training, layers streamed from host memory"),

@@ -1,10 +1,10 @@
-"""Will it fit, and how long will a step take? Worked out from a model's shapes, without its weights.
+"""Estimates memory and the time of a step from a model's shapes, without its weights.
 
     python -m hf_zo.estimate meta-llama/Llama-3.2-1B
 
-Nothing is guessed where the implementation can be asked: the blocks are those that streaming would
+Estimates come from the implementation where possible: the blocks are those that streaming would
 choose, and the memory of a probe is counted while one runs on the meta device, where tensors have
-shapes and no bytes.
+shapes but no bytes.
 """
 
 from .plan import Row, Workload, estimate

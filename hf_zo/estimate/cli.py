@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the estimate; returns the exit status."""
+    """Prints the estimate; returns the exit status: 0, or 2 for an error."""
     args = _parser().parse_args(argv)
     try:
         config = ZOConfig(
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zo-estimate",
-        description="What it takes to fine-tune a model with forward passes only, worked out from its configuration.",
+        description="Estimates what it takes to fine-tune a model with only forward passes, from its configuration.",
     )
     parser.add_argument("model", help="a folder with a config.json, or the name of a model on the Hub")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the weights")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="dtype of the weights (bfloat16)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences per batch (1)")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence (512)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where the model computes (cuda)")
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--disk", type=_rate, help="bytes per second of the disk, for example 3G")
     parser.add_argument("--flops", type=_rate, help="operations per second of the device, for example 100T")
     parser.add_argument("--measure", action="store_true", help="measure the rates that are not given, on this machine")
-    parser.add_argument("--folder", help="for --measure: a folder on the disk that blocks would be on")
-    parser.add_argument("--json", action="store_true", help="all numbers, for machines")
+    parser.add_argument("--folder", help="for --measure: a folder on the disk for the blocks")
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON, in bytes and seconds")
     return parser
 
 
@@ -87,5 +87,5 @@ def _rate(text: str) -> float:
     try:
         return parse_number(text.removesuffix("/s"))
     except ValueError:
-        message = f"{text!r} must be a number above 0, with K, M, G, T or P behind it or none"
+        message = f"{text!r} must be a number above 0, optionally followed by K, M, G, T or P"
         raise argparse.ArgumentTypeError(message) from None

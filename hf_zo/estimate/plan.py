@@ -1,4 +1,4 @@
-"""What a training run takes: bytes in each place, bytes moved per step, and a bound on its time."""
+"""Estimates a training run: bytes in each place, bytes moved per step, and a lower bound on the time of a step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .rates import Rates
 from .trace import Segment, formula, run_probe, together
 from .variants import LORA_TARGETS, with_int4, with_lora
 
-#: Mixed precision: weights and gradients in 16 bits, and in float32 the weights and Adam's two moments.
-#: In float32 throughout it is the same: weights, gradients, two moments of 4 bytes each.
+#: Mixed precision: weights and gradients in 16 bits; weights and Adam's two moments in float32.
+#: Training in float32 takes the same: weights, gradients and two moments of 4 bytes each.
 ADAMW_BYTES = 16
 
-#: bitsandbytes with double quantisation: a code of 4 bits, a scale of 8 bits for 64 weights, and one of 32
-#: bits for 256 of those.
+#: Bits per weight of bitsandbytes with double quantisation: a code of 4 bits, a scale of 8 bits for 64 weights,
+#: and one of 32 bits for 256 of these scales.
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 PLACES = (None, "cpu", "disk")
@@ -34,16 +34,19 @@ PLACES = (None, "cpu", "disk")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, how, and on what.
+    """The batch, the method and the machine of a training run.
 
     Attributes:
         batch_size: sequences per batch.
         length: tokens per sequence.
         device: "cuda" or "cpu", which treat scratch memory differently.
-        config: the estimator, number of probes, rule, blocks and device_memory that are used.
-        rates: for the time of a step.
+        config: settings; the estimator, number of probes, rule, blocks and device_memory are used.
+        rates: rates of the machine, for the time of a step.
         lora_rank: rank of the adapters.
         lora_targets: names of the layers that have adapters.
+
+    Raises:
+        ConfigError: a field is not valid; the message lists all of them.
     """
 
     batch_size: int = 1
@@ -75,18 +78,18 @@ class Row:
     """One way to train the model; all sizes in bytes.
 
     Attributes:
-        name: the way, in words.
-        device: most memory in use on the device. What a process takes by itself (Python, libraries, a
-            CUDA context) comes on top.
-        host: memory of the host in addition to that; on a CPU both are the same memory, and add up.
+        name: a description of the way.
+        device: peak memory on the device. The memory of the process itself (Python, libraries, a CUDA
+            context) comes on top.
+        host: additional host memory; on a CPU both are the same memory, and add up.
         disk: size of the block files; unchanged blocks are read from the checkpoint itself.
-        read, written: moved per step, to and from the device or between disk and memory.
-        forwards: per step; None where the time is not worked out.
-        seconds: a step takes at least this long; None where a rate is missing.
-        parts: what ``device`` is made of.
-        traced: the model's forward was run on the meta device, else activations are a formula.
+        read, written: bytes moved per step, to and from the device or between disk and memory.
+        forwards: forwards per step; None if the time is not estimated.
+        seconds: lower bound on the time of a step; None if a rate is missing.
+        parts: the parts that ``device`` consists of.
+        traced: whether the model's forward ran on the meta device; else activations come from a formula.
 
-    On a CPU, ``device`` counts what the heaps of the probes' threads keep of freed memory, where blocks are small.
+    On a CPU with small blocks, ``device`` includes the freed memory that the heaps of the probes' threads keep.
     """
 
     name: str
@@ -102,16 +105,19 @@ class Row:
 
 
 def estimate(model: nn.Module, work: Workload) -> list[Row]:
-    """Rows for all ways to train a model, and for full fine-tuning and QLoRA by backpropagation.
+    """Estimates all ways to train a model, and full fine-tuning and QLoRA with backpropagation.
 
     Args:
-        model: on the meta device, for example from `skeleton`.
+        model: a model on the meta device, for example from `skeleton`.
         work: the batch, the method and the machine.
 
     Returns:
-        One row each for resident, streamed from host memory and streamed from disk, of all weights,
-        int4 scales, LoRA, and LoRA on int4; then two for backpropagation. Ways that the model does not
+        For each of all weights, int4 scales, LoRA, and LoRA on int4: one row each for resident, streamed from
+        host memory and streamed from disk. Then two rows for backpropagation. Ways that the model does not
         allow are left out.
+
+    Raises:
+        ConfigError: ``lora_targets`` is not the default, and the model has no such layers or no linear ones.
     """
     active = _active_parameters(model)
     rank = work.lora_rank
@@ -131,7 +137,7 @@ def estimate(model: nn.Module, work: Workload) -> list[Row]:
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
-    """The slots of the trainable parameters; on meta, tied weights are those that are one parameter."""
+    """Returns the slots of the trainable parameters; on meta, weights are tied if they are one parameter."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -194,10 +200,10 @@ def _row(
         "activations": scratch.activations,
         "noise": noise if on_cpu else 0,
     }
-    # Blocks that are all in the arena stay there; otherwise each is gone when its turn comes again.
+    # If all blocks fit into the arena, they stay there; otherwise each is evicted before it is needed again.
     read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0
     written = sum(block.nbytes for block in trained)
-    # On CUDA files are read and written a tensor at a time, on a CPU from and to the arena itself.
+    # On CUDA files are read and written a tensor at a time, on a CPU directly from and to the arena.
     transit = 0 if on_cpu else max((s.numel() * d.itemsize for b in blocks for s, d in b.specs.values()), default=0)
     beside = max((block.nbytes for block in trained), default=0)  # the new file, until it replaces the old one
     row = Row(
@@ -218,9 +224,9 @@ def _row(
 
 
 def _seconds(place: str | None, read: int, written: int, operations: float, rates: Rates) -> float | None:
-    """``max(bytes / bandwidth, operations / rate)``.
+    """Returns ``max(bytes / bandwidth, operations / rate)``.
 
-    Copies to and from the device pass each other, those to and from a disk add up.
+    Copies to and from the device overlap; reads and writes of a disk add up.
     """
     bounds = [None if rates.flops is None else operations / rates.flops]
     if place is not None:
@@ -240,7 +246,7 @@ def _segments(
     for inputs in _inputs(type(model).__name__, ids):
         try:
             return run_probe(model, slots, modules, partial(model, **inputs)), True
-        except Exception:  # a forward may ask for values, which do not exist, in any way
+        except Exception:  # a forward that needs values, which do not exist, may raise any error
             continue
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 0)
     vocabulary = int(getattr(config, "vocab_size", 0) or 0)
@@ -248,7 +254,7 @@ def _segments(
 
 
 def _inputs(class_name: str, ids: Tensor) -> list[dict[str, Tensor]]:
-    """Batches to try, for a model of this class."""
+    """Returns batches to try for a model of this class."""
     per_sequence = class_name.endswith("ForSequenceClassification")
     labels = {"labels": ids[:, 0] if per_sequence else ids}
     mask = {"attention_mask": torch.ones_like(ids)}
@@ -256,7 +262,7 @@ def _inputs(class_name: str, ids: Tensor) -> list[dict[str, Tensor]]:
 
 
 def _active_parameters(model: nn.Module) -> int:
-    """Parameters that multiply each token: not the tables that are only looked up, nor experts that are not chosen."""
+    """Counts the parameters that multiply each token: no lookup tables, and no experts that are not chosen."""
     config: Any = getattr(model, "config", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     experts = next(
@@ -277,7 +283,7 @@ def _active_parameters(model: nn.Module) -> int:
 
 
 def _backpropagation(model: nn.Module, qlora: nn.Module | None) -> list[Row]:
-    """Weights, gradients and moments; activations come on top."""
+    """Rows with weights, gradients and moments; activations come on top."""
     count = sum(p.numel() for p in model.parameters())
     rows = [
         Row(

@@ -1,4 +1,4 @@
-"""How fast this machine moves bytes and multiplies."""
+"""Measures how fast this machine moves bytes and multiplies matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """What bounds the time of a step; None where it is not known.
+    """The rates that bound the time of a step; None if a rate is not known.
 
     Attributes:
         link: bytes per second between host memory and device, one way.
@@ -27,16 +27,16 @@ class Rates:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, folder: str | None = None) -> Rates:
-    """The best of three tries for each rate, in about a second or two.
+    """Measures each rate as the best of three tries, in about one or two seconds.
 
     Args:
-        device: where the model computes.
+        device: the device where the model computes.
         dtype: dtype of the weights.
         folder: a folder on the disk for the blocks; None takes the folder of temporary files.
 
     Returns:
-        All three rates. The file is read with its pages dropped from the page cache first, as far as
-        the kernel follows the advice; a virtual disk may still have a cache of its own.
+        All three rates. The file's pages are dropped from the page cache before it is read, as far as
+        the kernel follows the advice; a virtual disk may still have its own cache.
     """
     host = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(host, device=device, pin_memory=False)

@@ -1,4 +1,4 @@
-"""A model without values, from its configuration alone. The only file here that uses transformers."""
+"""Makes a model without values from its configuration. This is the only file of the package that uses transformers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from zo_core import ConfigError
 
 
 def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model that a configuration describes, on the meta device and in eval mode.
+    """Makes the model that a configuration describes, on the meta device and in eval mode.
 
     Args:
         name_or_path: a folder with a ``config.json``, or the name of a model on the Hub.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Returns:
-        An object of the class that the configuration names, else of ``AutoModelForCausalLM``; tied
-        weights are one parameter.
+        A model of the class that the configuration names, or if it names none, one from
+        ``AutoModelForCausalLM``; tied weights are one parameter.
 
     Raises:
         ConfigError: there is no such configuration or class.
     """
-    import transformers  # which takes a second, and --help has no use for it
+    import transformers  # here, because it takes a second, and --help does not need it
 
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
@@ -33,7 +33,7 @@ def skeleton(name_or_path: str, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
         raise ConfigError(
             [f"{name_or_path!r} is neither a folder with a config.json nor a model that can be reached: {reason}"]
         ) from error
-    config.use_cache = False  # as Trainer sets it; keys and values of all layers would be kept otherwise
+    config.use_cache = False  # as Trainer does; otherwise keys and values of all layers would be kept
     named: list[str] = getattr(config, "architectures", None) or []
     cls: Any = next((getattr(transformers, c) for c in named if hasattr(transformers, c)), None)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The estimate for people and for machines."""
+"""Formats an estimate as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .plan import Row, Workload
 
 
 def as_table(title: str, rows: Sequence[Row], work: Workload) -> str:
-    """At most 80 columns."""
+    """Formats the rows as a table of at most 80 columns."""
     head = f"{'':30}{'device':>10}{'host':>10}{'disk':>10}{'a step':>11}{'s/step':>9}"
     lines = [title, "", head]
     for row in rows:
@@ -44,7 +44,7 @@ def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
 
 
 def as_json(title: str, rows: Sequence[Row], work: Workload) -> str:
-    """All numbers, in bytes and seconds."""
+    """Formats all numbers as JSON, in bytes and seconds."""
     inputs = {
         "batch_size": work.batch_size,
         "length": work.length,

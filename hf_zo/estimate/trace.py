@@ -1,8 +1,8 @@
-"""How much memory a probe takes besides the weights: one runs on the meta device, and its tensors are counted.
+"""Counts the memory of a probe besides the weights: a probe runs on the meta device, and its tensors are counted.
 
-The model's own forward runs, through the same hooks that perturb it in training, so whatever is
-alive at once is counted: perturbed copies, activations, logits, the upcast copy of the loss. The
-workspaces of kernels are not counted. Attention is counted as fused.
+The model's own forward runs with the hooks that perturb it in training. So the trace counts all tensors that
+are alive at once: perturbed copies, activations, logits, the upcast copy of the loss. It does not count the
+workspaces of kernels, and counts attention as fused.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from zo_core.modes import eval_mode
 from zo_core.noise import Direction
 from zo_core.oracle import Materialised, ScratchPool
 
-#: Perturbed copies are told apart by number of elements and dtype, as `ScratchPool` does; None is all else.
+#: Number of elements and dtype of a perturbed copy, the key of `ScratchPool`; None for all other tensors.
 Kind = tuple[int, torch.dtype] | None
 
 
 @dataclass
 class Segment:
-    """What is alive between two ends of blocks.
+    """The live tensors between the ends of two consecutive blocks.
 
     Attributes:
-        peak: most bytes at once.
-        peaks: most bytes at once, by kind.
-        end: bytes at the end, by kind.
+        peak: peak of all bytes.
+        peaks: peak of the bytes of each kind.
+        end: bytes of each kind at the end.
     """
 
     peak: int = 0
@@ -47,12 +47,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Bytes besides weights while the probes of a step run.
+    """Bytes besides the weights while the probes of a step run.
 
     Attributes:
-        copies: perturbed copies of weights.
-        activations: everything else; with a caching allocator (CUDA) the most at any one time
-            together with ``copies``.
+        copies: bytes of perturbed copies of weights.
+        activations: bytes of everything else; with a caching allocator (CUDA) so many that, together with
+            ``copies``, they are the peak.
     """
 
     copies: int
@@ -60,10 +60,10 @@ class Scratch:
 
 
 class Trace(TorchDispatchMode):
-    """Counts the bytes of the tensors that were made under it and are still alive.
+    """Counts the bytes of live tensors that were made while the mode is active.
 
     Args:
-        held: tensors from before, which do not count.
+        held: earlier tensors, which are not counted.
     """
 
     def __init__(self, held: Iterable[Tensor]):
@@ -77,7 +77,7 @@ class Trace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # what a model asks about its batch: is the mask full, is nothing packed?
+            return True  # a model checks its batch: is the mask full, is nothing packed?
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -101,13 +101,13 @@ class Trace(TorchDispatchMode):
         self.live[kind] -= size
 
     def cut(self) -> None:
-        """The end of a block: a new segment begins."""
+        """Ends the segment at the end of a block, and begins a new one."""
         self.segments[-1].end = Counter(self.live)
         self.segments.append(Segment(sum(self.live.values()), Counter(self.live)))
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention takes its result and nothing else, as the fused kernels of CPU and CUDA."""
+    """Makes attention allocate only its result, like the fused kernels of CPU and CUDA."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,10 +145,10 @@ class _CountedPool(ScratchPool):
 def run_probe(
     model: nn.Module, slots: list[Slot], blocks: Collection[nn.Module], closure: Callable[[], Any]
 ) -> list[Segment]:
-    """One probe of a model on the meta device, cut at the ends of ``blocks``.
+    """Runs one probe of a model on the meta device; its trace is cut at the ends of ``blocks``.
 
     Raises:
-        Exception: whatever the model raises, for example because its forward depends on values.
+        Exception: any error of the model, for example because its forward depends on values.
     """
     trace = Trace([*model.parameters(), *model.buffers()])
     realisation = Materialised(model, slots, lambda slot, point: _Unmoved(Rademacher(), slot.key, ((0, 1.0),)))
@@ -165,9 +165,9 @@ def run_probe(
 
 
 def formula(model: nn.Module, slots: list[Slot], tokens: int, width: int, vocabulary: int) -> list[Segment]:
-    """Stands in for `run_probe` where a model's forward depends on values: the largest module, and the logits.
+    """Replaces `run_probe` if a model's forward depends on values: counts the largest module, and the logits.
 
-    Logits are counted in float32 three times (upcast, logarithms, and once in passing), hidden states
+    Logits are counted in float32 three times (upcast, logarithms, and one temporary copy), hidden states
     eight times.
     """
     own: dict[nn.Module, Counter[Kind]] = {}
@@ -188,17 +188,17 @@ def formula(model: nn.Module, slots: list[Slot], tokens: int, width: int, vocabu
 
 
 def together(segments: Sequence[Segment], probes: int, pooled: bool, kept: int = 0) -> Scratch:
-    """Memory of ``probes`` probes that pass through each block in turn.
+    """Returns the memory of ``probes`` probes that pass through each block in turn.
 
-    While one runs through a block, each of the others waits at its beginning or at its end. With one
+    While one probe runs through a block, each of the others waits at the block's beginning or end. With one
     probe at a time this is the largest segment.
 
     Args:
-        segments: of one probe.
-        probes: how many run in lockstep.
-        pooled: perturbed copies are kept for reuse, by size (`ScratchPool` on the CPU), instead of being
-            returned to an allocator that finds room for anything.
-        kept: most bytes that the heap of a probe's thread keeps of what was freed (`trim_heaps`).
+        segments: segments of one probe.
+        probes: number of probes that run in lockstep.
+        pooled: whether perturbed copies are kept for reuse, by size (`ScratchPool` on the CPU), instead of being
+            returned to an allocator that can reuse their memory for any tensor.
+        kept: most bytes of freed memory that the heap of a probe's thread keeps (`trim_heaps`).
     """
     best, kinds = 0, Counter[Kind]()
     before: Counter[Kind] = Counter()

@@ -1,4 +1,4 @@
-"""The same skeleton with int4 codes and scales, or with LoRA adapters."""
+"""Copies of a skeleton with int4 codes and scales, or with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zo_core import ConfigError
 
-#: Weights that share one scale: the default of bitsandbytes.
+#: Number of weights that share one scale: the default of bitsandbytes.
 BLOCK_SIZE = 64
 
 #: What PEFT adapts by default: the projections of queries and values, under their various names.
@@ -33,7 +33,7 @@ class Int4Linear(nn.Module):
         self.bias = base.bias
 
     def freeze(self) -> None:
-        """Scales that do not move are no parameters, and stay on the device when codes are streamed."""
+        """Makes the scales a buffer: they do not move, and stay on the device when codes are streamed."""
         scales = self.scales.data
         del self.scales
         self.register_buffer("scales", scales)
@@ -57,10 +57,10 @@ class LoraLinear(nn.Module):
 
 
 def with_int4(model: nn.Module) -> nn.Module:
-    """A copy whose linear layers are int4, except the head; only scales move.
+    """Returns a copy whose linear layers are int4, except the head; only scales move.
 
     Raises:
-        ConfigError: there is no linear layer.
+        ConfigError: the model has no linear layer.
     """
     model = copy.deepcopy(model).requires_grad_(False)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -79,7 +79,7 @@ def with_int4(model: nn.Module) -> nn.Module:
 
 
 def with_lora(model: nn.Module, rank: int, targets: Collection[str] = LORA_TARGETS) -> nn.Module:
-    """A copy with adapters on the layers of these names; only they move.
+    """Returns a copy with adapters on the layers with these names; only the adapters move.
 
     Raises:
         ConfigError: no layer has one of these names.

@@ -1,4 +1,4 @@
-"""What the tests of `hf_zo` share: quiet arguments, a little data, and the bare loop that a trainer has to equal."""
+"""Shared by the tests of `hf_zo`: quiet arguments, a little data, and the bare loop that a trainer must equal."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def logged(trainer: Trainer, key: str) -> list[Any]:
 
 
 def zo_trainer(path: Path, model: str = "llama", cls: type[Any] = ZOTrainer, **settings: Any) -> Any:
-    """A trainer on `texts`; what is no argument of the trainer is a training argument."""
+    """A trainer on `texts`; keywords that are not arguments of the trainer are training arguments."""
     names = ("zo_config", "callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "optimizers")
     own = {name: settings.pop(name) for name in names if name in settings}
     own = {"model": tiny(model), "train_dataset": texts(), **own}
@@ -163,7 +163,7 @@ def run(zo: ZeroOrder, steps: list[list[Batch]], scheduler: Any, loss: Loss = mo
 
 
 def seedlog_trainer(path: Path, **changes: Any) -> Any:
-    """Eight steps in two epochs, with everything that has to advance: schedule, shuffling, accumulation.
+    """Eight steps in two epochs, with everything that must advance: schedule, shuffling, accumulation.
 
     ``changes`` are arguments of the trainer, of its arguments, or ``cls``.
     """

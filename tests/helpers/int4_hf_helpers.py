@@ -1,4 +1,4 @@
-"""Models that transformers has quantised with bitsandbytes, and trainers of them."""
+"""Models that transformers has quantised with bitsandbytes, and trainers for them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 
 def scales(model: nn.Module) -> list[Tensor]:
-    """Copies of the scales that are there now."""
+    """Copies of the current scales."""
     return [layer.weight.quant_state.absmax.clone() for layer in layers(model)]
 
 

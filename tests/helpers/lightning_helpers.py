@@ -1,4 +1,4 @@
-"""What the tests of `lightning_zo` share: modules around the tiny models, quiet trainers, batches in a fixed order."""
+"""Shared by the tests of `lightning_zo`: modules around the tiny models, quiet trainers, batches in a fixed order."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def loader(name: str = "llama", count: int = 6) -> Any:
 
 
 class Resumable:
-    """A loader that remembers where it was, so that a run may go on in mid-epoch."""
+    """A loader that remembers its position, so that a run can continue in the middle of an epoch."""
 
     def __init__(self, name: str = "llama", count: int = 6):
         self.data, self.at, self.resumed = batches(name, count), 0, False
@@ -97,7 +97,7 @@ class Resumable:
 
 
 class Tally:
-    """A count that is no state of the module, so that the call of every probe counts."""
+    """A count that is not part of the module's state, so that it counts the call of every probe."""
 
     def __init__(self) -> None:
         self.count = 0

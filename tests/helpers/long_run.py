@@ -1,4 +1,4 @@
-"""One long run in a process of its own: prints its anonymous memory, in MB, after every step.
+"""One long run in its own process: prints its anonymous memory, in MB, after every step.
 
 python long_run.py '{"front": "bare", "noise": "rademacher", "rule": "sgd", "offload": null, "steps": 2000}'
 """
@@ -23,7 +23,7 @@ SHAPES = {"small": (6, 112), "large": (12, 2900)}
 
 
 class Model(nn.Module):
-    """Blocks that can be streamed; takes a batch by name and returns the loss, as trainers want it."""
+    """A model with blocks that can be streamed; takes a batch by name and returns the loss, as trainers require."""
 
     def __init__(self, size: str):
         super().__init__()
@@ -41,7 +41,7 @@ TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc alone h
 
 
 def anonymous() -> float:
-    """RssAnon of this process in MB, without what was freed: how much of that the allocator keeps differs by MBs."""
+    """RssAnon of this process in MB, without freed memory: how much of it the allocator keeps varies by MBs."""
     TRIM(0)
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) / 1024

@@ -1,7 +1,7 @@
-"""Tiny models with their batches: four families of transformers, and plain modules with habits that trip hooks.
+"""Tiny models with their batches: four families of transformers, and plain modules that are difficult for hooks.
 
-`tiny(name)` builds a model and `closure(name, model)` the function that a training step calls. The
-random weights are the same at every call, and the global generators are left alone.
+`tiny(name)` builds a model and `closure(name, model)` the function that a training step calls. Every
+call gives equal random weights, and does not change the global generators.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Mlp(nn.Module):
 
 
 class FunctionalTiedHead(nn.Module):
-    """Uses ``self.embed.weight`` outside the forward of ``embed``, and an embedding again after it was done with."""
+    """Uses ``self.embed.weight`` outside the forward of ``embed``, and an embedding again after it was finished."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ConvNet(nn.Module):
 
 
 class Unseen(nn.Module):
-    """Uses the weight of an uncalled submodule out of the sight of hooks and function modes, as C++ code does."""
+    """Uses the weight of an uncalled submodule where hooks and function modes do not run, as C++ code does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class CustomOp(Unseen):
-    """The same through an operator that torch does not know: its insides are out of sight, its arguments are not."""
+    """Uses the weight in an operator that torch does not know: hooks can see its arguments, not its implementation."""
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         return project(x, weight)
@@ -131,7 +131,7 @@ class KeepingLinear(nn.Linear):
 
 
 class KeptView(nn.Module):
-    """Looks at the weight of ``first`` again through a view, when ``first`` is done and ``second`` has run."""
+    """Reads the weight of ``first`` again through a view, after ``first`` and ``second`` have run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class KeptView(nn.Module):
 
 
 class Parametrised(nn.Module):
-    """The weight that is used is computed from the parameters whenever someone looks at it."""
+    """Computes the weight from the parameters at each access."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ EVERY = (*FAMILIES, *PLAIN)
 
 
 def tiny(name: str, tied: bool = True, dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
-    """A model of a few thousand weights, in training mode. ``tied`` says whether head and embedding are one."""
+    """A model of a few thousand weights, in training mode; ``tied`` makes head and embedding one parameter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = PLAIN[name]() if name in PLAIN else _family(name, tied, layers)
@@ -201,7 +201,7 @@ def _family(name: str, tied: bool, layers: int) -> nn.Module:
 
 
 def batch(name: str, dtype: torch.dtype = torch.float32, index: int = 0) -> dict[str, Tensor]:
-    """Keyword arguments for the forward of `tiny`, the labels among them; another ``index``, another batch."""
+    """Keyword arguments for the forward of `tiny`, including labels; each ``index`` gives another batch."""
     generator = torch.Generator().manual_seed(index)
     if name in FAMILIES or name == "functional_tied_head":
         ids = torch.randint(0, VOCAB, (2, 8), generator=generator)
@@ -234,7 +234,7 @@ def gpt2() -> tuple[nn.Module, object]:
 
 
 def only_linear(model: nn.Module) -> nn.Module:
-    """Trains the weights of linear layers alone, but for the head."""
+    """Trains only the weights of linear layers, except the head."""
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if (isinstance(module, nn.Linear) and name != "lm_head") or type(module).__name__ == "Conv1D":

@@ -1,4 +1,4 @@
-"""Small models that are streamed, and runs of them to compare."""
+"""Small streamed models, and runs of them to compare."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def deep() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def in_memory(parameter: Tensor) -> Tensor:
-    """What a parameter points at while its values are elsewhere; to read it in the ordinary way would bring them."""
+    """The data of a parameter while its values are elsewhere; an ordinary read would fetch them."""
     with torch._C.DisableTorchFunctionSubclass():
         return parameter.data
 

@@ -1,4 +1,4 @@
-"""Measuring at a few points, and the obvious way to stand at one of them."""
+"""Measures losses at a few points, and sets weights to a point in the obvious way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POINTS = (Point(11, EPS), Point(11, -EPS), Point(12, 0.0), Point(12, 3 * EPS))
 
 
 def measure(model: nn.Module, loss: Callable[[], object], points: tuple[Point, ...] = POINTS) -> list[float]:
-    """The losses at the points, as the oracle finds them."""
+    """The losses that the oracle measures at the points."""
     return [value.item() for value in ZeroOrder(model).oracle.losses(points, loss)]
 
 
@@ -32,7 +32,7 @@ def moved(model: nn.Module, point: Point, noise: str = "rademacher") -> nn.Modul
 
 
 def counted(loss: Callable[[], object], calls: list[int]) -> Callable[[], object]:
-    """The same closure, leaving a mark for each call."""
+    """The closure, which also records each call."""
 
     def run() -> object:
         calls.append(1)

@@ -1,4 +1,4 @@
-"""Reads what `examples/quickstart.py` prints, and checks that it is the story that README tells.
+"""Reads the output of `examples/quickstart.py`, and checks that it agrees with README.
 
 python tests/helpers/quickstart_table.py LOG
 """
@@ -15,7 +15,7 @@ TRAINERS = ("ZOTrainer", "Trainer")
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says about one trainer; memory in MiB."""
+    """A row of the table, for one trainer; memory in MiB."""
 
     loss: float
     seconds: float
@@ -38,7 +38,7 @@ def read(log: str) -> tuple[float, dict[str, Row]]:
 
 
 def check(log: str) -> None:
-    """Fails unless both trainers learn, forward-only training takes less memory, and nothing warns."""
+    """Fails unless both trainers learn, forward-only training takes less memory, and there are no warnings."""
     before, rows = read(log)
     zo, plain = (rows[name] for name in TRAINERS)
     assert zo.loss < before, f"ZOTrainer has not learnt: {before} -> {zo.loss}"

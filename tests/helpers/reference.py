@@ -1,6 +1,6 @@
-"""MeZO in plain torch: slow, obvious, and what every fast path has to equal bit for bit.
+"""MeZO in plain torch: a slow, obvious reference that every fast path must equal bit for bit.
 
-It shares three things with the library: the seeds, the names of the slots, and the values of z.
+It uses three things of the library: the seeds, the names of the slots, and the values of z.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mezo(
     seed: int = 0,
     noise: Noise | None = None,
 ) -> list[Step]:
-    """One step per learning rate; changes the model's weights and returns what each step saw."""
+    """One step per learning rate; changes the model's weights and returns the measurements of each step."""
     noise = noise or Rademacher()
     model.eval()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

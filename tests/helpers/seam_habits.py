@@ -1,4 +1,4 @@
-"""What libraries do beyond what they promise, and we rely on, checked directly: the second half of `seams.py`."""
+"""Direct checks of undocumented behaviour of libraries that we rely on: the second half of `seams.py`."""
 
 from __future__ import annotations
 

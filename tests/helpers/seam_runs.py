@@ -1,4 +1,4 @@
-"""Small real runs in which what `tests/helpers/seams.py` lists has to be used. Each takes an empty folder."""
+"""Small real runs that must use the names in `tests/helpers/seams.py`. Each takes an empty folder."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def estimate(path: Path) -> None:
 
 
 class OnceNan(ZOTrainer):
-    """One of its losses is not a number."""
+    """A trainer with one NaN loss."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -82,7 +82,7 @@ def trainer(path: Path) -> None:
 
 
 def range_test(path: Path) -> None:
-    """The parts of it that look into the trainer; the whole of it takes half a minute."""
+    """The parts that inspect the trainer; all of it takes half a minute."""
     run = zo_trainer(path)
     run.train()
     with unnoticed(run):
@@ -164,7 +164,7 @@ def strategy(path: Path) -> None:
 
 
 def strategy_range_test(path: Path) -> None:
-    """As `range_test`."""
+    """Like `range_test`."""
     from lightning_helpers import Wrapped, batches, fitted
 
     from lightning_zo import auto_lr

@@ -1,4 +1,4 @@
-"""Watching who reads an attribute of a library while a small run goes on."""
+"""Records which modules read an attribute of a library during a small run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Seam:
-    """A name of a library that it does not promise to keep, or does not promise to look at.
+    """A name that a library does not promise to keep, or does not promise to read.
 
     Attributes:
-        name: "module:owner.attribute", in which the module may be the owner.
-        file: the one of ours that relies on it.
+        name: "module:owner.attribute"; the module itself may be the owner.
+        file: our file that relies on it.
         why: what goes wrong without it.
-        run: what has to be done for it to be used; takes an empty folder.
-        ours: where the attribute is to be watched if not at its own place: "module:owner" of ours, which overrides
+        run: a function that makes the code use it; takes an empty folder.
+        ours: where to watch the attribute, if not at its own place: "module:owner" of ours, which overrides
             or imports it.
-        reader: the package whose code has to use it; None for the file itself. What we override or set, the library
-            must use.
-        anew: whether the library looks for it without having it itself.
+        reader: the package whose code must use it; None for the file itself. The library must use what we override
+            or set.
+        anew: whether the library looks for it but does not define it.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Seam:
 
 @dataclass(frozen=True)
 class Habit:
-    """Something that a library does, which is checked directly.
+    """A behaviour of a library that is checked directly.
 
     Attributes:
-        name: "module:what", with the names it is about.
+        name: "module:what", with the names that it concerns.
         file, why: as in `Seam`.
         holds: whether the library does it; takes an empty folder.
     """
@@ -82,7 +82,7 @@ def resolve(place: str) -> Any:
 
 
 def _reader() -> str:
-    """The module whose code is running, this one aside."""
+    """The module whose code is running, apart from this one."""
     frame = sys._getframe(1)
     while frame.f_globals["__name__"] == __name__ and frame.f_back is not None:
         frame = frame.f_back

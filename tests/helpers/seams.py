@@ -1,7 +1,7 @@
-"""The table of what we rely on in libraries beyond what they promise: one row a name, with the file and the reason.
+"""The table of undocumented names of libraries that we rely on: one row per name, with the file and the reason.
 
-An upgrade that drops or renames one of these would not always fail by itself: an override that nobody calls any more, a
-flag that nobody reads. `tests/project/test_seams.py` makes each row a test, and fails for a name that is missing here.
+An upgrade that drops or renames one of these need not raise an error: an override is no longer called, or a flag is no
+longer read. `tests/project/test_seams.py` makes each row a test, and fails for a name that is missing here.
 """
 
 from __future__ import annotations

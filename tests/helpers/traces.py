@@ -1,4 +1,4 @@
-"""What a measurement must not leave behind: a record of everything about a model that can be seen from outside."""
+"""Checks that a measurement leaves no traces: records everything about a model that is visible from outside."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def memory(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """The parameter objects, and what those point at that have their values; to be had before anybody reads them."""
+    """Ids of the parameters, with pointer and stride of those that have their values; call it before any read."""
     return {
         name: (id(p), p.requires_grad, None if isinstance(p, StandIn) else (p.data_ptr(), p.stride()))
         for name, p in model.named_parameters()
@@ -49,7 +49,7 @@ def generators() -> list[bytes]:
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Asserts on exit, also by an exception, that weights, buffers, modes, hooks and objects are what they were."""
+    """Asserts on exit, also by an exception, that weights, buffers, modes, hooks and objects are unchanged."""
     objects = memory(model)
     values = weights(model)
     modes = [module.training for module in model.modules()]

@@ -1,4 +1,4 @@
-"""Seed logs: a whole fine-tune in a small file, replayed bit for bit."""
+"""Seed logs: a small file records a whole fine-tune, and replays it bit for bit."""
 
 from .adapter import ADAPTER_FILES, load_adapter, save_adapter
 from .fingerprint import fingerprint

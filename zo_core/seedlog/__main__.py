@@ -4,7 +4,7 @@
     python -m zo_core.seedlog verify run/seedlog.zo [--base model.safetensors]
     python -m zo_core.seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
 
-A base is a safetensors file, or a folder with some.
+A base is a safetensors file, or a folder of them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ WIDTH, HEIGHT = 72, 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 if all is well, 1 for a damaged log or one that does not fit."""
+    """Runs one command; returns 0 on success, 1 if the log is damaged or does not fit the base."""
     parser = argparse.ArgumentParser(prog="python -m zo_core.seedlog", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
-        "show": "what a log says: the run, its losses, its projected gradients",
-        "verify": "check every record, and with --base the model that the run began with",
-        "replay": "the trained weights, from the base model and the log",
+        "show": "summarise a log: the run, its losses, its projected gradients",
+        "verify": "check every record, and with --base also the model that the run started from",
+        "replay": "compute the trained weights from the base model and the log",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -71,7 +71,7 @@ def _verify(options: argparse.Namespace) -> int:
         raise StateError(log.corrupt)
     if options.base is not None:
         check_run(engine_for(_model(options.base, log), log), log, log.first_step, frozen=False)
-        print(f"{options.base} is the model that the run began with")
+        print(f"{options.base} is the model that the run started from")
     torn = f"; {log.torn} bytes of an unfinished record at the end are left out" if log.torn else ""
     print(f"{log.path} is whole: steps {log.first_step} to {log.next_step - 1}, every checksum right{torn}")
     return 0
@@ -89,7 +89,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def summary(log: SeedLog) -> list[str]:
-    """What a log says, in lines."""
+    """Summarises a log in lines of text."""
     header, moved = log.header, [entry for entry in log.steps if not entry.skipped]
     slots = header["base"]["slots"]
     count = sum(math.prod(shape) for shape, _, _ in slots.values())
@@ -123,7 +123,7 @@ def summary(log: SeedLog) -> list[str]:
 
 
 def curve(losses: Sequence[float]) -> list[str]:
-    """Losses as text: means of consecutive steps, one dot for each column."""
+    """Plots losses as lines of text: each column has one dot, the mean of some consecutive steps."""
     columns = min(WIDTH, len(losses))
     edges = [len(losses) * i // columns for i in range(columns + 1)] if columns else [0]
     means = []
@@ -156,13 +156,13 @@ def _draw(log: SeedLog, path: Path) -> None:
 
 
 def _model(base: Path, log: SeedLog) -> nn.Module:
-    """The tensors of some safetensors files in a module without a forward: what the run moved as parameters."""
+    """A module that only holds the tensors of safetensors files; those that the run moved are parameters."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(base.glob("*.safetensors")) if base.is_dir() else [base]:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors has an error type of its own
+        except Exception as error:  # safetensors has its own error type
             raise StateError(f"the base {path} cannot be read: {error}") from error
     moved = moved_names(tensors, log.header)
     if not moved:

@@ -1,4 +1,4 @@
-"""Sharing a fine-tune as its seed log: a folder of a few hundred kilobytes, whatever the size of the model."""
+"""Sharing a fine-tune as its seed log: a folder of a few hundred kilobytes for a model of any size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .replay import engine_for, replay
 CONFIG_NAME = "zo_adapter.json"
 ADAPTER_FILES = [CONFIG_NAME, FILE_NAME, "README.md"]
 
-#: How the model card loads the result, where nobody knows how the base model is made.
+#: Lines of the model card that load the result, if it is not known how the base model is made.
 LOADING = (
     "from zo_core.seedlog import load_adapter",
     "",
@@ -38,26 +38,26 @@ def save_adapter(
     base_model: str = "",
     loading: Sequence[str] = LOADING,
 ) -> Path:
-    """Writes a folder from which `load_adapter` makes the fine-tuned weights again.
+    """Writes a folder from which `load_adapter` reproduces the fine-tuned weights.
 
     Args:
-        source: a seed log, or the path of one.
-        folder: made if it is missing.
-        until: how many steps of it count; None takes all.
-        trained: the fingerprint's digest of the trained weights, which loading then checks.
-        base_model: its name, for the card.
-        loading: lines of Python that load the result, for the card.
+        source: a seed log, or its path.
+        folder: created if it does not exist.
+        until: use only the steps before this one; None uses all.
+        trained: digest of the fingerprint of the trained weights, which loading then checks.
+        base_model: name of the base model, for the model card.
+        loading: lines of Python that load the result, for the model card.
 
     Returns:
         The folder, with ``seedlog.zo``, ``zo_adapter.json`` and a model card.
 
     Raises:
-        StateError: the log cannot be read, or not be replayed.
+        StateError: the log cannot be read or cannot be replayed.
     """
     log = source if isinstance(source, SeedLog) else SeedLog.read(source)
     if log.corrupt is not None or log.header["limits"]:
         reason = log.corrupt or "; ".join(log.header["limits"])
-        raise StateError(f"the seed log {log.path} cannot be shared, nobody could replay it: {reason}")
+        raise StateError(f"the seed log {log.path} cannot be shared, because it cannot be replayed: {reason}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
@@ -78,15 +78,15 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, until: int | N
 
     Args:
         model: the base model, in the dtype of the run and untrained; changed in place.
-        folder: one that `save_adapter` made.
-        until: an earlier step of the run; None takes the weights that were shared.
+        folder: a folder that `save_adapter` wrote.
+        until: an earlier step of the run; None loads the weights that were shared.
 
     Returns:
         ``model``.
 
     Raises:
-        StateError: another base model, or a damaged folder. Before the last check, of the result, nothing
-            is changed; if that fails, the weights are not those that were shared.
+        StateError: the base model is another one, or the folder is damaged. The model is unchanged, unless the
+            last check, of the result, fails: then its weights are not those that were shared.
     """
     folder = Path(folder)
     config = _config(folder)
@@ -121,7 +121,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def card(log: SeedLog, config: dict[str, Any], size: int, loading: Sequence[str]) -> str:
-    """The model card."""
+    """Returns the text of the model card; ``size`` is that of the log in bytes."""
     header, name = log.header, config["base_model"]
     on_hub = bool(name) and not os.path.exists(name)
     front = ["---", "library_name: zo-trainer", "tags:", "- zeroth-order", "- seed-log"]

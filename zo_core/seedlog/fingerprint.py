@@ -1,8 +1,8 @@
-"""The fingerprint of a model: SHA-256 over the bytes of every parameter, none left out or sampled.
+"""The fingerprint of a model: SHA-256 over all bytes of every parameter.
 
-Parameters that training moves are named by their slot; of the frozen ones (the base under an adapter)
-the order does not matter, so that names which a trainer puts in front of them do not either. Buffers
-are not part of it.
+Parameters that training moves are identified by their slot keys. The names and the order of frozen ones
+(the base of an adapter) do not matter, so prefixes that a trainer adds do not change the fingerprint.
+Buffers are not part of it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ..targets import elsewhere, memory_of, plain_parameters
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
 
-#: Bytes of a tensor on a device that are brought to the host at a time.
+#: Bytes of a tensor on a device that are copied to the host at a time.
 PIECE = 1 << 26
 
 
 def digest(tensor: Tensor) -> str:
-    """16 hexadecimal digits from the bytes of a tensor, in row-major order."""
+    """Hashes the bytes of a tensor, of any shape and dtype, in row-major order; returns 16 hexadecimal digits."""
     whole = hashlib.sha256()
     flat = tensor.detach().reshape(-1)
     step = max(1, PIECE // max(1, flat.element_size()))
@@ -37,13 +37,13 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
-    """What identifies the weights in memory as they are now, without updates that wait for the end of a window.
+    """Identifies the current weights in memory, without the pending updates of low-rank windows.
 
-    Streamed blocks are read one at a time.
+    Reads streamed blocks one at a time.
 
     Returns:
-        ``slots``: shape, dtype and digest of each slot by key; ``frozen``: their number and a digest
-        of all other parameters; ``digest``: of all of it.
+        ``slots``: shape, dtype and digest of each slot by key; ``frozen``: the number of all other
+        parameters and their digest; ``digest``: of all of this.
     """
     engine.flush()
     with engine.hidden():
@@ -60,7 +60,7 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
 
 
 def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
-    """Dtype and shape, and the digest, of every parameter, by ``id``; what stands for a streamed one has others."""
+    """Dtype with shape, and digest, of every parameter by ``id``; for streamed ones those of the real values."""
     found: dict[int, tuple[str, str]] = {}
     tensors: dict[int, Tensor] = {id(p): p for _, p in plain_parameters(engine.model)}
     tensors |= {id(slot.tensor): slot.tensor for slot in engine.slots}
@@ -85,7 +85,7 @@ def _described(tensor: Tensor) -> tuple[str, str]:
 
 
 def _streamed(engine: ZeroOrder) -> Iterator[tuple[list[list[int]], list[Tensor]]]:
-    """The tensors of each streamed block, and the parameters that stand for each of them."""
+    """The tensors of each streamed block, and the ids of the parameters that each of them replaces."""
     if engine.streaming is None:
         return
     for block in engine.streaming.blocks:
@@ -94,12 +94,16 @@ def _streamed(engine: ZeroOrder) -> Iterator[tuple[list[list[int]], list[Tensor]
 
 
 def check_base(logged: dict[str, Any], found: dict[str, Any], name: str, *, frozen: bool = True) -> None:
-    """Raises `StateError`, naming both sides, unless a model is the one that a log began with.
+    """Checks that a model is the one that a log began with.
 
     Args:
-        logged, found: what `fingerprint` returned then and now.
-        name: of the log, for messages.
-        frozen: compare the parameters that do not move, too.
+        logged: the result of `fingerprint` when the log began.
+        found: its result for this model.
+        name: name of the log, for messages.
+        frozen: also compare the parameters that do not move.
+
+    Raises:
+        StateError: the models differ; the message has both sides.
     """
     check_slots(logged, found, name)
     other = [key for key, value in logged["slots"].items() if found["slots"][key][2] != value[2]]

@@ -1,13 +1,13 @@
-"""The bytes of a seed log: a header, then checksummed records, each checked together with the one before.
+"""The bytes of a seed log: a header, then records with chained checksums.
 
     header   magic 8s | version u32 | length u32 | JSON, deflated | crc32
     step     step u32 | coefficient f32, n times | loss f32 | learning rate f64, once per column | crc32
     change   0xFFFFFFFF | length u32 | JSON | crc32
 
-Everything is little-endian. A checksum starts from the one before it, so a record that is missing,
-repeated or taken from another log shows. With one direction and one learning rate a step is 24 bytes.
-Seeds are not stored: they derive from the run's seed, the step and the direction. A step that was
-skipped has NaN for its coefficients. What changes in mid-run (`Settings`) is a change-record.
+Everything is little-endian. Each checksum starts from the previous one, so a record that is missing,
+repeated or taken from another log is detected. With one direction and one learning rate a step is 24 bytes.
+Seeds are not stored: they derive from the run's seed, the step and the direction. The coefficients of a
+skipped step are NaN. Settings that change during the run (`Settings`) are in change-records.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ FLOAT32_MAX = 2.0**128 - 2.0**104
 
 @dataclass(frozen=True)
 class Settings:
-    """What an update needs besides its probes and learning rates, and what may change in mid-run.
+    """The settings of an update besides its probes and learning rates; they may change during the run.
 
     Attributes:
-        seed: of the run.
+        seed: seed of the run.
         group_of: index of the parameter group of each slot.
         eps: eps of each group in units of the step's eps.
-        weight_decay: of each group.
-        columns: which of the learning rates in a record is that of each group.
+        weight_decay: weight decay of each group.
+        columns: index of each group's learning rate among those in a record.
     """
 
     seed: int
@@ -63,18 +63,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One step of a log, with all that is needed to do it again.
+    """One step of a log, with everything needed to repeat it.
 
     Attributes:
-        step: its index.
+        step: index of the step.
         coefficients: one per direction, as they were applied; empty if the step was skipped.
-        loss: as it was reported, in float32.
+        loss: the reported loss, in float32.
         lrs: learning rate of each parameter group.
-        settings: those that were in force.
+        settings: the settings of the step.
         draws: whether measuring it drew from the global random generators (dropout does).
-        rule: that was in force, as its registry describes it.
-        noise: of the run, likewise; it knows the seeds of a step.
-        merged: whether low-rank windows were ended before it, by closing the engine.
+        rule: the rule of the step, as its registry describes it.
+        noise: the noise of the run, as its registry describes it; it derives the seeds of a step.
+        merged: whether closing the engine ended low-rank windows before the step.
     """
 
     step: int
@@ -93,14 +93,14 @@ class LoggedStep:
 
     @cached_property
     def probes(self) -> tuple[Probe, ...]:
-        """The directions with their coefficients, as `zo_core.StepRecord` had them."""
+        """The directions with their coefficients, as in the `zo_core.StepRecord` of the step."""
         seed_of, base = NOISES.resolve(self.noise).seed, self.settings.seed
         return tuple(Probe(seed_of(base, self.step, i), c) for i, c in enumerate(self.coefficients))
 
 
 @lru_cache(maxsize=64)
 def step_struct(num_probes: int, num_lrs: int) -> struct.Struct:
-    """The body of a step-record, without its checksum."""
+    """The layout of a step-record without its checksum."""
     return struct.Struct(f"<I{num_probes}ff{num_lrs}d")
 
 
@@ -111,7 +111,7 @@ def encode_header(header: dict[str, Any]) -> bytes:
 
 
 def encode_step(step: int, coefficients: Sequence[float], loss: float, lrs: Sequence[float], chain: int) -> bytes:
-    """One step-record; ``chain`` is the checksum of the record before."""
+    """Encodes a step-record; ``chain`` is the checksum of the previous record."""
     if abs(loss) > FLOAT32_MAX:
         loss = math.copysign(math.inf, loss)
     body = step_struct(len(coefficients), len(lrs)).pack(step, *coefficients, loss, *lrs)
@@ -126,18 +126,18 @@ def encode_change(change: dict[str, Any], chain: int) -> bytes:
 
 @dataclass
 class Parsed:
-    """What the bytes of a log say.
+    """The parsed contents of a log.
 
     Attributes:
-        header: as it was written.
-        steps: all whole steps, in order.
-        offsets: where each of them begins.
-        checkpoints: the steps at which a checkpoint was begun.
+        header: the decoded JSON.
+        steps: all complete steps, in order.
+        offsets: byte offset of each step.
+        checkpoints: the steps at which the writing of a checkpoint began.
         changes: number of change-records.
-        settings, rule, draws, merged, next_step: as they are after the last record.
-        end: where the last good record ends; what follows is damaged.
+        settings, rule, draws, merged, next_step: their values after the last record.
+        end: byte offset of the end of the last good record; anything after it is damaged.
         chain: checksum of the last good record.
-        torn: bytes after ``end`` that are no whole record.
+        torn: number of bytes after ``end`` if they are an incomplete record.
         corrupt: what is wrong at ``end``, if it is more than a torn tail.
         followed: whether good steps come after the damage.
     """
@@ -160,14 +160,14 @@ class Parsed:
 
 
 def parse(data: bytes, name: str) -> Parsed:
-    """Reads a log.
+    """Parses a log.
 
     Args:
-        data: the whole file.
-        name: for messages.
+        data: the bytes of the whole file.
+        name: name of the log, for messages.
 
     Raises:
-        StateError: this is no log, or its header is damaged.
+        StateError: the data is not a log, or its header is damaged.
     """
     header, end = _header(data, name)
     try:
@@ -186,7 +186,7 @@ def parse(data: bytes, name: str) -> Parsed:
             parsed.torn = len(data) - parsed.end
         else:
             parsed.corrupt = f"{name} is corrupt at byte {parsed.end}, after step {parsed.next_step - 1}: " + (
-                "a record does not have the length it says" if problem == "torn" else problem
+                "a record has another length than it states" if problem == "torn" else problem
             )
         break
     return parsed
@@ -209,7 +209,7 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
 
 
 def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
-    """Takes in the record at ``parsed.end``; returns what is wrong with it, or None."""
+    """Adds the record at ``parsed.end`` to ``parsed``; returns what is wrong with it, or None."""
     at, rest = parsed.end, len(data) - parsed.end
     if rest < 8:
         return "torn"
@@ -227,7 +227,7 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
     else:
         values = layout.unpack(body)
         if first != parsed.next_step:
-            return f"step {parsed.next_step} should come, but step {first} does"
+            return f"step {parsed.next_step} is expected, but step {first} follows"
         coefficients, loss, lrs = values[1 : 1 + num_probes], values[1 + num_probes], values[2 + num_probes :]
         parsed.steps.append(
             LoggedStep(
@@ -250,7 +250,7 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
 
 
 def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
-    """Entries that this version does not know are for people."""
+    """Applies a change-record; entries that this version does not know are only information for people."""
     parsed.changes += 1
     if "settings" in change:
         parsed.settings = Settings.from_dict(change["settings"])
@@ -263,7 +263,7 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
 
 
 def _another(data: bytes, parsed: Parsed, num_probes: int) -> bool:
-    """Whether a good step-record lies after ``parsed.end``: then what is there is not a torn tail."""
+    """Whether there is a good step-record after ``parsed.end``; the damage is then not a torn tail."""
     layout = step_struct(num_probes, 1 + max(parsed.settings.columns))
     for at in range(parsed.end + 4, len(data) - layout.size - CRC.size + 1):
         body = data[at : at + layout.size]

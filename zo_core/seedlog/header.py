@@ -1,4 +1,4 @@
-"""The header of a seed log: which run it is of, and whether an engine is one of that run."""
+"""The header of a seed log: it identifies a run, and shows whether an engine belongs to that run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from .log import SeedLog
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
 
-#: Settings that decide what a run measures. Doing its steps again does not depend on them.
+#: Settings that determine what a run measures. Repeating its steps does not depend on them.
 MEASURING = ("estimator", "eps", "clip", "dropout")
 
 
 def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
-    """Raises `StateError`, naming both sides, unless an engine goes on with the run that a log is of.
+    """Checks that an engine continues the run of a log: all settings are equal, and `check_run` passes.
 
-    That takes all settings of that run, besides what `check_run` asks. An engine without a seed takes the log's.
+    An engine without a seed takes the log's.
+
+    Raises:
+        StateError: the engine belongs to another run; the message has both sides.
     """
     logged = next((entry.settings for entry in log.steps if entry.step >= engine.step_count), log.parsed.settings)
     theirs = {name: log.header[name] for name in (*_facts(engine), *MEASURING) if name in log.header}
-    eps = theirs.pop("eps")  # of the first group; the others are ratios, and compared in each step
+    eps = theirs.pop("eps")  # of the first group; the other groups have ratios, which are compared in each step
     if eps != engine.continuity.given["eps"][0]:
         theirs["eps"] = [eps * ratio for ratio in log.header["settings"]["eps"]]
     if RULES.resolve(theirs["rule"]).name == engine.rule.name and _varies(log):
@@ -51,15 +54,24 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
 
 
 def _varies(log: SeedLog) -> bool:
-    """Whether the rule changes from step to step: a scheduler cycles its momentum. Then its name has to agree."""
+    """Whether the rule changes from step to step (a scheduler cycles its momentum); then only its name must match."""
     return any(entry.rule != log.header["rule"] for entry in log.steps)
 
 
 def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True) -> None:
-    """Raises `StateError`, naming both sides, unless an engine can do the steps of a log.
+    """Checks that an engine can repeat the steps of a log.
 
-    The weights are compared if they are those of the log's first step; later ones are not in the log, and those
-    of a run that was interrupted are ahead of it.
+    The weights are compared only if they are those of the log's first step: the log has no fingerprint of later
+    weights, and the weights of an interrupted run are ahead of the step.
+
+    Args:
+        engine: the engine to check.
+        log: the log of the run.
+        step: the step that the engine starts at.
+        frozen: also compare the parameters that do not move.
+
+    Raises:
+        StateError: the engine cannot repeat the steps; the message has both sides.
     """
     name = f"the seed log {log.path}"
     now = _facts(engine)
@@ -76,7 +88,7 @@ def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True
 
 
 def _facts(engine: ZeroOrder) -> dict[str, Any]:
-    """What decides the update and does not change in mid-run, apart from the rule's own settings."""
+    """The settings that determine the update and do not change during a run, except for the rule's own settings."""
     config = engine.config
     return {
         "target": TARGETS.describe(engine.target),
@@ -88,7 +100,7 @@ def _facts(engine: ZeroOrder) -> dict[str, Any]:
 
 
 def make_header(engine: ZeroOrder) -> dict[str, Any]:
-    """The header of a log that begins at the engine's next step."""
+    """Builds the header of a log that begins at the engine's next step."""
     settings, _ = current(engine)
     limits = []
     if engine.rule.wants_optimizer:
@@ -121,7 +133,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
-        "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none whatever the noise
+        "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none with any noise
         "limits": limits,
         "notes": notes,
         "prefix": _prefix(engine),
@@ -131,7 +143,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
 
 
 def _prefix(engine: ZeroOrder) -> str:
-    """What the names of the parameters have in front of their slot keys, without wrappers."""
+    """The prefix of parameter names before their slot keys, without wrappers."""
     slot = engine.slots[0]
     held = {id(tensor) for tensor in slot.leads}
     name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
@@ -140,11 +152,11 @@ def _prefix(engine: ZeroOrder) -> str:
 
 
 def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Settings, tuple[float, ...]]:
-    """The engine's settings and the learning rates of its groups.
+    """Returns the engine's settings and the learning rates of its groups.
 
     Args:
-        engine: any.
-        columns: an assignment of learning rates to columns that is kept if it still fits.
+        engine: the engine.
+        columns: the column of each group's learning rate so far; it is kept if it still fits.
     """
     groups, of = engine.optimizer.param_groups, engine.optimizer.groups_of(engine.slots)
     index = {id(group): i for i, group in enumerate(groups)}
@@ -171,7 +183,7 @@ def _fit(columns: tuple[int, ...], lrs: tuple[float, ...]) -> bool:
 
 
 def updates(settings: Settings, lrs: tuple[float, ...], rule: Any) -> dict[str, Any]:
-    """What decides an update besides its probes; the columns are a matter of writing."""
+    """The settings that determine an update besides its probes; columns only concern the encoding."""
     return {
         "lr": lrs,
         "weight_decay": settings.weight_decay,

@@ -16,14 +16,14 @@ FILE_NAME = "seedlog.zo"
 
 
 class SeedLog:
-    """What a log file holds.
+    """The contents of a log file.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         header: format, versions, fingerprint of the base model, configuration.
         steps: one `LoggedStep` per step.
         first_step, next_step: the log has the steps ``first_step … next_step - 1``.
-        torn: bytes of an incomplete last record, which are left out.
+        torn: number of bytes of an incomplete last record, which are ignored.
         corrupt: what is wrong after the last good step, or None.
     """
 
@@ -34,11 +34,11 @@ class SeedLog:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SeedLog:
-        """Reads a log; one that is still being written, too.
+        """Reads a log, which may still be open for writing.
 
         Raises:
-            StateError: there is no such file, it is no log, or its header is damaged. A damaged
-                record is no error here: the steps before it are there, and ``corrupt`` says where.
+            StateError: the file does not exist, is not a log, or has a damaged header. A damaged
+                record is no error here: the steps before it are read, and ``corrupt`` tells where it is.
         """
         try:
             data = Path(path).read_bytes()
@@ -47,7 +47,7 @@ class SeedLog:
         return cls(path, parse(data, f"the seed log {path}"))
 
     def since(self, step: int) -> tuple[LoggedStep, ...]:
-        """The steps from ``step`` on, for weights that already have the earlier ones.
+        """Returns the steps from ``step`` on, for weights that already have the earlier ones.
 
         Raises:
             StateError: the log begins later, ends earlier, or is corrupt.
@@ -62,20 +62,20 @@ class SeedLog:
         return tuple(entry for entry in self.steps if entry.step >= step)
 
     def upto(self, step: int) -> bytes:
-        """The file as it was when ``step`` was the next one."""
+        """Returns the bytes of the file as it was when ``step`` was the next one."""
         end = next((at for entry, at in zip(self.steps, self.parsed.offsets, strict=True) if entry.step >= step), None)
         return self.path.read_bytes()[: self.parsed.end if end is None else end]
 
 
 def set_aside(path: Path) -> Path | None:
-    """Gives a log that is there another name, which it returns; nothing is kept of one without steps."""
+    """Renames an existing log and returns its new path; None if there is no log, or one without steps to keep."""
     if not path.exists():
         return None
     try:
         if not SeedLog.read(path).steps:
             return None
     except StateError:
-        pass  # whatever it is, it is kept
+        pass  # keep the file, even if it is not a log
     number = 1
     while (other := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1

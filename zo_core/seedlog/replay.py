@@ -1,8 +1,8 @@
-"""Doing the steps of a log again, many in one pass over each slot.
+"""Repeats the steps of a log, many in one pass over each slot.
 
-An update depends on nothing but the slot's own weights and state, so instead of moving all slots step
-by step, each slot (on the CPU each piece of it that fits into the cache) takes all its steps at once.
-A streamed block is read and written once, however many steps there are.
+An update depends only on the slot's own weights and state. So slots do not move together, step by step:
+each slot (on the CPU each piece of it that fits into the cache) takes all its steps at once.
+A streamed block is read and written once for any number of steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .log import SeedLog
 Advance = Callable[[int], None]
 Move = tuple[UpdateRule, Direction, float, float]
 
-#: Directions whose words for one batch fit into the cache of words together.
+#: Number of directions whose words for one batch fit into the cache of words together.
 CACHED_DIRECTIONS = 48
 
 
@@ -52,18 +52,18 @@ def replay(
     Args:
         model: the base model, as it was when the log began. Or an engine: one with ``offload`` is
             streamed block by block, and one that was loaded from a checkpoint of the run continues from
-            its step. Its state (momentum), step and seed are then those of the run as well.
-        log: the log, or the path of one.
-        until: how many steps the run had taken; None takes all that the log has.
-        progress: show a bar, if the error stream is a terminal.
-        frozen: check the parameters that do not move, too.
+            its step. Its state (momentum), step and seed are then also set to those of the run.
+        log: the log, or its path.
+        until: the step to stop before; None replays all steps of the log.
+        progress: show a progress bar, if the error stream is a terminal.
+        frozen: also check the parameters that do not move.
 
     Returns:
         The step that the weights are at.
 
     Raises:
-        StateError: another model, another configuration, a damaged log, or steps that it does not
-            have. The weights were not touched.
+        StateError: the model or the configuration is another one, the log is damaged, or it does not have the
+            steps. The weights are unchanged.
     """
     log = log if isinstance(log, SeedLog) else SeedLog.read(log)
     start = (model.step_count if isinstance(model, ZeroOrder) else 0) or log.first_step
@@ -71,9 +71,9 @@ def replay(
     engine = model if isinstance(model, ZeroOrder) else engine_for(model, log)
     check_run(engine, log, start, frozen=frozen)
     if start == log.first_step and engine.places.used():
-        raise StateError("the engine has rule state from other steps, which a replay would go on with; make a new one")
+        raise StateError("the engine has rule state from other steps, which a replay would use; make a new engine")
     if start == log.first_step:
-        engine.optimizer.thresholds.clear()  # those of this run come from the weights that it began with
+        engine.optimizer.thresholds.clear()  # the thresholds of this run come from the weights at its start
     steps = [entry for entry in log.steps if start <= entry.step < end]
     if not log.header.get("windows", True):
         engine.updaters.wait_no_more(engine.rule)
@@ -85,7 +85,7 @@ def replay(
 
 
 def _end(log: SeedLog, start: int, until: int | None) -> int:
-    """Where to stop, after checking that the log leads there from ``start``."""
+    """Returns the step to stop before, after checking that the log has the steps from ``start`` to it."""
     if log.header["limits"]:
         raise StateError(f"the seed log {log.path} cannot be replayed: {'; '.join(log.header['limits'])}")
     if log.corrupt is not None and (until is None or until > log.next_step):
@@ -104,7 +104,7 @@ def _end(log: SeedLog, start: int, until: int | None) -> int:
 
 
 def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
-    """An engine over the tensors that a logged run moved, configured as that run was.
+    """Makes an engine over the tensors that a logged run moved, with the configuration of that run.
 
     Raises:
         ModelError: the model has nothing to move.
@@ -126,7 +126,7 @@ def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
 
 @contextmanager
 def _trainable(model: nn.Module, target: Target, header: dict[str, Any]) -> Iterator[None]:
-    """The parameters of the run, and no others, trainable for a while; a fresh model may have others."""
+    """A context in which only the parameters of the run are trainable; a fresh model may have others trainable."""
     if type(target) is not Trainable:
         yield
         return
@@ -148,7 +148,7 @@ def _trainable(model: nn.Module, target: Target, header: dict[str, Any]) -> Iter
 
 
 def moved_names(names: Iterable[str], header: dict[str, Any]) -> set[str]:
-    """Those names of parameters that stand for what a run moved, whatever a trainer put in front of them."""
+    """Returns the names of the parameters that a run moved, with or without the prefixes that a trainer adds."""
     full = {f"{header['prefix']}{key}" for key in header["base"]["slots"]}
     ends = {end for name in full for end in _ends(name)}
     named = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
@@ -164,13 +164,13 @@ def _ends(name: str) -> list[str]:
 
 
 def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep], *, progress: bool = False) -> None:
-    """Moves the slots of an engine by some steps.
+    """Applies steps to the slots of an engine.
 
     Args:
-        engine: at the first of the steps.
-        keys: of the slots, in the order of ``Settings.group_of``.
-        steps: in order.
-        progress: show a bar.
+        engine: the engine, at the first of the steps.
+        keys: keys of the slots, in the order of ``Settings.group_of``.
+        steps: the steps, in order.
+        progress: show a progress bar.
     """
     parts, steps = _parts(steps), [entry for entry in steps if not entry.skipped]
     position = {key: index for index, key in enumerate(keys)}
@@ -196,7 +196,7 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
 
 
 def _parts(steps: Iterable[LoggedStep]) -> list[tuple[bool, list[LoggedStep]]]:
-    """The steps that moved something, split where windows were ended; and whether that was so before each part."""
+    """Splits the steps at the ends of windows, without skipped ones; the flag is whether windows end before a part."""
     parts: list[tuple[bool, list[LoggedStep]]] = [(False, [])]
     for entry in steps:
         if entry.merged:
@@ -215,7 +215,7 @@ def _advance_slot(
     theta: Tensor,
     state: State,
 ) -> None:
-    """All steps of one slot."""
+    """Applies all steps to one slot."""
     moves = _moves(engine, slot, index, steps, advance)
     plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
     eager = theta.device.type == "cpu" and engine.backend == "eager"
@@ -229,7 +229,7 @@ def _advance_slot(
 
 
 def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep], advance: Advance) -> list[Move]:
-    """What is done to a slot; steps that leave it alone are done with at once."""
+    """Returns the moves of a slot; steps that do not move it only advance the progress."""
     moves: list[Move] = []
     own = RULES.describe(engine.rule)
     for entry in steps:
@@ -245,12 +245,12 @@ def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep
 
 
 def _rule(entry: LoggedStep, engine: ZeroOrder, own: str | dict[str, Any]) -> UpdateRule:
-    """The rule of a step; ``own`` describes the engine's."""
+    """Returns the rule of a step; ``own`` describes the engine's rule."""
     return engine.rule if entry.rule == own else RULES.resolve(entry.rule)
 
 
 def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, theta: Tensor, state: State) -> None:
-    """Each piece takes a group of steps while it is in the cache, with words that are hashed once for all pieces."""
+    """Applies a group of steps to each piece while it is in the cache; words are hashed once for all pieces."""
     flat = theta.reshape(-1)
     noise = moves[0][1].noise
     batch, size = BATCH_WORDS * noise.values_per_word, piece_size(noise)
@@ -273,10 +273,10 @@ def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, thet
 
 
 class Bar:
-    """A line on the error stream that fills up; nothing where that is no terminal.
+    """A progress bar on the error stream; it shows nothing if the stream is not a terminal.
 
     Args:
-        total: what `advance` adds up to.
+        total: the sum of all amounts given to `advance`.
     """
 
     WIDTH = 40

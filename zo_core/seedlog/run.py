@@ -1,4 +1,4 @@
-"""The seed log of one run of a trainer, from its first step to its end."""
+"""The seed log of one run of a trainer, from the run's first step to its end."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: How a run begins: with a new log, with the log's steps up to a checkpoint, or with all of its steps.
+#: How a run begins: with a new log, with the log's steps up to a checkpoint, or with all of the log's steps.
 Start = Literal["attach", "branch", "follow"]
 
 
 class RunLog:
     """The seed log of one run of a trainer: it is opened at the first step, and closed at the end.
 
-    An adapter derives from it, and says in `start` what happens with a log that is there.
+    An adapter derives from it, and decides in `start` what happens with an existing log.
 
     Args:
-        path: of the log.
-        strict: whether a log that is not of this run is an error. If not, a warning says why, and a new log begins.
+        path: path of the log.
+        strict: whether a log of another run is an error. If not, a warning gives the reason, and a new log begins.
 
     Attributes:
-        path: of the log.
+        path: path of the log.
         log: the writer; None before the first step and after the end.
-        stopped: where the run was interrupted, if it was.
+        stopped: the state at which the run was interrupted; None if it was not.
     """
 
     def __init__(self, path: Path, *, strict: bool):
@@ -46,26 +46,26 @@ class RunLog:
         self._held: Stopped | None = None
 
     def start(self, engine: ZeroOrder) -> Start:
-        """How the run begins.
+        """Decides how the run begins.
 
         * "attach": a new log begins, and an old one is kept under another name.
-        * "branch": the log goes on from the engine's step. It loses the steps beyond, and its whole is kept
+        * "branch": the log continues from the engine's step and loses the later steps; the whole log is kept
           under another name.
-        * "follow": the log goes on, and the steps that it has beyond the engine's are repeated.
+        * "follow": the log continues, and its steps from the engine's step on are repeated.
 
         Args:
-            engine: about to do its first step.
+            engine: the engine before its first step.
 
         Raises:
-            StateError: the log that is there cannot be read.
+            StateError: the existing log cannot be read.
         """
         raise NotImplementedError
 
     def open(self, engine: ZeroOrder) -> SeedLogWriter:
-        """The log, which is begun or continued at the first step.
+        """Returns the log's writer; the first call begins or continues the log.
 
         Raises:
-            StateError: the log that is there is not of this run, and the run is strict.
+            StateError: the existing log is of another run, and this run is strict.
         """
         if self.log is None:
             try:
@@ -86,10 +86,10 @@ class RunLog:
         return SeedLogWriter.attach(engine, self.path, follow=start == "follow")
 
     def logged(self, engine: ZeroOrder) -> LoggedStep | None:
-        """The engine's next step as the log has it; None if it is yet to be measured.
+        """Returns the engine's next step from the log; None if the step must be measured.
 
         Raises:
-            StateError: the log is not of this run, and the run is strict.
+            StateError: the log is of another run, and this run is strict.
         """
         log = self.open(engine)
         try:
@@ -100,7 +100,7 @@ class RunLog:
             logger.warning("%s. The whole log is kept aside, and this run is measured from here on", error)
             self._again(engine, "branch")
             return None
-        if entry is None and engine.step_count < log.next_step:  # a callback has gone back, to try learning rates
+        if entry is None and engine.step_count < log.next_step:  # a callback went back, to try learning rates
             self._again(engine, "attach")
         return entry
 
@@ -109,12 +109,12 @@ class RunLog:
         self.log = self._begun(engine, start)
 
     def watching(self) -> AbstractContextManager[None]:
-        """Around the measurement of a step that is not in the log."""
+        """Returns a context for measuring a step that is not in the log."""
         assert self.log is not None, "logged() comes first"
         return self.log.watching()
 
     def adopt(self, source: Path) -> None:
-        """Begins with a copy of another log; one that is at the path is kept under another name."""
+        """Starts from a copy of another log; an existing log at the path is kept under another name."""
         set_aside(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as fresh:
@@ -126,34 +126,34 @@ class RunLog:
             self.log.sync()
 
     def note_checkpoint(self, step: int) -> None:
-        """Notes a checkpoint of the weights at ``step``, and waits until the log is on the disk."""
+        """Records a checkpoint of the weights at ``step``, and waits until the log is on the disk."""
         if self.log is not None:
             self.log.checkpoint(step)
 
     def end(self) -> None:
-        """Closes the log; `open` would begin again."""
+        """Closes the log; `open` would begin it again."""
         if self.log is not None:
             self.log.close()
             self.log = None
 
-    # A run that goes on in the same process
+    # A run that continues in the same process
 
     def stop(self, *, interrupted: bool) -> None:
-        """The end of a run, after which another one may `take_up` what is in memory.
+        """Ends the run; another run in this process can then continue it with `take_up`.
 
         Args:
-            interrupted: whether it came before the last step. The weights are then read once.
+            interrupted: whether the run ends before its last step. All weights are then read once.
         """
         try:
             if self.log is not None:
                 self.stopped = Stopped.of(self.log) if interrupted else None
-        finally:  # after an interrupt of this as well the model has to be loaded again
+        finally:  # if this is interrupted, too, the log is closed, and the model must be loaded again
             self.end()
 
     def take_up(self, before: RunLog) -> None:
-        """Goes on where another run with this log was interrupted, if its weights are still in memory.
+        """Continues an interrupted run of this log, if its weights are still in memory.
 
-        Repeating the steps that they have been moved by does not move them again.
+        The weights already include the steps up to the interrupt; repeating these does not move them again.
         """
         if before.stopped is not None and before.stopped.still(self.path):
             self._held = self.stopped = before.stopped

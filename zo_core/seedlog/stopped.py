@@ -1,4 +1,4 @@
-"""A run that was interrupted in this process: its weights are in memory, at the last step of its log."""
+"""A run that was interrupted in this process: the weights in memory are those of the last step of its log."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Where an interrupted run is, for the one that goes on in the same process.
+    """The state of an interrupted run, for another run that continues it in the same process.
 
     Attributes:
-        engine: has the weights and the state of the rule.
-        path: of the log.
-        step: its next one.
-        chain: checksum of its last record.
-        digest: fingerprint of the weights.
+        engine: the engine, with the weights and the state of the rule.
+        path: path of the log.
+        step: the next step of the log.
+        chain: checksum of the log's last record.
+        digest: digest of the fingerprint of the weights.
     """
 
     engine: ZeroOrder
@@ -35,7 +35,7 @@ class Stopped:
 
     @classmethod
     def of(cls, log: SeedLogWriter) -> Stopped | None:
-        """For a run that stops here; None unless the weights are those of the log's last step.
+        """Describes a run that stops now; returns None unless the weights are those of the log's last step.
 
         Reads all weights, as the start of a run does.
         """
@@ -45,7 +45,7 @@ class Stopped:
         return cls(engine, log.path, log.next_step, log.chain, fingerprint(engine)["digest"])
 
     def still(self, path: Path) -> bool:
-        """Whether nothing has touched the engine, its weights or the log since."""
+        """Whether the engine, its weights and the log are unchanged since the interrupt."""
         try:
             log = SeedLog.read(path)
         except StateError:
@@ -56,5 +56,5 @@ class Stopped:
 
 
 def step_of(engine: ZeroOrder) -> int:
-    """The step that the weights of an engine are at, which its count is behind while steps are repeated."""
+    """Returns the step that an engine's weights are at; its step count is lower while it repeats steps."""
     return max(engine.step_count, engine.continuity.ahead)

@@ -1,10 +1,10 @@
-"""Writing a seed log as training goes.
+"""Writes a seed log during training.
 
     zo = ZeroOrder(model, lr=1e-6)
     log = SeedLogWriter.attach(zo, "run/seedlog.zo")      # from here on every step is in the file
 
-A trainer that continues a run calls `attach` with ``follow=True`` and asks `SeedLogWriter.logged` before
-each step: as long as it returns one, the step is done again from the log instead of being measured.
+A trainer that continues a run calls `attach` with ``follow=True``, and `SeedLogWriter.logged` before each
+step: as long as this returns a step, the trainer repeats it from the log instead of measuring it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 class SeedLogWriter:
-    """Appends every step of an engine to a file; made by `attach`.
+    """Appends every step of an engine to a file; `attach` and `branch` create it.
 
-    A step is handed to the operating system as soon as its weights are decided, so it survives the
-    process; `sync` makes what was written survive the machine.
+    A step is passed to the operating system as soon as its coefficients are known, so it survives a crash
+    of the process; after `sync` it also survives a crash of the machine.
 
     Attributes:
-        path: of the file.
-        next_step: the first step that is not in it.
+        path: path of the file.
+        next_step: the first step that is not in the file.
     """
 
     def __init__(self, engine: ZeroOrder, path: Path, parsed: Parsed):
@@ -53,7 +53,7 @@ class SeedLogWriter:
         engine.followers.append(self._begin_again)
 
     def _begin_again(self) -> None:
-        """Other weights move from here on: the log so far is kept under another name, and a new one begins."""
+        """Begins a new log, because other weights move from now on; the old log is kept under another name."""
         self.sync()
         os.close(self._file)
         set_aside(self.path)
@@ -65,17 +65,17 @@ class SeedLogWriter:
 
     @classmethod
     def attach(cls, engine: ZeroOrder, path: str | os.PathLike[str], *, follow: bool = False) -> SeedLogWriter:
-        """Begins to log, at the engine's next step.
+        """Starts logging at the engine's next step.
 
         Args:
-            engine: with its weights and optimizer state as they are before that step.
-            path: of the file; its folder is made if it is missing.
-            follow: continue the log that is there, which must have come at least to this step; `logged`
-                then returns the steps that it has beyond. An engine without a seed of its own takes the log's.
-                Without ``follow`` a new log begins, and one that is there is kept under another name.
+            engine: the engine, with its weights and optimizer state from before that step.
+            path: path of the file; its folder is created if it does not exist.
+            follow: continue the existing log, which must have all steps before this one; `logged`
+                then returns its later steps. An engine without its own seed takes the log's.
+                Without ``follow`` a new log begins, and an existing one is kept under another name.
 
         Raises:
-            StateError: with ``follow``, the log is not one of such a run, or it is of one with other settings.
+            StateError: with ``follow``, the log cannot be continued by this engine, or its settings differ.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +90,9 @@ class SeedLogWriter:
 
     @classmethod
     def branch(cls, engine: ZeroOrder, path: str | os.PathLike[str]) -> SeedLogWriter:
-        """Begins to log at a checkpoint: the log that led to it goes on from there, without later steps.
+        """Starts logging at a checkpoint: the log that has the steps up to it continues without the later ones.
 
-        The whole log is kept under another name. One that did not lead there is replaced by a new one.
+        The whole log is kept under another name. If it does not lead to the checkpoint, a new log begins.
         """
         path = Path(path)
         try:
@@ -108,12 +108,12 @@ class SeedLogWriter:
         return cls.attach(engine, path, follow=True)
 
     def logged(self) -> LoggedStep | None:
-        """The engine's next step as the log has it; None if it is yet to be measured.
+        """Returns the engine's next step from the log; None if the step must be measured.
 
-        Where the run was closed before that step, low-rank windows end here, too.
+        If the logged run was closed before that step, low-rank windows also end here.
 
         Raises:
-            StateError: the run's learning rate, weight decay, eps or seed are not those of the log.
+            StateError: the run's learning rate, weight decay, eps, seed, rule or groups differ from the log.
         """
         entry = self._logged.get(self.engine.step_count)
         if entry is not None:
@@ -133,7 +133,7 @@ class SeedLogWriter:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a measurement: notices whether it draws from the global random generators."""
+        """A context for a measurement: records whether it draws from the global random generators."""
         before = rng_state()
         yield
         self._drew = self._drew or not same_rng(before, rng_state())
@@ -176,7 +176,7 @@ class SeedLogWriter:
         self._append(encode_change(change, self.chain))
 
     def checkpoint(self, step: int) -> None:
-        """Notes that a checkpoint of the weights at ``step`` is about to be written, and syncs."""
+        """Records that a checkpoint of the weights at ``step`` is about to be written, and syncs."""
         self.note({"checkpoint": step})
         self.sync()
 
@@ -209,7 +209,7 @@ class SeedLogWriter:
 
 
 def _continued(engine: ZeroOrder, path: Path) -> Parsed:
-    """The log at ``path`` without a torn tail, after checking that it is of this run."""
+    """Returns the log at ``path`` without a torn tail, after checking that it is of this run."""
     log = SeedLog.read(path)
     check_continued(engine, log)
     parsed = log.parsed
