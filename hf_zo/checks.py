@@ -68,7 +68,7 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
     if any(slot.scaling is not None for slot in engine.slots):
         if hasattr(engine.model, "peft_config"):
             logger.warning(
-                "quantisation scales are trained as well, but PEFT only saves the adapters; save the scales with "
+                "quantisation scales are trained as well, but PEFT saves the adapters only; save the scales with "
                 "torch.save(model.state_dict(), ...), and load them with load_state_dict"
             )
         lr = float(engine.optimizer.param_groups[0]["lr"])
