@@ -45,7 +45,11 @@ class Counting(ZOTrainer):
         return super().training_step(*args, **kwargs)
 
 
-@pytest.mark.parametrize("settings", [*PLACES, {"num_probes": 3}, {"estimator": "fzoo"}, {"lr": "auto"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [*PLACES, {"num_probes": 3}, {"estimator": "fzoo"}, pytest.param({"lr": "auto"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_subclass_counts_as_it_does_under_the_plain_trainer(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = zo_trainer(tmp_path, cls=Counting, zo_config=ZOConfig(**settings))
     trainer.train()

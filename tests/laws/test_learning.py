@@ -9,13 +9,12 @@ import pytest
 from benchmarks.learning import FORWARDS, METHODS, Method, TinyTransformer, accuracy, adapt, pretrained
 
 
-@pytest.fixture(
-    scope="module", params=[0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=[0, 1, 2])
 def start(request: pytest.FixtureRequest) -> tuple[int, TinyTransformer]:
     return request.param, pretrained(request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_shifted_task_is_learnt_with_forward_passes_only(start: tuple[int, TinyTransformer], method: Method) -> None:
     seed, model = start[0], copy.deepcopy(start[1])

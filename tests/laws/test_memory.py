@@ -59,11 +59,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     ("front", "noise", "rule", "offload"),
     [
         ("bare", "rademacher", "sgd", None),
-        ("bare", "gaussian", "sign", "cpu"),
+        pytest.param("bare", "gaussian", "sign", "cpu", marks=pytest.mark.slow),
         ("bare", "low_rank", "momentum", None),
-        ("bare", "sampled", "torch", None),
+        pytest.param("bare", "sampled", "torch", None, marks=pytest.mark.slow),
         ("hf", "rademacher", "momentum", None),
-        ("lightning", "low_rank", "sgd", None),
+        pytest.param("lightning", "low_rank", "sgd", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_long_run_takes_no_more_than_a_short_one(front: str, noise: str, rule: str, offload: str | None) -> None:

@@ -266,7 +266,11 @@ def expected(run: Run, verb: Verb) -> tuple[Run, dict[str, Tensor]]:
 
 #: All, but for the disk: there every pair of noise, rule and verb that a third of the cells can hold.
 CELLS = [
-    pytest.param(noise, rule, place, verb, id=f"{noise}-{rule}-{place}-{verb.__name__}")
+    pytest.param(
+        *(noise, rule, place, verb),
+        id=f"{noise}-{rule}-{place}-{verb.__name__}",
+        marks=[pytest.mark.slow] if noise in ("gaussian", "sampled") else [],  # they differ from others in nothing here
+    )
     for i, noise in enumerate(NOISES)
     for j, rule in enumerate(RULES)
     for place in PLACES

@@ -23,8 +23,9 @@ def decayed(step: int) -> float:
 @pytest.mark.parametrize(
     ("tied", "steps"),
     [
-        pytest.param(True, 200, id="tied-200"),
+        pytest.param(True, 30, id="tied-30"),
         pytest.param(False, 30, id="untied-30"),
+        pytest.param(True, 200, id="tied-200", marks=pytest.mark.slow),
         pytest.param(False, 200, id="untied-200", marks=pytest.mark.slow),
     ],
 )
