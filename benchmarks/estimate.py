@@ -81,7 +81,7 @@ def predicted(folder: Path, case: Case, tokens: int) -> dict[str, int]:
 
 def run(folder: Path, case: Case, tokens: int, steps: int) -> int:
     """Peak of RssAnon above the imports, in bytes, of a run in this process."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer  # noqa: F401 (loaded before the base is read)
 
     from hf_zo import from_pretrained_offloaded
 

@@ -63,7 +63,7 @@ class Peak(threading.Thread):
 
 def train(folder: Path, mode: str, rule: str, tokens: int, steps: int) -> dict[str, float]:
     """Peaks above the imports, in MB, of one run in this process."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer  # noqa: F401 (loaded before the base is read)
 
     from hf_zo import from_pretrained_offloaded
     from zo_core import ZeroOrder
