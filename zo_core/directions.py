@@ -7,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
-from .noise import Alternatives, Direction, Noise
+from .noise import Alternatives, Direction, Noise, Passes, Terms
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
 from .step import StepPlan
@@ -92,12 +92,12 @@ class Directions:
     def _along(
         self,
         slot: Slot,
-        terms: tuple[tuple[int, float], ...],
+        terms: Terms,
         rounding: int | None,
         thresholds: MutableMapping[str, float],
     ) -> Direction:
-        how = terms, rounding, self.backend, slot.scaling, thresholds
-        return self.noise.direction(slot.key, slot.tensor.shape, *how)
+        passes = Passes(rounding, self.backend, slot.scaling, thresholds)
+        return self.noise.direction(slot.key, slot.tensor.shape, terms, passes)
 
 
 def _decay(group: dict[str, Any]) -> float:

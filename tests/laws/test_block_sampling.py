@@ -31,6 +31,7 @@ from zo_core import (
     derive_seed,
     replay,
 )
+from zo_core.noise import Passes
 from zo_core.noise.sampled import block_of
 from zo_core.offload import DiskStore
 
@@ -265,8 +266,8 @@ def test_probes_are_at_the_stated_values_also_where_the_low_rank_is_not_multipli
 
 def test_the_fused_passes_serve_drawn_blocks_and_not_masks() -> None:
     shape, terms = torch.Size([8]), ((Sampled(1.0).seed(0, 0, 0), 1.0),)
-    assert Sampled(1.0).direction("w", shape, terms, backend="compile").backend == "compile"
-    assert Sampled(1.0, "sparse").direction("w", shape, terms, backend="compile").backend == "eager"
+    assert Sampled(1.0).direction("w", shape, terms, Passes(backend="compile")).backend == "compile"
+    assert Sampled(1.0, "sparse").direction("w", shape, terms, Passes(backend="compile")).backend == "eager"
 
 
 # Anywhere, and again

@@ -28,7 +28,7 @@ from zo_core import (
     ZOConfig,
     derive_seed,
 )
-from zo_core.noise import sparse
+from zo_core.noise import Passes, sparse
 from zo_core.noise.sparse import threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -264,7 +264,7 @@ def test_the_second_moment_counts_the_moving_elements(noise: Noise, num_probes: 
     thresholds: dict[str, float] = {}
 
     def z(seed: int) -> Tensor:
-        return masked.direction("w", w.shape, ((seed, 1.0),), thresholds=thresholds).gradient(w).double()
+        return masked.direction("w", w.shape, ((seed, 1.0),), Passes(thresholds=thresholds)).gradient(w).double()
 
     samples = torch.stack([torch.stack([z(derive_seed(0, sample, i)) for i in range(n)]) for sample in range(1500)])
     found = ((samples @ gradient).unsqueeze(2) * samples).mean(1)

@@ -1,7 +1,7 @@
 """Noise as a pure function, and the arithmetic that moves weights along it."""
 
 from .base import NOISES, ElementNoise, Noise
-from .direction import Alternatives, Direction, compute_dtype, stacked_values
+from .direction import Alternatives, Direction, Passes, Terms, compute_dtype, stacked_values
 from .gaussian import Gaussian
 from .hashing import derive_seed
 from .low_rank import FactorDirection, LowRank, LowRankDirection, stacked_factors
@@ -20,9 +20,11 @@ __all__ = [
     "LowRank",
     "LowRankDirection",
     "Noise",
+    "Passes",
     "Rademacher",
     "Sampled",
     "Sparse",
+    "Terms",
     "compute_dtype",
     "derive_seed",
     "noise_bytes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache import end_step
 from ..registry import Registry
-from .direction import Direction, Scaling
+from .direction import PLAIN, Direction, Passes, Scaling, Terms
 from .hashing import BATCH_WORDS, DIRECTION, derive_seed, stream_key, words
 
 
@@ -42,26 +42,14 @@ class Noise:
         """
         return derive_seed(base, step, direction)
 
-    def direction(
-        self,
-        slot: str,
-        shape: torch.Size,
-        terms: tuple[tuple[int, float], ...],
-        rounding_seed: int | None = None,
-        backend: str = "eager",
-        scaling: Scaling | None = None,
-        thresholds: MutableMapping[str, float] | None = None,
-    ) -> Direction:
+    def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
         """The sum of several directions for one slot; it is `Direction.still` if the slot does not move.
 
         Args:
             slot: key of the slot.
             shape: shape of the slot.
             terms: pairs ``(seed, c)`` of a direction and its coefficient.
-            rounding_seed: as in `Direction`.
-            backend: as in `Direction`.
-            scaling: as in `Direction`.
-            thresholds: mask thresholds of the run, by slot; a mask adds its own when it is first needed.
+            passes: how the passes over the weights are computed.
         """
         raise NotImplementedError
 
@@ -129,17 +117,8 @@ class ElementNoise(Noise):
         """
         raise NotImplementedError
 
-    def direction(
-        self,
-        slot: str,
-        shape: torch.Size,
-        terms: tuple[tuple[int, float], ...],
-        rounding_seed: int | None = None,
-        backend: str = "eager",
-        scaling: Scaling | None = None,
-        thresholds: MutableMapping[str, float] | None = None,
-    ) -> Direction:
-        return Direction(self, slot, terms, rounding_seed, backend, scaling)
+    def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
+        return Direction(self, slot, terms, passes.rounding_seed, passes.backend, passes.scaling)
 
     def words_of(self, shape: torch.Size) -> int:
         return -(-shape.numel() // self.values_per_word)

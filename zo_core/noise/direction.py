@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,9 @@ from torch import Tensor
 from ..cache import workspace
 from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, stream_key, words
 from .rounding import DROPPED_BITS, rounding_key, stochastic_round
+
+#: Pairs ``(seed, c)`` of a direction and its coefficient.
+Terms = tuple[tuple[int, float], ...]
 
 #: Elements handled at a time, so that temporaries stay in the cache of a CPU core.
 CPU_CHUNK = 1 << 18
@@ -78,6 +81,28 @@ class Scaling:
         if self.relative:
             work.mul_(theta)
         return torch.maximum(work.to(theta.dtype), theta.clamp(max=self.floor))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the passes over a slot's weights are computed, whatever direction they add.
+
+    Attributes:
+        rounding_seed: as in `Direction`.
+        backend: as in `Direction`.
+        scaling: as in `Direction`.
+        thresholds: mask thresholds of the run, by slot; a mask adds its own when it is first needed. None if they
+            are not to be kept.
+    """
+
+    rounding_seed: int | None = None
+    backend: str = "eager"
+    scaling: Scaling | None = None
+    thresholds: MutableMapping[str, float] | None = None
+
+
+#: Passes over ordinary weights, rounded to nearest.
+PLAIN = Passes()
 
 
 @dataclass(frozen=True)

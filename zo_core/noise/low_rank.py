@@ -9,7 +9,7 @@ a window add up in one factor ``[m, r]``. Tensors with one dimension have ordina
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..cache import ByteCache, kept, workspace
 from .base import NOISES, Noise
-from .direction import CPU_CHUNK, Alternatives, Direction, Scaling, float32
+from .direction import CPU_CHUNK, PLAIN, Alternatives, Direction, Passes, Scaling, Terms, float32
 from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
 from .rademacher import Rademacher
 
@@ -77,19 +77,10 @@ class LowRank(Noise):
         window = 0 if self.refresh is None else step // self.refresh
         return derive_seed(base, window, direction) << SEED_BITS | derive_seed(base, step, direction)
 
-    def direction(
-        self,
-        slot: str,
-        shape: torch.Size,
-        terms: tuple[tuple[int, float], ...],
-        rounding_seed: int | None = None,
-        backend: str = "eager",
-        scaling: Scaling | None = None,
-        thresholds: MutableMapping[str, float] | None = None,
-    ) -> Direction:
-        if self.rank_of(shape, scaling) is None:
-            return Direction(SIGNS, slot, terms, rounding_seed, backend, scaling)
-        return LowRankDirection(SIGNS, slot, terms, rounding_seed, factors_of=self, shape=shape)
+    def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
+        if self.rank_of(shape, passes.scaling) is None:
+            return SIGNS.direction(slot, shape, terms, passes)
+        return LowRankDirection(SIGNS, slot, terms, passes.rounding_seed, factors_of=self, shape=shape)
 
     def rank_of(self, shape: torch.Size, scaling: Scaling | None = None) -> int | None:
         return self.rank if len(shape) > 1 and shape.numel() > 0 and scaling is None else None

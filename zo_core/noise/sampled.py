@@ -7,7 +7,7 @@ are not drawn are neither copied nor written.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -15,14 +15,12 @@ from typing import Any, ClassVar
 import torch
 
 from .base import NOISES, Noise
-from .direction import Direction, Scaling
+from .direction import PLAIN, Direction, Passes, Scaling, Terms
 from .hashing import BLOCKS, MASK32, derive_seed, stream_key
 from .wrapping import Wrapping, check_part
 
 #: The seed of the other noise is in the low bits of a direction's seed, that of the draw above them.
 DRAW_BITS = 128
-
-Terms = tuple[tuple[int, float], ...]
 
 
 @NOISES.register
@@ -75,18 +73,8 @@ class Sampled(Wrapping):
     def plain(self) -> Noise:
         return self.wrapped
 
-    def direction(
-        self,
-        slot: str,
-        shape: torch.Size,
-        terms: Terms,
-        rounding_seed: int | None = None,
-        backend: str = "eager",
-        scaling: Scaling | None = None,
-        thresholds: MutableMapping[str, float] | None = None,
-    ) -> Direction:
-        terms = self.drawn(slot, terms)
-        return self.wrapped.direction(slot, shape, terms, rounding_seed, backend, scaling, thresholds)
+    def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
+        return self.wrapped.direction(slot, shape, self.drawn(slot, terms), passes)
 
     def rank_of(self, shape: torch.Size, scaling: Scaling | None = None) -> int | None:
         return self.wrapped.rank_of(shape, scaling)

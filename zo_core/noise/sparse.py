@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .base import NOISES, ElementNoise, Noise
-from .direction import Direction, Scaling, flat, float32, rewrite
+from .direction import PLAIN, Direction, Passes, Terms, flat, float32, rewrite
 from .wrapping import Wrapping, check_part
 
 #: Elements per chunk in the search for a threshold, and bits that one pass over the elements determines.
@@ -62,18 +62,9 @@ class Sparse(Wrapping):
                 "(or a noise of independent elements, such as 'gaussian')"
             )
 
-    def direction(
-        self,
-        slot: str,
-        shape: torch.Size,
-        terms: tuple[tuple[int, float], ...],
-        rounding_seed: int | None = None,
-        backend: str = "eager",
-        scaling: Scaling | None = None,
-        thresholds: MutableMapping[str, float] | None = None,
-    ) -> Direction:
-        known = {} if thresholds is None else thresholds
-        how = slot, terms, rounding_seed, "eager", scaling
+    def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
+        known = {} if passes.thresholds is None else passes.thresholds
+        how = slot, terms, passes.rounding_seed, "eager", passes.scaling
         return SparseDirection(self.elements, *how, quantile=self.quantile, thresholds=known)
 
     @property
