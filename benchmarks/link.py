@@ -6,12 +6,13 @@ python -m benchmarks.link --save
 from __future__ import annotations
 
 import argparse
-import time
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 from .report import save
-from .step_overhead import synchronise
+from .timing import timed
 
 
 def link_rates(device: torch.device, size: int = 1 << 28, rounds: int = 5) -> dict[str, float]:
@@ -24,26 +25,20 @@ def link_rates(device: torch.device, size: int = 1 << 28, rounds: int = 5) -> di
     there, from_there = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     streams = [torch.cuda.Stream(device) if cuda else None for _ in range(2)]
 
-    def seconds(ways: tuple[int, ...]) -> float:
-        best = float("inf")
-        for _ in range(rounds + 1):  # the first one warms up, and never is the best
-            synchronise(device)
-            start = time.perf_counter()
-            for way in ways:
-                target, source = ((there, out), (back, from_there))[way]
-                if cuda:
-                    with torch.cuda.stream(streams[way]):
-                        target.copy_(source, non_blocking=True)
-                else:
-                    target.copy_(source)
-            synchronise(device)
-            best = min(best, time.perf_counter() - start)
-        return best
+    def copy(*ways: int) -> None:
+        for way in ways:
+            target, source = ((there, out), (back, from_there))[way]
+            with torch.cuda.stream(streams[way]) if cuda else nullcontext():
+                target.copy_(source, non_blocking=cuda)
+
+    def seconds(*ways: int) -> float:
+        copy(*ways)  # warms up
+        return min(timed(partial(copy, *ways), device) for _ in range(rounds))
 
     return {
-        "host to device": size / seconds((0,)),
-        "device to host": size / seconds((1,)),
-        "both ways, together": 2 * size / seconds((0, 1)),
+        "host to device": size / seconds(0),
+        "device to host": size / seconds(1),
+        "both ways, together": 2 * size / seconds(0, 1),
     }
 
 

@@ -27,7 +27,8 @@ from zo_core.offload import Streaming
 
 from .offload_memory import llama
 from .report import save
-from .step_overhead import PublishedMezo, synchronise
+from .step_overhead import PublishedMezo
+from .timing import timed
 
 TIERS = {"cpu": "host memory", "disk": "disk"}
 
@@ -82,11 +83,7 @@ def measure(tier: str, dtype: torch.dtype, device: torch.device, args: Any, fold
     times: dict[str, list[float]] = {name: [] for name in (*steps, "link")}
     for _ in range(args.rounds):
         for name, run in steps.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(run, device))
         times["link"].append(link_seconds(streamings[0]))
     args.bytes = sum(block.nbytes for block in streamings[0].blocks)
     return {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,7 +24,8 @@ from zo_core import ZeroOrder
 
 from .link import link_rates
 from .report import save
-from .step_overhead import PublishedMezo, synchronise
+from .step_overhead import PublishedMezo
+from .timing import timed
 
 #: Layers, hidden size and heads. "tiny" is for trying the benchmark out where there is no GPU.
 SHAPES = {
@@ -60,14 +60,7 @@ def opt(size: str, dtype: torch.dtype, device: torch.device, layers: int | None)
 
 def median_seconds(run: Callable[[], object], rounds: int, device: torch.device) -> float:
     run()
-    times = []
-    for _ in range(rounds):
-        synchronise(device)
-        start = time.perf_counter()
-        run()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(timed(run, device) for _ in range(rounds))
 
 
 def peak_gb(run: Callable[[], object], device: torch.device) -> float:

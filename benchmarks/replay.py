@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,20 +25,13 @@ from zo_core.seedlog import engine_for, fingerprint
 from zo_core.seedlog.replay import apply_steps
 
 from .report import save
-from .step_overhead import llama_60m, synchronise
+from .step_overhead import llama_60m
+from .timing import timed
 
 
 def base(dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(llama_60m()).to(device, dtype).eval()
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - start
 
 
 def measure(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zo_core import ZeroOrder
 
 from .report import save
+from .timing import timed
 
 
 def llama_60m() -> LlamaConfig:
@@ -91,17 +91,8 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(run, device))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,8 @@ from transformers import LlamaForCausalLM
 from zo_core import LowRank, ZeroOrder
 
 from .report import save
-from .step_overhead import llama_60m, synchronise
+from .step_overhead import llama_60m
+from .timing import timed
 
 BOUND, STACKED = "stacked forward", "low rank, 8 probes, stacked"
 #: Tokens up to which batches are stacked.
@@ -73,11 +73,7 @@ def measure(
         run()
     for _ in range(rounds):
         for name, (run, _) in runs.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(run, device))
     return {name: tokens * runs[name][1] / statistics.median(values) for name, values in times.items()}
 
 

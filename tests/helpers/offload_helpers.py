@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import batch, tiny
+from models import batch, closure, tiny
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from zo_core import ZeroOrder
@@ -97,3 +98,24 @@ def assert_equal(a: tuple[list[float], dict[str, Tensor]], b: tuple[list[float],
     assert a[0] == b[0]
     assert a[1].keys() == b[1].keys()
     assert [name for name in a[1] if not torch.equal(a[1][name], b[1][name])] == []
+
+
+def places(folder: Path) -> list[dict[str, Any]]:
+    """Settings of one engine for each place that a model can be in, the resident one first."""
+    return [
+        {},
+        {"offload": "cpu"},
+        {"offload": "disk", "offload_dir": str(folder)},
+        {"offload": "auto", "device_memory": SOME},
+    ]
+
+
+def scheduled(zo: ZeroOrder, steps: int) -> list[float]:
+    """The losses of some steps with a learning rate that grows; the engine is closed afterwards."""
+    scheduler = LinearLR(zo.optimizer, 0.2, total_iters=steps)
+    losses = []
+    for step in range(steps):
+        losses.append(float(zo.step(closure("llama", zo.model, step))))
+        scheduler.step()
+    zo.close()
+    return losses

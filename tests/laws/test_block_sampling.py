@@ -14,8 +14,8 @@ import torch
 from hf_helpers import arguments, differing, texts
 from hf_helpers import weights as values_of
 from models import closure, tiny
+from offload_helpers import places, scheduled
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
 from traces import left_as_found, same_bits, weights
 
 from hf_zo import ZOTrainer
@@ -287,21 +287,9 @@ def test_resident_and_streamed_are_one(
     noise: Any, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     found: list[Any] = []
-    tiers: tuple[dict[str, Any], ...] = (
-        {},
-        {"offload": "cpu"},
-        {"offload": "disk", "offload_dir": str(tmp_path)},
-        {"offload": "auto", "device_memory": "60KB"},
-    )
-    for tier in tiers:
+    for place in places(tmp_path):
         model = tiny("llama", dtype=dtype)
-        zo = engine(model, noise, **settings, **tier)
-        scheduler = LinearLR(zo.optimizer, 0.2, total_iters=5)
-        losses = []
-        for step in range(5):
-            losses.append(float(zo.step(closure("llama", model, step))))
-            scheduler.step()
-        zo.close()
+        losses = scheduled(engine(model, noise, **settings, **place), 5)
         found.append((losses, weights(model)))
     for losses, final in found[1:]:
         assert losses == found[0][0]

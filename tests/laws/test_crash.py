@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import killed
 from safetensors.torch import load_file
 
 from zo_core import SeedLog
@@ -44,26 +43,8 @@ def train(folder: Path, tier: str | None) -> None:
 
 
 def kill_at_random(folder: Path, tier: str | None, seed: int) -> None:
-    """Runs `train` in children of this process, which has everything imported, and kills them one after the other."""
-    generator = random.Random(seed)
-    log = folder / "out" / "seedlog.zo"
-    for number in range(KILLS + 1):
-        child = os.fork()
-        if child == 0:
-            train(folder, tier)
-            os._exit(0)
-        if number == KILLS:
-            assert os.waitpid(child, 0)[1] == 0, "the last run failed"
-            return
-        before = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + generator.uniform(0.0, 0.6) if generator.random() < 0.3 else time.monotonic() + 60
-        steps = generator.randint(1, 7)
-        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size >= before + 24 * steps):
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "a child ended by itself"
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0.0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    """`train`, killed again and again."""
+    killed(lambda: train(folder, tier), folder / "out" / "seedlog.zo", KILLS, 7, random.Random(seed), soon=0.3)
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hf_helpers import arguments, differing, texts
 from hf_helpers import weights as values_of
-from models import closure, tiny
+from models import tiny
+from offload_helpers import places, scheduled
 from sparse_helpers import ALL, engine, run
-from torch.optim.lr_scheduler import LinearLR
 from traces import same_bits, weights
 from transformers import AutoModelForCausalLM
 
@@ -39,21 +39,10 @@ from zo_core import (
 )
 def test_resident_and_streamed_are_one(dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path) -> None:
     found: list[Any] = []
-    tiers: tuple[dict[str, Any], ...] = (
-        {},
-        {"offload": "cpu"},
-        {"offload": "disk", "offload_dir": str(tmp_path)},
-        {"offload": "auto", "device_memory": "60KB"},
-    )
-    for tier in tiers:
+    for place in places(tmp_path):
         model = tiny("llama", dtype=dtype)
-        zo = engine(model, Sparse(0.4, "gaussian"), **settings, **tier)
-        scheduler = LinearLR(zo.optimizer, 0.2, total_iters=4)
-        losses = []
-        for step in range(4):
-            losses.append(float(zo.step(closure("llama", model, step))))
-            scheduler.step()
-        zo.close()
+        zo = engine(model, Sparse(0.4, "gaussian"), **settings, **place)
+        losses = scheduled(zo, 4)
         found.append((losses, dict(sorted(zo.optimizer.thresholds.items())), weights(model)))
     for losses, thresholds, final in found[1:]:
         assert losses == found[0][0]

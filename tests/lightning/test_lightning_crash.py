@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import killed
 from safetensors.torch import load_file
 
 from zo_core import SeedLog
@@ -43,24 +42,8 @@ def train(folder: Path) -> None:
 
 
 def kill_at_random(folder: Path, seed: int) -> None:
-    """Runs `train` in children of this process, which has everything imported, and kills them one after the other."""
-    generator, log = random.Random(seed), folder / "seedlog.zo"
-    for number in range(KILLS + 1):
-        child = os.fork()
-        if child == 0:
-            train(folder)
-            os._exit(0)
-        if number == KILLS:
-            assert os.waitpid(child, 0)[1] == 0, "the last run failed"
-            return
-        before = log.stat().st_size if log.exists() else 0
-        deadline, steps = time.monotonic() + 60, generator.randint(1, 9)
-        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size >= before + 24 * steps):
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "a child ended by itself"
-            time.sleep(0.001)
-        time.sleep(generator.uniform(0.0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    """`train`, killed again and again."""
+    killed(lambda: train(folder), folder / "seedlog.zo", KILLS, 9, random.Random(seed), soon=0.0)
 
 
 @pytest.mark.slow
