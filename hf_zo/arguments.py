@@ -28,7 +28,9 @@ class ZOArguments:
         class ZOSFTConfig(ZOArguments, SFTConfig): ...
 
     Each field sets the setting of that name in `zo_core.ZOConfig`; ``zo_learning_rate`` sets ``lr``. There is no
-    field for ``weight_decay``, which is the trainer's own argument; ``zo_log`` only concerns the trainer.
+    field for ``weight_decay``, which is the trainer's own argument; ``zo_log`` only concerns the trainer. A
+    ``learning_rate`` that is left out stays open, unlike the other arguments' own default, which is for
+    backpropagation.
     """
 
     zo_estimator: str = field(default="spsa", metadata=_metadata("estimator"))
@@ -39,6 +41,7 @@ class ZOArguments:
     zo_noise: str = field(default="rademacher", metadata=_metadata("noise"))
     zo_rule: str = field(default="auto", metadata=_metadata("rule"))
     zo_target: str = field(default="auto", metadata=_metadata("target"))
+    zo_normalise: bool | None = field(default=None, metadata=_metadata("normalise"))
     zo_clip: float | None = field(default=None, metadata=_metadata("clip"))
     zo_seed: int | None = field(default=None, metadata=_metadata("seed"))
     zo_dropout: bool = field(default=False, metadata=_metadata("dropout"))
@@ -49,6 +52,14 @@ class ZOArguments:
     zo_device_memory: str | None = field(default=None, metadata=_metadata("device_memory"))
     zo_device: str | None = field(default=None, metadata=_metadata("device"))
     zo_blocks: list[str] | None = field(default=None, metadata=_metadata("blocks"))
+    learning_rate: float = field(  # None until a user gives one; the type is that of all training arguments
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "The initial learning rate. None takes one for normalised steps that depends on the number of "
+            "weights that move."
+        },
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})
     zo_log: bool = field(
         default=True, metadata={"help": "Write every step to seedlog.zo in the output folder (24 bytes each)."}
     )
@@ -58,7 +69,7 @@ class ZOArguments:
         return {
             RENAMED.get(f.name, f.name.removeprefix(PREFIX)): getattr(self, f.name)
             for f in fields(ZOArguments)
-            if getattr(self, f.name) != f.default and f.name != "zo_log"
+            if f.name.startswith(PREFIX) and f.name != "zo_log" and getattr(self, f.name) != f.default
         }
 
     def to_zo_config(self) -> ZOConfig:
@@ -72,15 +83,7 @@ class ZOArguments:
 
 @dataclass
 class ZOTrainingArguments(ZOArguments, TrainingArguments):
-    """`TrainingArguments` with the ``zo_*`` fields, and defaults that suit forward-only training.
-
-    The learning rate is constant at 1e-6 (full fine-tuning with spsa); PEFT adapters need about
-    1e-4, fzoo 5e-5. ``zo_learning_rate="auto"`` finds it.
-    """
-
-    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})
+    """`TrainingArguments` with the ``zo_*`` fields, and a learning rate that is found if none is given."""
 
 
 def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
@@ -92,7 +95,8 @@ def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
     """
     names = {"lr": "learning_rate"}
     if config is None and isinstance(args, ZOArguments):
-        names |= {RENAMED.get(f.name, f.name.removeprefix(PREFIX)): f.name for f in fields(ZOArguments)}
+        own = [f.name for f in fields(ZOArguments) if f.name.startswith(PREFIX)]
+        names |= {RENAMED.get(name, name.removeprefix(PREFIX)): name for name in own}
         names["lr"] = "learning_rate"
         if args.zo_seed is None:
             names["seed"] = "seed"

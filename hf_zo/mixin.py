@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.config import AUTO
+from zo_core.defaults import default_eps, default_lr
 from zo_core.following import begin_again
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.offload import LockstepOracle, Streaming, move_streamed
@@ -80,7 +81,7 @@ class ZOTrainerMixin(_Trainer):
         self._zo_root: nn.Module | None = None
         self._zo_waiting: list[tuple[LossCall, list[Tensor] | None]] = []
         self._zo_losses: list[Tensor] = []
-        self._zo_together = True
+        self._zo_together, self._zo_left = True, False
         self._zo_journal: Journal | None = None
         self._zo_summary = Summary()
         with quantised_training(args, kwargs, zo_config):
@@ -170,8 +171,7 @@ class ZOTrainerMixin(_Trainer):
         config = self._zo_settings()
         if given is None:
             self.optimizer = None
-            with numbers_of(self.args, config):
-                built = super().create_optimizer(model)
+            built = super().create_optimizer(model)
             self.optimizer = None
             given = self._zo_choice(model, built, config)
         return self._zo_engine(model, given)
@@ -198,7 +198,11 @@ class ZOTrainerMixin(_Trainer):
                 )
             return built
         settings = config.resolve()
-        return grouped(settings.target.slots(root), built, float(self.args.learning_rate), settings.eps)
+        slots = settings.target.chosen(root).slots(root)
+        eps = default_eps(settings.estimator, slots) if settings.eps is None else settings.eps
+        made = grouped(slots, built, float(self.args.learning_rate), eps)
+        made.left = self._zo_left
+        return made
 
     def _zo_engine(self, model: nn.Module, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Makes an engine for this optimizer, unless it has one; returns the optimizer for Trainer to step."""
@@ -215,6 +219,8 @@ class ZOTrainerMixin(_Trainer):
         if isinstance(given, ZOOptimizer):
             lr = AUTO if config.lr == AUTO else None
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
+        elif self._zo_left and config.normalise is None:
+            config = config.replace(normalise=True)
         self.zo = ZeroOrder(root, config, optimizer=given)
         self.zo.continuity.speak_as(front_end(self.args, self._zo_given))
         self.zo.listeners.append(lambda record: self._zo_summary.add(record))
@@ -227,7 +233,14 @@ class ZOTrainerMixin(_Trainer):
 
     def _zo_finish_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """`create_optimizer` as the trainer calls it: also accepts what a subclass returns without calling ours."""
-        made = type(self).create_optimizer(self, *args, **kwargs)
+        config = self._zo_settings()
+        given = self._zo_given_optimizer() is not None
+        self._zo_left = config.lr in (None, AUTO) and self.args.learning_rate is None and not given
+        settings, model = config.resolve(), self._zo_model()
+        slots = settings.target.chosen(model).slots(model) if self._zo_left else []
+        lr = default_lr(slots, settings.rule, settings.num_probes, settings.noise.share)
+        with numbers_of(self.args, config, lr):
+            made = type(self).create_optimizer(self, *args, **kwargs)
         if self.zo is None or self.zo.optimizer is not made:
             made = self._zo_engine(self._zo_model(), getattr(made, "optimizer", made))
         return made
@@ -312,7 +325,7 @@ class ZOTrainerMixin(_Trainer):
 
         with LossCalls(self, draw).answered():
             step()
-        zo.repeat(entry.probes, entry.loss)
+        zo.repeat(entry.probes, entry.loss, entry.normaliser)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
     @contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from transformers import Trainer
+from typing import Any
 
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from .arguments import ZOTrainingArguments
 from .mixin import ZOTrainerMixin
 
 
@@ -12,5 +16,10 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
 
         ZOTrainer(model=model, args=args, train_dataset=train, processing_class=tokenizer).train()
 
-    See `ZOTrainerMixin` for the differences.
+    See `ZOTrainerMixin` for the differences. Without arguments it makes `ZOTrainingArguments`.
     """
+
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, *others: Any, **kwargs: Any
+    ):
+        super().__init__(model, ZOTrainingArguments() if args is None else args, *others, **kwargs)

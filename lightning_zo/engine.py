@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zo_core import NOISES, RULES, TARGETS, ConfigError, LowRank, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.defaults import default_eps
 
 from .sgd import SGDFace, is_plain
 
@@ -45,7 +46,9 @@ def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOC
         return ZeroOrder(module, config, optimizer=optimizer)
     fused = config.rule == "auto" or not RULES.resolve(config.rule).wants_optimizer
     if is_plain(optimizer) and fused:
-        face = SGDFace(optimizer, config.resolve().eps)
+        known = config.resolve()
+        eps = default_eps(known.estimator, known.target.slots(module)) if known.eps is None else known.eps
+        face = SGDFace(optimizer, eps)
         rule = _rule(face.beta, config)
         return ZeroOrder(module, config.replace(rule=rule, eps=None), optimizer=face)
     if config.offload is not None:

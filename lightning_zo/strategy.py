@@ -243,7 +243,7 @@ class ZOStrategy(SingleDeviceStrategy):
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
-            zo.repeat(entry.probes, entry.loss)
+            zo.repeat(entry.probes, entry.loss, entry.normaliser)
             return torch.tensor(entry.loss, device=self.root_device)
         count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
         probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
@@ -254,7 +254,7 @@ class ZOStrategy(SingleDeviceStrategy):
             zo.measure(lambda: probes.run(run, args, kwargs))
         probes.finish()
         if entry is not None and journal is not None:
-            zo.repeat(entry.probes, entry.loss)
+            zo.repeat(entry.probes, entry.loss, entry.normaliser)
             journal.saw(probes.names)
         probes.log()
         self._losses += not probes.without_loss

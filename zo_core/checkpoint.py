@@ -17,6 +17,7 @@ from .config import ZOConfig
 from .errors import StateError
 from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, Noise, derive_seed
+from .normaliser import Normaliser
 from .rules import RULES, UpdateRule
 from .targets import TARGETS, Target
 from .writers import OWN, is_own, written_by
@@ -61,6 +62,7 @@ class Run(Protocol):
     num_probes: int
     seed: int
     merged: bool
+    normaliser: Normaliser | None
     continuity: Continuity
 
     @property
@@ -81,6 +83,7 @@ class Continuity:
     Attributes:
         given: the settings as they were when the engine was made. Those of a group may change during a run.
         front: the front end that made the engine.
+        open: names of settings that the user has left open; a continued run takes those of the earlier one.
         ahead: the weights already contain the steps before this one, because a run in this process was
             interrupted: repeating those steps moves nothing.
         whole: False during an update, and after one that was interrupted.
@@ -89,6 +92,7 @@ class Continuity:
     def __init__(self, engine: Run):
         self.given = settings_of(engine)
         self.front = FrontEnd()
+        self.open = {name for name in ("normalise",) if getattr(engine.config, name) is None}
         self.ahead = 0
         self.whole = True
 
@@ -118,6 +122,8 @@ class Continuity:
 
     def _agrees(self, name: str, value: Any, seed: int | None) -> bool:
         mine = self.given[name]
+        if name in self.open:
+            return True
         if name == "seed":
             return seed is None or mine == value
         if name in ("eps", "weight_decay"):
@@ -144,6 +150,7 @@ def settings_of(engine: Run) -> dict[str, Any]:
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
         "stochastic_rounding": engine.config.stochastic_rounding,
+        "normalise": engine.normaliser is not None,
         "weight_decay": [] if torch_rule else [float(group["weight_decay"]) for group in groups],
         "seed": engine.seed,
     }
@@ -178,6 +185,8 @@ def marked(
         mark["settings"] = dict(engine.continuity.given)
         if engine.merged:
             mark["merged"] = True  # which the log records with the next step
+        if engine.normaliser is not None:
+            mark["normaliser"] = engine.normaliser.saved()
         mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
     mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
     return {**state, MARK: mark}
@@ -270,7 +279,22 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
     )
     engine.seed = mark.get("drawn", given["seed"])
     engine.merged = mark.get("merged", False)
+    if is_of_run(mark):
+        take_normaliser(engine, mark.get("normaliser"))
     engine.continuity.ahead, engine.continuity.whole = 0, True
+
+
+def is_of_run(mark: Mapping[str, Any]) -> bool:
+    """Whether a mark is of a run of an engine, not of an optimizer alone."""
+    return bool(mark.get("settings"))
+
+
+def take_normaliser(engine: Run, state: dict[str, float] | None) -> None:
+    """Continues with the normaliser of an earlier run; None if that had none."""
+    engine.normaliser = None if state is None else Normaliser()
+    if engine.normaliser is not None and state is not None:
+        engine.normaliser.load(state)
+    engine.continuity.given["normalise"] = state is not None
 
 
 def _foreign(state: Mapping[str, Any], writer: str | None, own: str, front: FrontEnd) -> str:

@@ -37,15 +37,16 @@ class ZOConfig:
     lr: float | str | None = field(
         default=None,
         metadata={
-            "help": "Learning rate. None takes the trainer's, or in a bare loop the estimator's default: 1e-6 for "
-            '"spsa", 5e-5 for "fzoo". "auto" finds one by trial runs before the first step.'
+            "help": "Learning rate. None takes the trainer's, and where that is not given either, one for normalised "
+            'steps that depends on the number of weights that move. "auto" finds one by trial runs before the first '
+            "step."
         },
     )
     eps: float | None = field(
         default=None,
         metadata={
             "help": "Distance of the probes from the weights, in units of the noise. None takes the estimator's "
-            'default: 1e-3 for "spsa", 1e-4 for "fzoo". PEFT adapters need more: 1e-2 for LoRA, 1e-1 for prefix tuning.'
+            'default: 1e-3 for "spsa", 1e-4 for "fzoo"; ten times that for LoRA, a hundred times for prefix tuning.'
         },
     )
     num_probes: int | None = field(
@@ -89,6 +90,14 @@ class ZOConfig:
         },
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW."})
+    normalise: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Divide each step's estimate by the root of a running mean of squared projected gradients (MEAZO, "
+            "arXiv 2605.03869). The learning rate is then a length, how far a step moves a weight, which carries over "
+            "between models, tasks and losses. None normalises if no learning rate was given."
+        },
+    )
     clip: float | None = field(
         default=None,
         metadata={
@@ -170,6 +179,8 @@ class ZOConfig:
                 )
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             problems.append(f"seed={self.seed!r} must be a whole number, or None for the trainer's seed")
+        if self.normalise is not None and not isinstance(self.normalise, bool):
+            problems.append(f"normalise={self.normalise!r} must be True, False or None")
         for name in ("dropout", "stochastic_rounding", "stack_probes"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
@@ -229,8 +240,12 @@ class ZOConfig:
         if not number or not math.isfinite(value) or not allowed(value):
             problems.append(f"{setting}={value!r} must be {wanted}")
 
-    def resolve(self, *, has_optimizer: bool = False) -> Resolved:
+    def resolve(self, *, has_optimizer: bool = False, has_rates: bool = False) -> Resolved:
         """The configuration with names and None replaced by components and numbers.
+
+        Args:
+            has_optimizer: whether a torch optimizer does the updates.
+            has_rates: whether the user has given the learning rates in an optimizer.
 
         Raises:
             ConfigError: the rule needs an optimizer and there is none, or it would ignore the one there is.
@@ -254,9 +269,10 @@ class ZOConfig:
             noise=NOISES.resolve(self.noise),
             rule=rule,
             target=TARGETS.resolve(self.target),
-            lr=estimator.default_lr if self.lr in (None, AUTO) else float(self.lr),
-            eps=estimator.default_eps if self.eps is None else float(self.eps),
+            lr=None if self.lr in (None, AUTO) else float(self.lr),
+            eps=None if self.eps is None else float(self.eps),
             num_probes=estimator.default_num_probes if self.num_probes is None else self.num_probes,
+            normalise=self.lr in (None, AUTO) and not has_rates if self.normalise is None else self.normalise,
             backend=("triton" if has_triton() else "eager") if self.backend == "auto" else self.backend,
         )
 
@@ -313,15 +329,16 @@ ZOConfig.__doc__ = "\n".join(
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration with every name and default resolved."""
+    """A configuration with every name resolved; ``lr`` and ``eps`` are None where the model decides on them."""
 
     estimator: Estimator
     noise: Noise
     rule: UpdateRule
     target: Target
-    lr: float
-    eps: float
+    lr: float | None
+    eps: float | None
     num_probes: int
+    normalise: bool
     backend: str
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
+from .defaults import default_eps, default_lr, said_default
 from .directions import Directions
 from .errors import LossError, ModelError, StateError
 from .exchange import Alone, Exchange
@@ -21,6 +22,7 @@ from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
+from .normaliser import Normaliser
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
 from .records import Point, Probe, StepRecord
@@ -60,6 +62,7 @@ class ZeroOrder(TrainedModel):
             in it does nothing, and slots that it does not hold do not move. See `cover_new`.
         lr, eps, weight_decay: of the first parameter group; setting one sets it in all groups.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
+        normaliser: the `Normaliser` of the steps; None without ``normalise``.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise.
 
     Raises:
@@ -85,6 +88,7 @@ class ZeroOrder(TrainedModel):
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
+        self.normaliser = Normaliser() if settings.normalise else None
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
         self.merged = False
@@ -95,16 +99,20 @@ class ZeroOrder(TrainedModel):
         keep_codes_plain(model)
         slots = self.choose()
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
+        self._left = settings.lr is None if optimizer is None else isinstance(optimizer, ZOOptimizer) and optimizer.left
+        self._left = self._left and self.config.lr != AUTO
+        self._default_eps = default_eps(self.estimator, slots) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
-            optimizer = ZOOptimizer(param_groups(slots), settings.lr, settings.eps, self.config.weight_decay)
+            lr = default_lr(slots, self.rule, self.num_probes, self.noise.share) if settings.lr is None else settings.lr
+            optimizer = ZOOptimizer(param_groups(slots), lr, self._default_eps, self.config.weight_decay)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.exchange: Exchange = Alone()
         self.places = Places(self.optimizer)
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
-        self._repeated: tuple[tuple[Probe, ...], float] | None = None
+        self._repeated: tuple[tuple[Probe, ...], float, float | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
@@ -223,6 +231,7 @@ class ZeroOrder(TrainedModel):
             self.first_steps.see(losses, self.eps)
         estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, losses)
         if estimate.skip is None:
+            probes = probes if self.normaliser is None else self.normaliser.apply(probes)
             self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
         else:
@@ -252,6 +261,7 @@ class ZeroOrder(TrainedModel):
             probes=probes,
             clipped=clipped,
             skipped=skipped,
+            normaliser=None if self.normaliser is None else self.normaliser.total,
         )
         self._forget()
         self.step_count += 1
@@ -309,22 +319,34 @@ class ZeroOrder(TrainedModel):
         self.discard()
         return self._done(math.nan, math.nan, (), skipped=reason)
 
-    def repeat(self, probes: tuple[Probe, ...], loss: float) -> None:
+    def repeat(self, probes: tuple[Probe, ...], loss: float, normaliser: float | None = None) -> None:
         """Makes the next `apply` repeat an earlier step, instead of applying one that is measured now.
 
         Args:
             probes: the probes in its `StepRecord`; empty if the step was skipped.
             loss: the loss to report in the new record.
-        """
-        self._plan, self._repeated = None, (probes, loss)
+            normaliser: that of its record.
 
-    def _repeat(self, probes: tuple[Probe, ...], loss: float) -> StepRecord:
+        Raises:
+            StateError: only one of the engine and the step has a normaliser.
+        """
+        if probes and (normaliser is None) != (self.normaliser is None):
+            raise StateError(
+                f"normaliser={normaliser!r} does not fit an engine with normalise={self.normaliser is not None}; pass "
+                "that of the step's record"
+            )
+        self._plan, self._repeated = None, (probes, loss, normaliser)
+
+    def _repeat(self, probes: tuple[Probe, ...], loss: float, normaliser: float | None) -> StepRecord:
         self.discard()
+        if probes and self.normaliser is not None and normaliser is not None:
+            self.normaliser.repeat(normaliser)
         if probes and self.step_count >= self.continuity.ahead:
             self._update(probes)
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
         two_sided = self.estimator.name == "spsa" and probes
-        projected_grad = math.fsum(p.coefficient for p in probes) if two_sided else float("nan")
+        unit = 1.0 if self.normaliser is None else self.normaliser.scale
+        projected_grad = math.fsum(p.coefficient for p in probes) * unit if two_sided else float("nan")
         return self._done(loss, projected_grad, probes, skipped=None if probes else "skipped in the log")
 
     def snapshot(self) -> Snapshot:
@@ -375,15 +397,17 @@ class ZeroOrder(TrainedModel):
             batches: returns a context for the test, which yields one closure per batch; only called if needed.
             schedulers: schedulers of the optimizer; the rates that they have computed are scaled to the new one.
         """
+        if self._left and self.step_count == 0 and self._plan is None:
+            self._left = False
+            logger.warning("%s", said_default(self.slots, self.lr))
         if not self.wants_lr:
             return
         check_replaceable(self.optimizer, schedulers)
         with batches() as closures:
             self.suggestion = self.suggest_lr(closures)
         set_lr(self.optimizer, self.suggestion.lr, schedulers)
-        logger.warning(
-            "learning rate %.2g found by a range test of %d forwards", self.suggestion.lr, self.suggestion.forwards
-        )
+        again = f"lr={self.suggestion.lr:.4g}" + ("" if self.normaliser is None else ", normalise=True")
+        logger.warning("learning rate found by a range test of %d forwards: %s", self.suggestion.forwards, again)
 
     # Checkpoints
 

@@ -22,6 +22,7 @@ class LiveSettings:
     optimizer: ZOOptimizer
     updaters: Updaters
     _settings: Resolved
+    _default_eps: float
     _plan: StepPlan | None
     _made = False
 
@@ -54,7 +55,7 @@ class LiveSettings:
     def eps(self) -> float:
         """The probe distance of the first parameter group; setting it sets it in all groups."""
         if isinstance(self.optimizer, TorchOptimizerFace):
-            return self._settings.eps  # what a torch optimizer calls eps is something else
+            return self._default_eps  # what a torch optimizer calls eps is something else
         return float(self.optimizer.param_groups[0]["eps"])
 
     @eps.setter

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Run, check_state, marked, plain_state, thresholds_of, took_over, window_of
+from .defaults import length_rate
 from .errors import ConfigError, StateError
 from .estimators import Spsa
 from .targets import Slot
@@ -46,9 +47,13 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, or dicts with ``params`` and any of the other arguments.
-        lr: learning rate.
+        lr: learning rate. None leaves it to the engine, whose steps are then normalised; a rate in some of the groups
+            needs one in all of them.
         eps: distance of the probes from the weights.
         weight_decay: decoupled weight decay.
+
+    Attributes:
+        left: whether the learning rate was left to the engine.
 
     Raises:
         ConfigError: a value is not valid.
@@ -57,14 +62,23 @@ class ZOOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = Spsa.default_lr,
+        lr: float | None = None,
         eps: float = Spsa.default_eps,
         weight_decay: float = 0.0,
     ):
         self.engine: Driver | None = None
         #: Thresholds of a noise that masks by magnitude, by slot: fixed when training begins, hence part of the state.
         self.thresholds: dict[str, float] = {}
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        groups = _as_groups(params)
+        given = ["lr" in group for group in groups]
+        if lr is None and any(given) and not all(given):
+            raise ConfigError(
+                [f"lr is missing in group {given.index(False)}, and other groups have one; write it there, or pass lr="]
+            )
+        self.left = lr is None and not any(given)
+        if lr is None:
+            lr = length_rate(sum(map(_numel, (each for group in groups for each in group["params"]))))
+        super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         problems = group_problems({**self.defaults, **param_group})
@@ -209,7 +223,24 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.thresholds.update({s.key: known[keys[id(s.tensor)]] for s in now if id(s.tensor) in keys})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds}
+        return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds, "left": self.left}
+
+
+def _numel(given: Any) -> int:
+    tensor = given[1] if isinstance(given, tuple) else given  # a named parameter
+    return int(tensor.numel()) if isinstance(tensor, Tensor) else 0  # torch reports anything else
+
+
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """The groups that torch would make of ``params``, each with a list of tensors."""
+    given = list(params)
+    if not given or not isinstance(given[0], dict):
+        given = [{"params": given}]
+    alone = (Tensor, str)
+    return [
+        {**group, "params": [group["params"]] if isinstance(group["params"], alone) else list(group["params"])}
+        for group in given
+    ]
 
 
 def _indices(state_dict: dict[str, Any]) -> list[int]:

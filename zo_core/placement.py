@@ -31,7 +31,8 @@ def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None) -> Resolv
     """
     check_optimizer(optimizer)
     foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
-    settings = config.resolve(has_optimizer=foreign)
+    rates = config.lr != AUTO and optimizer is not None and not (isinstance(optimizer, ZOOptimizer) and optimizer.left)
+    settings = config.resolve(has_optimizer=foreign, has_rates=foreign or rates)
     ranks = torch.distributed.get_world_size() if is_distributed() else 1
     if ranks > 1:
         raise ConfigError(

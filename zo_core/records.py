@@ -49,6 +49,7 @@ class StepRecord(float):
         probes: the directions as they were applied; empty if the step was skipped.
         clipped: number of directions whose coefficient was clipped.
         skipped: why the weights were left alone, or None.
+        normaliser: state of the step normaliser after the step (`Normaliser.total`); None without one.
     """
 
     loss: float
@@ -59,6 +60,7 @@ class StepRecord(float):
     probes: tuple[Probe, ...] = ()
     clipped: int = 0
     skipped: str | None = None
+    normaliser: float | None = None
 
     @property
     def without_signal(self) -> bool:

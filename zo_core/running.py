@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .first_steps import FirstSteps
 from .noise import Direction
+from .normaliser import Normaliser
 from .offload import LockstepOracle, Streaming
 from .optimizer import Driver, ZOOptimizer
 from .oracle import ResidentOracle
@@ -29,6 +30,7 @@ class Running(Driver, Protocol):
     listeners: list[Callable[[StepRecord], object]]
     followers: list[Callable[[], object]]
     regroup: Callable[[list[Slot]], object]
+    normaliser: Normaliser | None
     optimizer: ZOOptimizer
 
     @property

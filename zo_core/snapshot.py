@@ -34,6 +34,7 @@ class Snapshot:
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
         self.first_steps, self.merged = engine.first_steps, engine.merged
+        self.normaliser = None if engine.normaliser is None else engine.normaliser.saved()
 
     def rewind(self) -> None:
         """Restores weights, rule state and random generators."""
@@ -49,6 +50,8 @@ class Snapshot:
             state[tensor] = copies(held)
         engine.optimizer.thresholds.clear()
         engine.optimizer.thresholds.update(self.thresholds)
+        if engine.normaliser is not None and self.normaliser is not None:
+            engine.normaliser.load(self.normaliser)
         set_rng_state(self.random)
         torch.clear_autocast_cache()
 

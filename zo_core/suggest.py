@@ -69,6 +69,7 @@ def suggest_lr(
     if engine is not None and engine.model is model and config is None and not overrides:
         return engine.suggest_lr(closures, steps)
     settings = (config or ZOConfig()).replace(**{**overrides, "lr": None})
+    settings = settings.replace(normalise=bool(settings.normalise))  # for a rate that will be given as a number
     streaming = Streaming.of(model)
     if streaming is not None:  # before another engine is made, which would start with rule state of its own
         check_resident(streaming, _moving(model, settings, optimizer))

@@ -173,7 +173,7 @@ def _row(
     active: int,
 ) -> Row:
     settings = work.config.resolve()
-    points = len(settings.estimator.points((0,) * settings.num_probes, settings.eps))
+    points = len(settings.estimator.points((0,) * settings.num_probes, 1.0))
     blocks = [] if place is None else blocks
     stay = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     where = {id(t): b for b in blocks for held in b.holders.values() for t in held}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ESTIMATORS, NOISES, RULES, Fzoo, Momentum, Probe, StepRecord, ZeroOrder, ZOConfig
+from zo_core.defaults import default_lr
 from zo_core.noise.direction import float32
 
 LR, EPS = 1e-2, 1e-2
@@ -174,7 +175,7 @@ def test_the_mean_over_more_probes_is_the_mean_of_their_updates() -> None:
 
 
 def test_a_probe_and_a_record_are_plain_values() -> None:
-    record = ZeroOrder(model := tiny("mlp")).step(closure("mlp", model))
+    record = ZeroOrder(model := tiny("mlp"), lr=1e-3).step(closure("mlp", model))
     assert record.probes == (Probe(record.seed, record.projected_grad),)
     assert json.dumps(record.as_dict())
 
@@ -242,7 +243,8 @@ def test_defaults_are_those_of_the_estimator() -> None:
         zo = ZeroOrder(tiny("mlp"), estimator=name)
         estimator = ESTIMATORS.resolve(name)
         group = zo.optimizer.param_groups[0]
-        assert (group["lr"], group["eps"]) == (estimator.default_lr, estimator.default_eps)
+        rate = default_lr(zo.slots, zo.rule, estimator.default_num_probes)
+        assert (group["lr"], group["eps"]) == (rate, estimator.default_eps)
         assert zo.num_probes == estimator.default_num_probes
 
 

@@ -100,7 +100,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AdamW": lambda model: {"optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3)},
     "groups": lambda model: {
         "optimizer": ZOOptimizer(
-            [{"params": model.inner.parameters()}, {"params": model.head.parameters(), "lr": 1e-4}]
+            [{"params": model.inner.parameters(), "lr": 1e-6}, {"params": model.head.parameters(), "lr": 1e-4}]
         )
     },
 }
@@ -190,8 +190,8 @@ def test_streamed_weights_are_refused_and_the_model_stays() -> None:
 
 def test_auto_in_a_bare_loop_is_the_suggested_rate() -> None:
     models = [tiny("mlp"), tiny("mlp")]
-    found = suggest_lr(models[0], closure("mlp", models[0]))
-    engines = [ZeroOrder(models[0], lr=found.lr), ZeroOrder(models[1], lr="auto")]
+    found = suggest_lr(models[0], closure("mlp", models[0]), normalise=True)
+    engines = [ZeroOrder(models[0], lr=found.lr, normalise=True), ZeroOrder(models[1], lr="auto")]
     for model, zo in zip(models, engines, strict=True):
         for index in range(3):
             zo.step(closure("mlp", model, index))
@@ -237,7 +237,7 @@ def test_auto_under_hugging_face(tmp_path: Path, settings: dict[str, Any]) -> No
     auto = zo_trainer(tmp_path, zo_config=ZOConfig(lr="auto"), **settings)
     auto.train()
     found: LrSuggestion = auto.zo.suggestion
-    plain = zo_trainer(tmp_path, **{**settings, "learning_rate": found.lr})
+    plain = zo_trainer(tmp_path, zo_config=ZOConfig(normalise=True), **{**settings, "learning_rate": found.lr})
     plain.train()
     assert differing(weights(auto.model), weights(plain.model)) == []
     assert logged(auto, "learning_rate") == pytest.approx(logged(plain, "learning_rate"), rel=1e-12)

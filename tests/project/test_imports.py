@@ -36,6 +36,8 @@ RANKS = {
     "rules": 4,
     "updates": 5,
     "step": 5,
+    "defaults": 5,
+    "normaliser": 5,
     "config": 6,
     "first_steps": 6,
     "checkpoint": 7,

@@ -18,7 +18,11 @@ from zo_core import ConfigError, ZeroOrder, ZOConfig
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {setting.name: setting for setting in fields(ZOConfig)}
-ARGUMENTS = {RENAMED.get(one.name, one.name.removeprefix(PREFIX)): one for one in fields(ZOArguments)}
+ARGUMENTS = {
+    RENAMED.get(one.name, one.name.removeprefix(PREFIX)): one
+    for one in fields(ZOArguments)
+    if one.name.startswith(PREFIX)  # the others are the trainer's own, with another default
+}
 
 #: Settings without a ``zo_*`` field, and the other way round.
 TRAINERS_OWN = {"weight_decay"}  # `TrainingArguments.weight_decay` counts

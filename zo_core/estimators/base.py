@@ -31,12 +31,11 @@ class Estimator:
     """How losses at a few points become probes.
 
     Class attributes:
-        default_lr, default_eps, default_num_probes: used where the configuration leaves them open.
+        default_eps, default_num_probes: used where the configuration leaves them open.
         min_probes: fewest directions for which the estimate is defined.
     """
 
     name: ClassVar[str]
-    default_lr: ClassVar[float]
     default_eps: ClassVar[float]
     default_num_probes: ClassVar[int] = 1
     min_probes: ClassVar[int] = 1

@@ -24,7 +24,6 @@ class Fzoo(Estimator):
     """
 
     name: ClassVar[str] = "fzoo"
-    default_lr: ClassVar[float] = 5e-5
     default_eps: ClassVar[float] = 1e-4
     default_num_probes: ClassVar[int] = 8
     min_probes: ClassVar[int] = 2

@@ -16,7 +16,6 @@ class Spsa(Estimator):
     """``g_i = (L(theta + eps z_i) - L(theta - eps z_i)) / (2 eps)``; the update is the mean of ``g_i z_i``."""
 
     name: ClassVar[str] = "spsa"
-    default_lr: ClassVar[float] = 1e-6
     default_eps: ClassVar[float] = 1e-3
 
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:

@@ -2,6 +2,7 @@
 
     header   magic 8s | version u32 | length u32 | JSON, deflated | crc32
     step     step u32 | coefficient f32, n times | loss f32 | learning rate f64, once per column | crc32
+             with normalised steps, the state of the normaliser f64 before the checksum
     change   0xFFFFFFFF | length u32 | JSON | crc32
 
 Everything is little-endian. Each checksum starts from the previous one, so a record that is missing,
@@ -26,7 +27,8 @@ from ..noise import NOISES
 from ..records import Probe
 
 MAGIC = b"\x89ZOLOG\r\n"
-VERSION = 1
+#: Logs of normalised steps have version 2: a column more in each step.
+VERSION, NORMALISED = 1, 2
 CHANGE = 0xFFFFFFFF
 PREFIX = struct.Struct("<8sII")
 CRC = struct.Struct("<I")
@@ -75,6 +77,7 @@ class LoggedStep:
         rule: the rule of the step, as its registry describes it.
         noise: the noise of the run, as its registry describes it; it derives the seeds of a step.
         merged: whether closing the engine ended low-rank windows before the step.
+        normaliser: state of the step normaliser after the step; None without one.
     """
 
     step: int
@@ -86,6 +89,7 @@ class LoggedStep:
     rule: Any = field(default=None, repr=False, hash=False)
     noise: Any = field(default="rademacher", repr=False, hash=False)
     merged: bool = False
+    normaliser: float | None = None
 
     @property
     def skipped(self) -> bool:
@@ -100,18 +104,19 @@ class LoggedStep:
 
 @lru_cache(maxsize=64)
 def step_struct(num_probes: int, num_lrs: int) -> struct.Struct:
-    """The layout of a step-record without its checksum."""
+    """The layout of a step-record without its checksum; ``num_lrs`` counts all numbers after the loss."""
     return struct.Struct(f"<I{num_probes}ff{num_lrs}d")
 
 
 def encode_header(header: dict[str, Any]) -> bytes:
     payload = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    body = PREFIX.pack(MAGIC, VERSION, len(payload)) + payload
+    version = VERSION if header.get("normaliser") is None else NORMALISED
+    body = PREFIX.pack(MAGIC, version, len(payload)) + payload
     return body + CRC.pack(zlib.crc32(body))
 
 
 def encode_step(step: int, coefficients: Sequence[float], loss: float, lrs: Sequence[float], chain: int) -> bytes:
-    """Encodes a step-record; ``chain`` is the checksum of the previous record."""
+    """Encodes a step-record; ``lrs`` ends in the normaliser's state, if any; ``chain`` is the previous checksum."""
     if abs(loss) > FLOAT32_MAX:
         loss = math.copysign(math.inf, loss)
     body = step_struct(len(coefficients), len(lrs)).pack(step, *coefficients, loss, *lrs)
@@ -158,6 +163,15 @@ class Parsed:
     corrupt: str | None = None
     followed: bool = False
 
+    @property
+    def normalised(self) -> bool:
+        """Whether the steps are normalised."""
+        return self.header.get("normaliser") is not None
+
+    def layout(self, num_probes: int) -> struct.Struct:
+        """The layout of the next step-record."""
+        return step_struct(num_probes, 1 + max(self.settings.columns) + self.normalised)
+
 
 def parse(data: bytes, name: str) -> Parsed:
     """Parses a log.
@@ -198,8 +212,10 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if len(data) < PREFIX.size:
         raise StateError(f"{name} is damaged: it ends within the header")
     _, version, length = PREFIX.unpack_from(data)
-    if version != VERSION:
-        raise StateError(f"{name} is a seed log of format {version}; this version of zo_core reads format {VERSION}")
+    if version not in (VERSION, NORMALISED):
+        raise StateError(
+            f"{name} is a seed log of format {version}; this version of zo_core reads formats up to {NORMALISED}"
+        )
     end = PREFIX.size + length + CRC.size
     if len(data) < end:
         raise StateError(f"{name} is damaged: it ends within the header")
@@ -214,7 +230,7 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
     if rest < 8:
         return "torn"
     first, second = CHANGE_PREFIX.unpack_from(data, at)
-    layout = step_struct(num_probes, 1 + max(parsed.settings.columns))
+    layout = parsed.layout(num_probes)
     size = (CHANGE_PREFIX.size + second if first == CHANGE else layout.size) + CRC.size
     if rest < size:
         return "torn"
@@ -228,18 +244,19 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
         values = layout.unpack(body)
         if first != parsed.next_step:
             return f"step {parsed.next_step} is expected, but step {first} follows"
-        coefficients, loss, lrs = values[1 : 1 + num_probes], values[1 + num_probes], values[2 + num_probes :]
+        coefficients, loss, numbers = values[1 : 1 + num_probes], values[1 + num_probes], values[2 + num_probes :]
         parsed.steps.append(
             LoggedStep(
                 first,
                 () if math.isnan(coefficients[0]) else coefficients,
                 loss,
-                tuple(lrs[column] for column in parsed.settings.columns),
+                tuple(numbers[column] for column in parsed.settings.columns),
                 parsed.settings,
                 parsed.draws,
                 parsed.rule,
                 parsed.header["noise"],
                 parsed.merged,
+                numbers[-1] if parsed.normalised else None,
             )
         )
         parsed.merged = False
@@ -264,7 +281,7 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
 
 def _another(data: bytes, parsed: Parsed, num_probes: int) -> bool:
     """Whether there is a good step-record after ``parsed.end``; the damage is then not a torn tail."""
-    layout = step_struct(num_probes, 1 + max(parsed.settings.columns))
+    layout = parsed.layout(num_probes)
     for at in range(parsed.end + 4, len(data) - layout.size - CRC.size + 1):
         body = data[at : at + layout.size]
         chain = CRC.unpack_from(data, at - 4)[0]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoint import check_settings
+from ..checkpoint import check_settings, take_normaliser
 from ..errors import StateError
 from ..estimators import ESTIMATORS
 from ..noise import NOISES
@@ -36,6 +36,7 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
     """
     logged = next((entry.settings for entry in log.steps if entry.step >= engine.step_count), log.parsed.settings)
     theirs = {name: log.header[name] for name in (*_facts(engine), *MEASURING) if name in log.header}
+    theirs["normalise"] = log.parsed.normalised
     eps = theirs.pop("eps")  # of the first group; the other groups have ratios, which are compared in each step
     if eps != engine.continuity.given["eps"][0]:
         theirs["eps"] = [eps * ratio for ratio in log.header["settings"]["eps"]]
@@ -50,6 +51,8 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
             f"{engine.continuity.front.weights_alone}"
         )
     check_run(engine, log, engine.step_count)
+    if engine.step_count == log.first_step:
+        take_normaliser(engine, log.header.get("normaliser"))
     engine.at(engine.step_count, logged.seed)
 
 
@@ -133,6 +136,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
+        "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
         "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none with any noise
         "limits": limits,
         "notes": notes,

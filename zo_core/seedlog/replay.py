@@ -78,6 +78,10 @@ def replay(
     if not log.header.get("windows", True):
         engine.updaters.wait_no_more(engine.rule)
     apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
+    if engine.normaliser is not None:
+        for entry in steps:
+            if entry.normaliser is not None and not entry.skipped:
+                engine.normaliser.repeat(entry.normaliser)
     engine.at(end, steps[-1].settings.seed if steps else None)
     if steps:
         engine.rule = _rule(steps[-1], engine, RULES.describe(engine.rule))
@@ -117,6 +121,7 @@ def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
         rule=header["rule"],
         num_probes=header["num_probes"],
         stochastic_rounding=header["stochastic_rounding"],
+        normalise=log.parsed.normalised,
     )
     target = TARGETS.resolve(header["target"])
     with _trainable(model, target, header):

@@ -167,6 +167,8 @@ class SeedLogWriter:
         self.settings, self.rule, self.draws, self._drew = settings, rule, self._drew, False
         width = 1 + max(settings.columns)
         columns = [lrs[settings.columns.index(column)] for column in range(width)]
+        if record.normaliser is not None:
+            columns.append(record.normaliser)
         padded = coefficients or (float("nan"),) * self.engine.num_probes
         self._append(encode_step(record.step, padded, record.loss, columns, self.chain))
         self.next_step = record.step + 1

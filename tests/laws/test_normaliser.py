@@ -1,0 +1,224 @@
+"""Law: a normalised step depends on the shape of the loss, not on its scale, and every run of it can be repeated."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import closure, tiny
+from traces import same_bits, weights
+
+from zo_core import ConfigError, SeedLog, SeedLogWriter, StateError, StepRecord, ZeroOrder, ZOOptimizer, replay
+from zo_core.defaults import default_lr
+from zo_core.seedlog.format import NORMALISED, VERSION
+
+LR, STEPS, BETA = 1e-2, 7, 0.99
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"rule": "momentum"},
+    "sign": {"rule": "sign"},
+    "four directions": {"num_probes": 4},
+    "fzoo": {"estimator": "fzoo", "num_probes": 3},
+    "low rank": {"noise": {"name": "low_rank", "rank": 2, "refresh": 3}},
+    "sampled": {"noise": {"name": "sampled", "share": 0.5}},
+    "clipped": {"clip": 1e-3},
+}
+
+
+def engine(**settings: Any) -> ZeroOrder:
+    return ZeroOrder(tiny("mlp"), **{"lr": LR, "normalise": True, **settings})
+
+
+def run(zo: ZeroOrder, steps: int = STEPS) -> list[StepRecord]:
+    return [zo.step(closure("mlp", zo.model, index)) for index in range(zo.step_count, steps)]
+
+
+def test_the_formula() -> None:
+    """``v <- beta v + (1 - beta) mean(g^2)``, corrected for its start; coefficients are ``g / (n sqrt(v))``."""
+    plain, zo = engine(normalise=False, lr=0.0, num_probes=2), engine(lr=0.0, num_probes=2)
+    total = 0.0
+    for count, (raw, normalised) in enumerate(zip(run(plain), run(zo), strict=True), 1):
+        found = [2 * probe.coefficient for probe in raw.probes]
+        total = BETA * total + (1 - BETA) * (found[0] ** 2 + found[1] ** 2) / 2
+        scale = math.sqrt(total / (1 - BETA**count))
+        for probe, before in zip(normalised.probes, raw.probes, strict=True):
+            # The same formula in another order of operations: a few roundings of float64, then one of float32.
+            assert probe.coefficient == pytest.approx(before.coefficient / scale, rel=2**-23)
+        assert normalised.projected_grad == raw.projected_grad
+    assert [probe.coefficient for probe in run(engine(lr=0.0), 1)[0].probes] in ([1.0], [-1.0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_scale_of_the_loss_cancels(variant: str) -> None:
+    """Times a power of two, which changes no rounding, every weight has the same bits."""
+    small, large = engine(**{**VARIANTS[variant], "clip": None}), engine(**{**VARIANTS[variant], "clip": None})
+    for index in range(STEPS):
+        small.step(closure("mlp", small.model, index))
+        loss = closure("mlp", large.model, index)
+        large.step(lambda loss=loss: loss() * 1024.0)
+    assert same_bits(weights(small.model), weights(large.model))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replay_resume_and_repetition_give_the_same_bits(variant: str, tmp_path: Path) -> None:
+    settings = VARIANTS[variant]
+    whole = engine(**settings)
+    log = SeedLogWriter.attach(whole, tmp_path / "log")
+    run(whole, 3)
+    file = io.BytesIO()
+    torch.save({"model": whole.model.state_dict(), "zo": whole.state_dict()}, file)
+    run(whole)
+    log.close()
+    ends = weights(whole.model)
+
+    base = tiny("mlp")
+    assert replay(base, tmp_path / "log") == STEPS
+    assert same_bits(weights(base), ends)
+
+    file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    resumed = engine(**settings)
+    resumed.model.load_state_dict(kept["model"])
+    resumed.load_state_dict(kept["zo"])
+    run(resumed)
+    assert same_bits(weights(resumed.model), ends)
+
+    for start in (engine(**settings), resumed_at(kept, settings)):  # from the log's start, and from a checkpoint
+        follower = SeedLogWriter.attach(start, tmp_path / "log", follow=True)
+        while (entry := follower.logged()) is not None:
+            start.repeat(entry.probes, entry.loss, entry.normaliser)
+            start.optimizer.step()
+        follower.close()
+        assert same_bits(weights(start.model), ends)
+        assert start.normaliser == whole.normaliser
+
+    continued = engine(**settings)
+    replay(continued, tmp_path / "log")
+    assert continued.normaliser == whole.normaliser
+
+
+def resumed_at(kept: dict[str, Any], settings: dict[str, Any]) -> ZeroOrder:
+    zo = engine(**settings)
+    zo.model.load_state_dict(kept["model"])
+    zo.load_state_dict(kept["zo"])
+    return zo
+
+
+def test_a_log_has_the_coefficients_that_were_applied(tmp_path: Path) -> None:
+    zo = engine()
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    records = run(zo)
+    log.close()
+    for entry, record in zip(SeedLog.read(tmp_path / "log").steps, records, strict=True):
+        assert entry.probes == record.probes
+        assert entry.normaliser == record.normaliser
+    data = (tmp_path / "log").read_bytes()
+    assert struct.unpack_from("<I", data, 8)[0] == NORMALISED
+
+
+def test_logs_of_other_steps_keep_their_format(tmp_path: Path) -> None:
+    zo = engine(normalise=False)
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    run(zo)
+    log.close()
+    assert struct.unpack_from("<I", (tmp_path / "log").read_bytes(), 8)[0] == VERSION
+    assert {entry.normaliser for entry in SeedLog.read(tmp_path / "log").steps} == {None}
+
+
+def test_skipped_steps_do_not_count() -> None:
+    zo = engine()
+    run(zo, 2)
+    before = zo.normaliser and zo.normaliser.saved()
+    zo.step(lambda: torch.tensor(math.nan))
+    zo.skip("no loss")
+    assert zo.normaliser is not None
+    assert zo.normaliser.saved() == before
+
+
+def test_losses_that_agree_are_no_division_by_zero() -> None:
+    zo = engine()
+    before = weights(zo.model)
+    record = zo.step(lambda: torch.tensor(1.0))
+    assert [probe.coefficient for probe in record.probes] == [0.0]
+    assert same_bits(weights(zo.model), before)
+
+
+def test_no_step_is_longer_than_stated() -> None:
+    """A projected gradient that is suddenly a million times larger moves the weights by at most lr / sqrt(1 - beta)."""
+    zo = engine()
+    run(zo, 5)
+    before = weights(zo.model)
+    loss = closure("mlp", zo.model, 5)
+    zo.step(lambda: loss() * 1e6)
+    bound = LR / math.sqrt(1 - BETA) * (1 + 2**-20)  # and roundings of float32
+    assert max(float((value - before[name]).abs().max()) for name, value in weights(zo.model).items()) <= bound
+
+
+def test_a_trial_of_the_range_test_leaves_it_alone() -> None:
+    zo = engine()
+    run(zo, 3)
+    assert zo.normaliser is not None
+    before = zo.normaliser.saved()
+    zo.suggest_lr([closure("mlp", zo.model, index) for index in range(3)])
+    assert zo.normaliser.saved() == before
+
+
+# Where it is on
+
+
+def test_it_is_on_where_no_rate_was_given() -> None:
+    model = tiny("mlp")
+    assert ZeroOrder(model).normaliser is not None
+    assert ZeroOrder(model, lr="auto").normaliser is not None
+    assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).normaliser is not None
+    assert ZeroOrder(model, lr=1e-6).normaliser is None
+    assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters(), lr=1e-6)).normaliser is None
+    assert ZeroOrder(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-6)).normaliser is None
+    assert ZeroOrder(model, normalise=False).normaliser is None
+    assert ZeroOrder(model, lr=1e-6, normalise=True).normaliser is not None
+
+
+def test_the_default_rate_depends_on_what_moves(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("mlp")
+    zo = ZeroOrder(model)
+    assert zo.lr == default_lr(zo.slots, zo.rule)
+    assert ZeroOrder(model, rule="momentum").lr == pytest.approx(zo.lr * 0.1)
+    assert ZeroOrder(model, num_probes=4).lr == pytest.approx(zo.lr * 4)
+    assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).lr == zo.lr
+    zo.step(closure("mlp", model))
+    zo.step(closure("mlp", model))
+    (line,) = [line for line in caplog.messages if "no learning rate was given" in line]
+    assert f"{zo.lr:.2g}" in line
+    caplog.clear()
+    ZeroOrder(model, lr=1e-6).step(closure("mlp", model))
+    assert not [line for line in caplog.messages if "no learning rate was given" in line]
+
+
+def test_rates_in_some_groups_are_an_error() -> None:
+    first, second = itertools.islice(tiny("mlp").parameters(), 2)
+    with pytest.raises(ConfigError, match="lr is missing in group 1"):
+        ZOOptimizer([{"params": [first], "lr": 1e-3}, {"params": [second]}])
+
+
+def test_a_continued_run_keeps_what_it_had_unless_told_otherwise() -> None:
+    earlier = engine(normalise=False)
+    run(earlier, 2)
+    state = earlier.state_dict()
+    later = ZeroOrder(tiny("mlp"))
+    later.load_state_dict(state)
+    assert (later.normaliser, later.lr) == (None, LR)
+    with pytest.raises(StateError, match="normalise"):
+        engine(normalise=True).load_state_dict(state)
+
+
+def test_a_repeated_step_needs_the_state_of_the_normaliser() -> None:
+    zo = engine()
+    (record,) = run(zo, 1)
+    with pytest.raises(StateError, match="normaliser=None"):
+        zo.repeat(record.probes, record.loss)
