@@ -41,7 +41,7 @@ class ZOArguments:
     zo_noise: str = field(default="rademacher", metadata=_metadata("noise"))
     zo_rule: str = field(default="auto", metadata=_metadata("rule"))
     zo_target: str = field(default="auto", metadata=_metadata("target"))
-    zo_normalise: bool | None = field(default=None, metadata=_metadata("normalise"))
+    zo_normalise: str | None = field(default=None, metadata=_metadata("normalise"))
     zo_clip: float | None = field(default=None, metadata=_metadata("clip"))
     zo_seed: int | None = field(default=None, metadata=_metadata("seed"))
     zo_dropout: bool = field(default=False, metadata=_metadata("dropout"))
@@ -78,7 +78,11 @@ class ZOArguments:
         Raises:
             ConfigError: settings are not valid; the message lists all of them.
         """
-        return ZOConfig(**self.zo_settings())
+        settings = self.zo_settings()
+        written = {"true": True, "false": False}  # on a command line
+        if isinstance(settings.get("normalise"), str):
+            settings["normalise"] = written.get(settings["normalise"].lower(), settings["normalise"])
+        return ZOConfig(**settings)
 
 
 @dataclass

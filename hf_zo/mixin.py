@@ -21,7 +21,9 @@ from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.config import AUTO
 from zo_core.defaults import default_eps, default_lr
 from zo_core.following import begin_again
+from zo_core.lr_range import set_lr
 from zo_core.modes import rng_state, set_rng_state
+from zo_core.normaliser import GRADIENT
 from zo_core.offload import LockstepOracle, Streaming, move_streamed
 from zo_core.optimizer import TorchOptimizerFace
 from zo_core.oracle import as_scalar, is_compiled
@@ -219,8 +221,11 @@ class ZOTrainerMixin(_Trainer):
         if isinstance(given, ZOOptimizer):
             lr = AUTO if config.lr == AUTO else None
             config = config.replace(lr=lr, eps=None, weight_decay=0.0)  # its groups hold them
-        elif self._zo_left and config.normalise is None:
-            config = config.replace(normalise=True)
+        elif self._zo_left:
+            config = config.replace(normalise=GRADIENT if config.normalise is None else config.normalise)
+            known = config.resolve(has_optimizer=True)
+            slots = known.target.chosen(root).slots(root)
+            set_lr(given, default_lr(slots, known.rule, known.normaliser, known.num_probes, known.noise.share))
         self.zo = ZeroOrder(root, config, optimizer=given)
         self.zo.continuity.speak_as(front_end(self.args, self._zo_given))
         self.zo.listeners.append(lambda record: self._zo_summary.add(record))
@@ -236,10 +241,7 @@ class ZOTrainerMixin(_Trainer):
         config = self._zo_settings()
         given = self._zo_given_optimizer() is not None
         self._zo_left = config.lr in (None, AUTO) and self.args.learning_rate is None and not given
-        settings, model = config.resolve(), self._zo_model()
-        slots = settings.target.chosen(model).slots(model) if self._zo_left else []
-        lr = default_lr(slots, settings.rule, settings.num_probes, settings.noise.share)
-        with numbers_of(self.args, config, lr):
+        with numbers_of(self.args, config):
             made = type(self).create_optimizer(self, *args, **kwargs)
         if self.zo is None or self.zo.optimizer is not made:
             made = self._zo_engine(self._zo_model(), getattr(made, "optimizer", made))

@@ -40,19 +40,16 @@ def chosen_by_user(trainer: Trainer, built: torch.optim.Optimizer) -> str | None
 
 
 @contextmanager
-def numbers_of(args: TrainingArguments, config: ZOConfig, default: float) -> Iterator[None]:
-    """A context in which the arguments have a learning rate and the weight decay of the run.
+def numbers_of(args: TrainingArguments, config: ZOConfig) -> Iterator[None]:
+    """A context in which the arguments have the learning rate and the weight decay of ``config``, if it sets them.
 
-    Args:
-        args: the arguments of the trainer.
-        config: its numbers take precedence.
-        default: the learning rate if neither has one.
+    A rate that nobody has set is 1 until the engine replaces it, so that groups keep their proportions.
     """
     before = args.learning_rate, args.weight_decay
     if config.lr not in (None, AUTO):
         args.learning_rate = float(config.lr)
     elif args.learning_rate is None:
-        args.learning_rate = default
+        args.learning_rate = 1.0
     args.weight_decay = config.weight_decay or args.weight_decay
     try:
         yield

@@ -245,8 +245,7 @@ class ZOStrategy(SingleDeviceStrategy):
             self._losses += 1
             zo.repeat(entry.probes, entry.loss, entry.normaliser)
             return torch.tensor(entry.loss, device=self.root_device)
-        count = len(zo.estimator.points(tuple(range(zo.num_probes)), zo.eps))
-        probes = Probes(module, count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
+        probes = Probes(module, zo.point_count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
         # Also around all probes: half precision sets the default dtype of the whole process, and probes of a
         # streamed model take turns.
         watching = nullcontext() if journal is None or entry is not None else journal.watching()

@@ -17,7 +17,7 @@ from .config import ZOConfig
 from .errors import StateError
 from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, Noise, derive_seed
-from .normaliser import Normaliser
+from .normaliser import Curvature, Normaliser, normaliser_of
 from .rules import RULES, UpdateRule
 from .targets import TARGETS, Target
 from .writers import OWN, is_own, written_by
@@ -150,7 +150,7 @@ def settings_of(engine: Run) -> dict[str, Any]:
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,
         "stochastic_rounding": engine.config.stochastic_rounding,
-        "normalise": engine.normaliser is not None,
+        "normalise": False if engine.normaliser is None else engine.normaliser.name,
         "weight_decay": [] if torch_rule else [float(group["weight_decay"]) for group in groups],
         "seed": engine.seed,
     }
@@ -289,12 +289,13 @@ def is_of_run(mark: Mapping[str, Any]) -> bool:
     return bool(mark.get("settings"))
 
 
-def take_normaliser(engine: Run, state: dict[str, float] | None) -> None:
+def take_normaliser(engine: Run, state: dict[str, float | str] | None) -> None:
     """Continues with the normaliser of an earlier run; None if that had none."""
-    engine.normaliser = None if state is None else Normaliser()
+    size = engine.normaliser.size if isinstance(engine.normaliser, Curvature) else 1.0
+    engine.normaliser = None if state is None else normaliser_of(str(state["name"]), size)
     if engine.normaliser is not None and state is not None:
         engine.normaliser.load(state)
-    engine.continuity.given["normalise"] = state is not None
+    engine.continuity.given["normalise"] = False if state is None else state["name"]
 
 
 def _foreign(state: Mapping[str, Any], writer: str | None, own: str, front: FrontEnd) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
-from .estimators import ESTIMATORS, Estimator
+from .estimators import ESTIMATORS, Estimator, Spsa
 from .noise import NOISES, LowRank, Noise
+from .normaliser import CURVATURE, GRADIENT
 from .registry import Registry
 from .rules import RULES, UpdateRule
 from .sizes import parse_bytes
@@ -90,12 +91,14 @@ class ZOConfig:
         },
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW."})
-    normalise: bool | None = field(
+    normalise: bool | str | None = field(
         default=None,
         metadata={
-            "help": "Divide each step's estimate by the root of a running mean of squared projected gradients (MEAZO, "
-            "arXiv 2605.03869). The learning rate is then a length, how far a step moves a weight, which carries over "
-            "between models, tasks and losses. None normalises if no learning rate was given."
+            "help": "Divide each step's estimate by the root of a running mean of squares, so that a learning rate "
+            'carries over between models, tasks and losses. "gradient", or True, takes the projected gradients (MEAZO, '
+            'arXiv 2605.03869): the rate is a length, how far a step moves a weight. "curvature" takes the curvature '
+            "along the directions, for one forward more in the first steps and in one of eight later: the rate is a "
+            'fraction of Newton\'s step. None is "curvature" if no learning rate was given, else False.'
         },
     )
     clip: float | None = field(
@@ -179,8 +182,15 @@ class ZOConfig:
                 )
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             problems.append(f"seed={self.seed!r} must be a whole number, or None for the trainer's seed")
-        if self.normalise is not None and not isinstance(self.normalise, bool):
-            problems.append(f"normalise={self.normalise!r} must be True, False or None")
+        if self.normalise not in (None, True, False, GRADIENT, CURVATURE):
+            problems.append(
+                f"normalise={self.normalise!r} must be {GRADIENT!r} (or True), {CURVATURE!r}, False or None"
+            )
+        elif self.normalise == CURVATURE and estimator is not None and not isinstance(estimator, Spsa):
+            problems.append(
+                f"normalise={CURVATURE!r} needs two-sided differences, which estimator={estimator.name!r} has not; "
+                f"write normalise={GRADIENT!r}"
+            )
         for name in ("dropout", "stochastic_rounding", "stack_probes"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
@@ -272,9 +282,18 @@ class ZOConfig:
             lr=None if self.lr in (None, AUTO) else float(self.lr),
             eps=None if self.eps is None else float(self.eps),
             num_probes=estimator.default_num_probes if self.num_probes is None else self.num_probes,
-            normalise=self.lr in (None, AUTO) and not has_rates if self.normalise is None else self.normalise,
+            normaliser=self._normaliser(estimator, rule, open=self.lr in (None, AUTO) and not has_rates),
             backend=("triton" if has_triton() else "eager") if self.backend == "auto" else self.backend,
         )
+
+    def _normaliser(self, estimator: Estimator, rule: UpdateRule, *, open: bool) -> str | None:
+        if self.normalise is not None:
+            return self.normalise if isinstance(self.normalise, str) else GRADIENT if self.normalise else None
+        if not open:
+            return None
+        if rule.wants_optimizer:
+            return GRADIENT
+        return CURVATURE if isinstance(estimator, Spsa) and rule.linear else None  # the others set a length themselves
 
     @classmethod
     def help_for(cls, setting: str) -> str:
@@ -338,7 +357,7 @@ class Resolved:
     lr: float | None
     eps: float | None
     num_probes: int
-    normalise: bool
+    normaliser: str | None
     backend: str
 
 

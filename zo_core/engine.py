@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
-from .defaults import default_eps, default_lr, said_default
+from .defaults import default_eps, default_lr, moving, said_default
 from .directions import Directions
 from .errors import LossError, ModelError, StateError
 from .exchange import Alone, Exchange
@@ -22,7 +22,7 @@ from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
-from .normaliser import Normaliser
+from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
 from .records import Point, Probe, StepRecord
@@ -62,7 +62,7 @@ class ZeroOrder(TrainedModel):
             in it does nothing, and slots that it does not hold do not move. See `cover_new`.
         lr, eps, weight_decay: of the first parameter group; setting one sets it in all groups.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
-        normaliser: the `Normaliser` of the steps; None without ``normalise``.
+        normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise.
 
     Raises:
@@ -88,7 +88,6 @@ class ZeroOrder(TrainedModel):
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
-        self.normaliser = Normaliser() if settings.normalise else None
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
         self.merged = False
@@ -101,11 +100,14 @@ class ZeroOrder(TrainedModel):
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         self._left = settings.lr is None if optimizer is None else isinstance(optimizer, ZOOptimizer) and optimizer.left
         self._left = self._left and self.config.lr != AUTO
+        self.normaliser = normaliser_of(settings.normaliser, moving(slots, self.noise.share))
         self._default_eps = default_eps(self.estimator, slots) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
-            lr = default_lr(slots, self.rule, self.num_probes, self.noise.share) if settings.lr is None else settings.lr
+            lr = self._default_lr(slots) if settings.lr is None else settings.lr
             optimizer = ZOOptimizer(param_groups(slots), lr, self._default_eps, self.config.weight_decay)
+        elif isinstance(optimizer, ZOOptimizer) and optimizer.left and "initial_lr" not in optimizer.param_groups[0]:
+            set_lr(optimizer, self._default_lr(slots))  # not under a scheduler, which has a rate of its own by now
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.exchange: Exchange = Alone()
@@ -191,14 +193,25 @@ class ZeroOrder(TrainedModel):
             self.discard()
             raise
 
+    def _default_lr(self, slots: list[Slot]) -> float:
+        return default_lr(slots, self.rule, self._settings.normaliser, self.num_probes, self.noise.share)
+
+    @property
+    def point_count(self) -> int:
+        """Number of points that the next step measures."""
+        seeds = self._seeds()
+        extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds)
+        return len(self.estimator.points(seeds, self.eps)) + len(extra)
+
     def _planned(self) -> StepPlan:
         """What the next step has to measure."""
         follow_model(self)
         seeds = self._seeds()
-        points = self.estimator.points(seeds, self.eps)
+        extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds)
+        points = (*self.estimator.points(seeds, self.eps), *extra)
         self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], self._device)
         ratios = self.directions.ratios(self.slots)
-        return StepPlan(self.step_count, seeds, points, self.exchange.share(points), ratios)
+        return StepPlan(self.step_count, seeds, points, self.exchange.share(points), ratios, len(extra))
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
@@ -229,9 +242,12 @@ class ZeroOrder(TrainedModel):
         losses = self.exchange.gather(plan.losses())
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
-        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, losses)
+        own = losses[: len(losses) - plan.extra] if all(map(math.isfinite, losses)) else losses
+        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, own)
         if estimate.skip is None:
-            probes = probes if self.normaliser is None else self.normaliser.apply(probes)
+            if self.normaliser is not None:
+                self.normaliser.see(self.step_count, probes, losses, self.eps)
+                probes = self.normaliser.apply(probes)
             self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
         else:
@@ -261,7 +277,7 @@ class ZeroOrder(TrainedModel):
             probes=probes,
             clipped=clipped,
             skipped=skipped,
-            normaliser=None if self.normaliser is None else self.normaliser.total,
+            normaliser=None if self.normaliser is None else self.normaliser.mean_square,
         )
         self._forget()
         self.step_count += 1
@@ -332,15 +348,15 @@ class ZeroOrder(TrainedModel):
         """
         if probes and (normaliser is None) != (self.normaliser is None):
             raise StateError(
-                f"normaliser={normaliser!r} does not fit an engine with normalise={self.normaliser is not None}; pass "
-                "that of the step's record"
+                f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "
+                "pass what the record of the step has"
             )
         self._plan, self._repeated = None, (probes, loss, normaliser)
 
     def _repeat(self, probes: tuple[Probe, ...], loss: float, normaliser: float | None) -> StepRecord:
         self.discard()
         if probes and self.normaliser is not None and normaliser is not None:
-            self.normaliser.repeat(normaliser)
+            self.normaliser.repeat(self.step_count, normaliser)
         if probes and self.step_count >= self.continuity.ahead:
             self._update(probes)
         # A coefficient is g / n for the mean over n directions; other estimators do not keep g in it.
@@ -399,7 +415,7 @@ class ZeroOrder(TrainedModel):
         """
         if self._left and self.step_count == 0 and self._plan is None:
             self._left = False
-            logger.warning("%s", said_default(self.slots, self.lr))
+            logger.warning("%s", said_default(self.slots, self.lr, self.normaliser))
         if not self.wants_lr:
             return
         check_replaceable(self.optimizer, schedulers)

@@ -1,71 +1,146 @@
-"""A scalar normaliser of the step: steps of a stated length, whatever the scale of the loss."""
+"""Scalar normalisers of the step, with which a learning rate carries over between models, tasks and losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .noise.direction import float32
-from .records import Probe
+from .records import Point, Probe
+
+#: Names of the normalisers, for `ZOConfig.normalise`.
+GRADIENT, CURVATURE = "gradient", "curvature"
 
 
 @dataclass
 class Normaliser:
-    """Divides the coefficients of a step by the root of a running mean of their squares (MEAZO, arXiv 2605.03869).
+    """Divides the coefficients of a step by the root of a running mean of squares.
 
-    With ``v <- beta v + (1 - beta) mean_i(c_i^2)`` and the bias of the first steps removed as in Adam, the estimate
-    becomes ``G / sqrt(v)``. The learning rate is then a length: with one direction, a typical step moves an element
-    by ``lr`` (its root mean square), and no step by more than ``lr / sqrt(1 - beta)``.
-
-    It is a function of the coefficients of all steps so far. Skipped steps do not count.
+    It is a function of the losses of all steps so far; skipped steps do not count.
 
     Attributes:
-        beta: decay of the running mean, per step.
-        total: the running mean with its bias, in squared units of a coefficient.
-        weight: sum of the weights in ``total``; 1 without bias.
+        mean_square: the running mean.
+        count: how many steps have entered it.
     """
 
-    beta: float = 0.99
-    total: float = 0.0
-    weight: float = 0.0
+    name: ClassVar[str]
+    mean_square: float = 0.0
+    count: int = 0
 
     @property
     def scale(self) -> float:
-        """What coefficients are divided by: the root of the running mean of squares; 1 before the first step."""
-        return math.sqrt(self.total / self.weight) if self.weight else 1.0
+        """What coefficients are divided by; 1 before the first step."""
+        return math.sqrt(self.mean_square) if self.count else 1.0
 
-    def apply(self, probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
-        """Counts the probes of a step, and returns them with normalised coefficients.
+    def extra(self, step: int, seeds: Sequence[int]) -> tuple[Point, ...]:
+        """The points that a step measures for the normaliser, besides those of the estimator."""
+        return ()
+
+    def counts(self, step: int) -> bool:
+        """Whether a step enters the running mean."""
+        return True
+
+    def see(self, step: int, probes: tuple[Probe, ...], losses: Sequence[float], eps: float) -> None:
+        """Lets a step enter the running mean, if it counts.
 
         Args:
-            probes: with the mean over the n directions in their coefficients, so that ``n * coefficient`` is what
-                one direction measured.
-
-        Returns:
-            The same directions; float32 coefficients. All are 0 if every step so far measured 0.
+            step: its index.
+            probes: with the mean over the n directions in their coefficients, so that ``n * coefficient`` is the
+                projected gradient of a direction.
+            losses: those of the estimator's points and then those of `extra`.
+            eps: distance of the probes.
         """
-        self.total = self.beta * self.total + (1.0 - self.beta) * _mean_square(probes)
-        self.weight = self.beta * self.weight + (1.0 - self.beta)
+        raise NotImplementedError
+
+    def apply(self, probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
+        """The same directions with normalised float32 coefficients; unchanged if every step so far measured 0."""
         scale = self.scale
         if scale == 0.0:
             return probes
         return tuple(Probe(probe.seed, float32(probe.coefficient / scale)) for probe in probes)
 
-    def repeat(self, total: float) -> None:
-        """Counts a step of a log, which has the ``total`` after it."""
-        self.total = total
-        self.weight = self.beta * self.weight + (1.0 - self.beta)
+    def repeat(self, step: int, mean_square: float) -> None:
+        """Counts a step of a log, which has the running mean after it."""
+        self.count += self.counts(step)
+        self.mean_square = mean_square
 
-    def saved(self) -> dict[str, float]:
-        """The state as plain numbers, for checkpoints and logs."""
-        return {"total": self.total, "weight": self.weight}
+    def _enter(self, value: float, gain: float) -> None:
+        self.mean_square += (value - self.mean_square) * gain
+        self.count += 1
 
-    def load(self, state: dict[str, float]) -> None:
+    def saved(self) -> dict[str, float | str]:
+        """The state as plain values, for checkpoints and logs."""
+        return {"name": self.name, "mean_square": self.mean_square, "count": self.count}
+
+    def load(self, state: dict[str, float | str]) -> None:
         """Restores what `saved` returned."""
-        self.total, self.weight = float(state["total"]), float(state["weight"])
+        self.mean_square, self.count = float(state["mean_square"]), int(state["count"])
 
 
-def _mean_square(probes: Iterable[Probe]) -> float:
-    found = [probe.coefficient for probe in probes]
-    return math.fsum((len(found) * coefficient) ** 2 for coefficient in found) / len(found)
+@dataclass
+class Gradient(Normaliser):
+    """The running mean of squared projected gradients g (MEAZO, arXiv 2605.03869).
+
+    ``v <- beta v + (1 - beta) mean_i(g_i^2)``, with the bias of the first steps removed as in Adam; the estimate
+    becomes ``G / sqrt(v)``. The learning rate is then a length: with one direction, a typical step moves an element
+    by ``lr`` (its root mean square), and no step by more than ``lr / sqrt(1 - beta)``.
+    """
+
+    name: ClassVar[str] = GRADIENT
+    BETA: ClassVar[float] = 0.99
+
+    def see(self, step: int, probes: tuple[Probe, ...], losses: Sequence[float], eps: float) -> None:
+        self._enter(_mean_square(probes), (1.0 - self.BETA) / (1.0 - self.BETA ** (self.count + 1)))
+
+
+@dataclass
+class Curvature(Normaliser):
+    """The running mean of squared curvatures ``c = (L(theta + eps z) + L(theta - eps z) - 2 L(theta)) / eps^2``.
+
+    c estimates ``z'Hz``. A step of ``lr g / c`` along z is ``lr`` of Newton's step along it, so the learning rate has
+    no unit: the scale of the loss and that of the weights cancel. Theory for one direction per step on a quadratic
+    has the best rate at about ``1 / tr(H)``, and ``E[c] = tr(H)``; noise of the batches and negative curvature are why
+    the root mean square is taken, which is never smaller than the mean.
+
+    The loss at theta is one forward more. The first `EVERY_STEP` steps measure it, then one in `INTERVAL`, so that a
+    curvature that grows during training is followed. One sample may be close to 0 by chance, so the mean begins
+    with a pseudo-sample that makes a first step of rate 1 as long as ``1 / PRIOR``, over all weights together; after
+    16 samples it has a weight of 1/153.
+
+    Attributes:
+        size: number of elements that move.
+    """
+
+    name: ClassVar[str] = CURVATURE
+    EVERY_STEP: ClassVar[int] = 32
+    INTERVAL: ClassVar[int] = 8
+    PRIOR: ClassVar[float] = 2.5
+    LEAST_GAIN: ClassVar[float] = 1 / 32
+    size: float = 1.0
+
+    def counts(self, step: int) -> bool:
+        return self.count < self.EVERY_STEP or step % self.INTERVAL == 0
+
+    def extra(self, step: int, seeds: Sequence[int]) -> tuple[Point, ...]:
+        return (Point(seeds[0], 0.0),) if self.counts(step) else ()
+
+    def see(self, step: int, probes: tuple[Probe, ...], losses: Sequence[float], eps: float) -> None:
+        if not self.counts(step):
+            return
+        if not self.count:
+            self.mean_square = self.PRIOR**2 * self.size * _mean_square(probes)
+        *perturbed, centre = losses
+        pairs = zip(perturbed[::2], perturbed[1::2], strict=True)
+        squares = [((plus + minus - 2.0 * centre) / (eps * eps)) ** 2 for plus, minus in pairs]
+        self._enter(math.fsum(squares) / len(squares), max(2.0 / (self.count + 3), self.LEAST_GAIN))
+
+
+def normaliser_of(name: str | None, size: float) -> Normaliser | None:
+    """The normaliser of this name for ``size`` elements; None for none."""
+    return {GRADIENT: Gradient(), CURVATURE: Curvature(size=size)}[name] if name is not None else None
+
+
+def _mean_square(probes: Sequence[Probe]) -> float:
+    return math.fsum((len(probes) * probe.coefficient) ** 2 for probe in probes) / len(probes)

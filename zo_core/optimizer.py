@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Run, check_state, marked, plain_state, thresholds_of, took_over, window_of
-from .defaults import length_rate
+from .defaults import NEWTON
 from .errors import ConfigError, StateError
 from .estimators import Spsa
 from .targets import Slot
@@ -77,7 +77,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         self.left = lr is None and not any(given)
         if lr is None:
-            lr = length_rate(sum(map(_numel, (each for group in groups for each in group["params"]))))
+            lr = NEWTON  # until an engine sets another one
         super().__init__(groups, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -224,11 +224,6 @@ class ZOOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds, "left": self.left}
-
-
-def _numel(given: Any) -> int:
-    tensor = given[1] if isinstance(given, tuple) else given  # a named parameter
-    return int(tensor.numel()) if isinstance(tensor, Tensor) else 0  # torch reports anything else
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

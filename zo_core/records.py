@@ -49,7 +49,7 @@ class StepRecord(float):
         probes: the directions as they were applied; empty if the step was skipped.
         clipped: number of directions whose coefficient was clipped.
         skipped: why the weights were left alone, or None.
-        normaliser: state of the step normaliser after the step (`Normaliser.total`); None without one.
+        normaliser: state of the step normaliser after the step (its running mean); None without one.
     """
 
     loss: float

@@ -27,10 +27,11 @@ class StepPlan:
     Attributes:
         step: index of the step.
         seeds: one per direction.
-        points: the points to measure, for all directions.
+        points: the points to measure, for all directions: the estimator's, then those of the normaliser.
         mine: indices of the points that this process measures; see `Exchange`.
         ratios: by slot, its eps in units of the step's.
         sums: float64 tensors of shape ``[]``, one for each of ``mine``: losses, summed over micro-batches.
+        extra: how many of the points are the normaliser's.
         thresholds: thresholds of masks that this step needed first; they take effect with its update.
     """
 
@@ -39,6 +40,7 @@ class StepPlan:
     points: tuple[Point, ...]
     mine: tuple[int, ...]
     ratios: dict[Slot, float]
+    extra: int = 0
     sums: list[Tensor] = field(default_factory=list)
     thresholds: dict[str, float] = field(default_factory=dict)
 

@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import ZeroOrder, ZOConfig
 from zo_core.checkpoint import next_seed
+from zo_core.defaults import NEWTON
+from zo_core.normaliser import CURVATURE
 
 RUNS: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -158,12 +160,16 @@ def test_plain_arguments_and_zo_arguments_train_alike(tmp_path: Path) -> None:
     assert not differing(weights(plain.model), weights(train(args).model))
 
 
-def test_zo_arguments_default_to_a_constant_rate_of_1e_6(tmp_path: Path, default: Weights) -> None:
+def test_without_a_rate_steps_are_normalised_by_the_curvature_and_the_rate_decays(tmp_path: Path) -> None:
     args = ZOTrainingArguments(
         str(tmp_path), use_cpu=True, dataloader_pin_memory=False, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=4, num_train_epochs=1, save_strategy="no",
     )  # fmt: skip
-    assert not differing(default, weights(train(args).model))
+    trainer = train(args)
+    bare = train(arguments(tmp_path, lr_scheduler_type="linear", learning_rate=NEWTON), normalise=CURVATURE)
+    assert not differing(weights(bare.model), weights(trainer.model))
+    assert trainer.zo is not None
+    assert (trainer.args.learning_rate, trainer.zo.lr) == (None, 0.0)
 
 
 def test_the_seed_of_the_arguments_is_the_seed_of_the_directions_unless_zo_seed_is_given(tmp_path: Path) -> None:

@@ -255,6 +255,6 @@ def test_the_arguments_parse_from_a_command_line(tmp_path: Path) -> None:
         eps=1e-2, num_probes=4, noise="gaussian", dropout=True, rule="momentum", clip=10.0, seed=3,
         stochastic_rounding=False,
     )  # fmt: skip
-    assert (args.learning_rate, args.lr_scheduler_type, args.max_grad_norm) == (1e-4, "constant", 0.0)
+    assert (args.learning_rate, args.lr_scheduler_type, args.max_grad_norm) == (1e-4, "linear", 0.0)
     (plain,) = HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(["--output_dir", str(tmp_path)])
     assert plain.to_zo_config() == ZOConfig()

@@ -243,7 +243,8 @@ def test_defaults_are_those_of_the_estimator() -> None:
         zo = ZeroOrder(tiny("mlp"), estimator=name)
         estimator = ESTIMATORS.resolve(name)
         group = zo.optimizer.param_groups[0]
-        rate = default_lr(zo.slots, zo.rule, estimator.default_num_probes)
+        kind = None if zo.normaliser is None else zo.normaliser.name
+        rate = default_lr(zo.slots, zo.rule, kind, estimator.default_num_probes)
         assert (group["lr"], group["eps"]) == (rate, estimator.default_eps)
         assert zo.num_probes == estimator.default_num_probes
 

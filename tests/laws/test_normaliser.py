@@ -15,10 +15,12 @@ from models import closure, tiny
 from traces import same_bits, weights
 
 from zo_core import ConfigError, SeedLog, SeedLogWriter, StateError, StepRecord, ZeroOrder, ZOOptimizer, replay
-from zo_core.defaults import default_lr
+from zo_core.defaults import NEWTON, default_lr
+from zo_core.normaliser import CURVATURE, Curvature
 from zo_core.seedlog.format import NORMALISED, VERSION
 
 LR, STEPS, BETA = 1e-2, 7, 0.99
+KINDS = ["gradient", "curvature"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "momentum": {"rule": "momentum"},
@@ -31,6 +33,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+CASES = [
+    pytest.param({**settings, "normalise": kind}, id=f"{kind}, {name}")
+    for kind in KINDS
+    for name, settings in VARIANTS.items()
+    if kind == "gradient" or name != "fzoo"
+]
+
+
 def engine(**settings: Any) -> ZeroOrder:
     return ZeroOrder(tiny("mlp"), **{"lr": LR, "normalise": True, **settings})
 
@@ -39,7 +49,7 @@ def run(zo: ZeroOrder, steps: int = STEPS) -> list[StepRecord]:
     return [zo.step(closure("mlp", zo.model, index)) for index in range(zo.step_count, steps)]
 
 
-def test_the_formula() -> None:
+def test_the_formula_of_the_gradient() -> None:
     """``v <- beta v + (1 - beta) mean(g^2)``, corrected for its start; coefficients are ``g / (n sqrt(v))``."""
     plain, zo = engine(normalise=False, lr=0.0, num_probes=2), engine(lr=0.0, num_probes=2)
     total = 0.0
@@ -54,10 +64,51 @@ def test_the_formula() -> None:
     assert [probe.coefficient for probe in run(engine(lr=0.0), 1)[0].probes] in ([1.0], [-1.0])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_scale_of_the_loss_cancels(variant: str) -> None:
+def test_the_formula_of_the_curvature() -> None:
+    """``g / c`` with the root mean square of second differences, of which later ones have a larger part at first."""
+    plain, zo = engine(normalise=False, lr=0.0, eps=1e-2), engine(normalise=CURVATURE, lr=0.0, eps=1e-2)
+    assert isinstance(zo.normaliser, Curvature)
+    size = sum(parameter.numel() for parameter in zo.model.parameters())
+    zo.model.eval()  # as in probes
+    mean = 0.0
+    for index in range(60):
+        loss = closure("mlp", zo.model, index)
+        centre = float(loss().detach().double())
+        points: list[float] = []
+
+        def probe(kept: list[float] = points, index: int = index) -> torch.Tensor:
+            found = closure("mlp", plain.model, index)().detach().double()
+            kept.append(float(found))
+            return found
+
+        raw = plain.step(probe)
+        plus, minus = points[-2:]
+        record = zo.step(lambda loss=loss: loss().double())
+        if not index:
+            mean = (2.5 * raw.probes[0].coefficient) ** 2 * size
+        if index < Curvature.EVERY_STEP or index % Curvature.INTERVAL == 0:
+            count = zo.normaliser.count - 1
+            mean += (((plus + minus - 2 * centre) / 1e-4) ** 2 - mean) * max(2 / (count + 3), 1 / 32)
+        assert zo.normaliser.mean_square == pytest.approx(mean, rel=1e-9)
+        assert record.probes[0].coefficient == pytest.approx(raw.probes[0].coefficient / math.sqrt(mean), rel=2**-23)
+    assert zo.normaliser.count == Curvature.EVERY_STEP + (60 - Curvature.EVERY_STEP + 7) // 8
+
+
+def test_a_step_of_the_curvature_is_a_part_of_newtons_step() -> None:
+    """On a parabola along one axis a rate of 1 ends at the minimum, after the pseudo-sample has lost its weight."""
+    weight = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    model = torch.nn.Module()
+    model.register_parameter("weight", weight)
+    zo = ZeroOrder(model, lr=1.0, normalise=CURVATURE)
+    for _ in range(200):
+        zo.step(lambda: 500.0 * (model.weight[0].detach() - 7.0) ** 2)
+    assert float(weight.detach()) == pytest.approx(7.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_the_scale_of_the_loss_cancels(settings: dict[str, Any]) -> None:
     """Times a power of two, which changes no rounding, every weight has the same bits."""
-    small, large = engine(**{**VARIANTS[variant], "clip": None}), engine(**{**VARIANTS[variant], "clip": None})
+    small, large = (engine(**{**settings, "clip": None}) for _ in range(2))
     for index in range(STEPS):
         small.step(closure("mlp", small.model, index))
         loss = closure("mlp", large.model, index)
@@ -65,9 +116,8 @@ def test_the_scale_of_the_loss_cancels(variant: str) -> None:
     assert same_bits(weights(small.model), weights(large.model))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_replay_resume_and_repetition_give_the_same_bits(variant: str, tmp_path: Path) -> None:
-    settings = VARIANTS[variant]
+@pytest.mark.parametrize("settings", CASES)
+def test_replay_resume_and_repetition_give_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
     whole = engine(**settings)
     log = SeedLogWriter.attach(whole, tmp_path / "log")
     run(whole, 3)
@@ -110,8 +160,9 @@ def resumed_at(kept: dict[str, Any], settings: dict[str, Any]) -> ZeroOrder:
     return zo
 
 
-def test_a_log_has_the_coefficients_that_were_applied(tmp_path: Path) -> None:
-    zo = engine()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_log_has_the_coefficients_that_were_applied(kind: str, tmp_path: Path) -> None:
+    zo = engine(normalise=kind)
     log = SeedLogWriter.attach(zo, tmp_path / "log")
     records = run(zo)
     log.close()
@@ -131,8 +182,9 @@ def test_logs_of_other_steps_keep_their_format(tmp_path: Path) -> None:
     assert {entry.normaliser for entry in SeedLog.read(tmp_path / "log").steps} == {None}
 
 
-def test_skipped_steps_do_not_count() -> None:
-    zo = engine()
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipped_steps_do_not_count(kind: str) -> None:
+    zo = engine(normalise=kind)
     run(zo, 2)
     before = zo.normaliser and zo.normaliser.saved()
     zo.step(lambda: torch.tensor(math.nan))
@@ -141,8 +193,9 @@ def test_skipped_steps_do_not_count() -> None:
     assert zo.normaliser.saved() == before
 
 
-def test_losses_that_agree_are_no_division_by_zero() -> None:
-    zo = engine()
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_that_agree_are_no_division_by_zero(kind: str) -> None:
+    zo = engine(normalise=kind)
     before = weights(zo.model)
     record = zo.step(lambda: torch.tensor(1.0))
     assert [probe.coefficient for probe in record.probes] == [0.0]
@@ -160,8 +213,9 @@ def test_no_step_is_longer_than_stated() -> None:
     assert max(float((value - before[name]).abs().max()) for name, value in weights(zo.model).items()) <= bound
 
 
-def test_a_trial_of_the_range_test_leaves_it_alone() -> None:
-    zo = engine()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trial_of_the_range_test_leaves_it_alone(kind: str) -> None:
+    zo = engine(normalise=kind)
     run(zo, 3)
     assert zo.normaliser is not None
     before = zo.normaliser.saved()
@@ -174,7 +228,7 @@ def test_a_trial_of_the_range_test_leaves_it_alone() -> None:
 
 def test_it_is_on_where_no_rate_was_given() -> None:
     model = tiny("mlp")
-    assert ZeroOrder(model).normaliser is not None
+    assert isinstance(ZeroOrder(model).normaliser, Curvature)
     assert ZeroOrder(model, lr="auto").normaliser is not None
     assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).normaliser is not None
     assert ZeroOrder(model, lr=1e-6).normaliser is None
@@ -187,7 +241,10 @@ def test_it_is_on_where_no_rate_was_given() -> None:
 def test_the_default_rate_depends_on_what_moves(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("mlp")
     zo = ZeroOrder(model)
-    assert zo.lr == default_lr(zo.slots, zo.rule)
+    assert zo.lr == NEWTON == default_lr(zo.slots, zo.rule, CURVATURE)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert ZeroOrder(model, rule="sign").lr == pytest.approx(0.06 / math.sqrt(size))
+    assert ZeroOrder(model, estimator="fzoo").lr == pytest.approx(8 * 0.06 / math.sqrt(size))
     assert ZeroOrder(model, rule="momentum").lr == pytest.approx(zo.lr * 0.1)
     assert ZeroOrder(model, num_probes=4).lr == pytest.approx(zo.lr * 4)
     assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).lr == zo.lr

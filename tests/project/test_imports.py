@@ -37,7 +37,7 @@ RANKS = {
     "updates": 5,
     "step": 5,
     "defaults": 5,
-    "normaliser": 5,
+    "normaliser": 2,
     "config": 6,
     "first_steps": 6,
     "checkpoint": 7,

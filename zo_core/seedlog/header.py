@@ -36,7 +36,7 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
     """
     logged = next((entry.settings for entry in log.steps if entry.step >= engine.step_count), log.parsed.settings)
     theirs = {name: log.header[name] for name in (*_facts(engine), *MEASURING) if name in log.header}
-    theirs["normalise"] = log.parsed.normalised
+    theirs["normalise"] = (log.header.get("normaliser") or {"name": False})["name"]
     eps = theirs.pop("eps")  # of the first group; the other groups have ratios, which are compared in each step
     if eps != engine.continuity.given["eps"][0]:
         theirs["eps"] = [eps * ratio for ratio in log.header["settings"]["eps"]]

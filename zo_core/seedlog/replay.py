@@ -81,7 +81,7 @@ def replay(
     if engine.normaliser is not None:
         for entry in steps:
             if entry.normaliser is not None and not entry.skipped:
-                engine.normaliser.repeat(entry.normaliser)
+                engine.normaliser.repeat(entry.step, entry.normaliser)
     engine.at(end, steps[-1].settings.seed if steps else None)
     if steps:
         engine.rule = _rule(steps[-1], engine, RULES.describe(engine.rule))
@@ -121,7 +121,7 @@ def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
         rule=header["rule"],
         num_probes=header["num_probes"],
         stochastic_rounding=header["stochastic_rounding"],
-        normalise=log.parsed.normalised,
+        normalise=(header.get("normaliser") or {"name": False})["name"],
     )
     target = TARGETS.resolve(header["target"])
     with _trainable(model, target, header):
