@@ -291,9 +291,9 @@ class ZOConfig:
             return self.normalise if isinstance(self.normalise, str) else GRADIENT if self.normalise else None
         if not open:
             return None
-        if rule.wants_optimizer:
-            return GRADIENT
-        return CURVATURE if isinstance(estimator, Spsa) and rule.linear else None  # the others set a length themselves
+        if isinstance(estimator, Spsa) and rule.linear:
+            return CURVATURE
+        return None if estimator.scale_free or rule.scale_free else GRADIENT
 
     @classmethod
     def help_for(cls, setting: str) -> str:

@@ -231,6 +231,10 @@ def test_it_is_on_where_no_rate_was_given() -> None:
     assert isinstance(ZeroOrder(model).normaliser, Curvature)
     assert ZeroOrder(model, lr="auto").normaliser is not None
     assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).normaliser is not None
+    assert ZeroOrder(model, estimator="fzoo").normaliser is None  # the scale of the loss cancels already
+    assert ZeroOrder(model, rule="sign").normaliser is None
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    assert ZeroOrder(model, optimizer=optimizer, normalise=True).normaliser is not None
     assert ZeroOrder(model, lr=1e-6).normaliser is None
     assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters(), lr=1e-6)).normaliser is None
     assert ZeroOrder(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-6)).normaliser is None

@@ -33,12 +33,14 @@ class Estimator:
     Class attributes:
         default_eps, default_num_probes: used where the configuration leaves them open.
         min_probes: fewest directions for which the estimate is defined.
+        scale_free: whether the scale of the loss cancels in the coefficients.
     """
 
     name: ClassVar[str]
     default_eps: ClassVar[float]
     default_num_probes: ClassVar[int] = 1
     min_probes: ClassVar[int] = 1
+    scale_free: ClassVar[bool] = False
 
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         """The points to measure, given one seed per direction."""

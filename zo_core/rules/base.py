@@ -25,12 +25,14 @@ class UpdateRule:
         linear: whether ``theta`` and ``state`` change linearly and elementwise with the estimate, so that the
             factor of a low-rank sum can be moved instead of the sum. Updates of other rules are not of low rank,
             and are written at once.
+        scale_free: whether the scale of the estimate has no effect.
     """
 
     name: ClassVar[str]
     wants_optimizer: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = False
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype by name of each tensor that this rule keeps for a slot between steps; initially zeros."""

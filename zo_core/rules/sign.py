@@ -20,6 +20,7 @@ class Sign(UpdateRule):
 
     name: ClassVar[str] = "sign"
     elementwise: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
