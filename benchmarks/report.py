@@ -26,11 +26,16 @@ def hardware(device: torch.device) -> str:
 
 
 def save(
-    name: str, title: str, columns: list[str], rows: list[list[str]], device: torch.device, *, write: bool
+    name: str,
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    device: torch.device,
+    *,
+    write: bool,
+    show: bool = True,
 ) -> None:
-    """Prints a table and, with ``write``, puts it under ``benchmarks/results`` as Markdown and JSON."""
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    """Prints a table, unless ``show`` is False; with ``write``, saves it as Markdown and JSON in benchmarks/results."""
     command = "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     facts = {
         "title": title,
@@ -39,10 +44,24 @@ def save(
         "torch": torch.__version__,
         "command": command,
     }
-    print(f"{title}\n{facts['hardware']}, torch {facts['torch']}\n" + "\n".join(lines))
+    table = markdown(columns, rows)
+    if show:
+        print(f"{title}\n{facts['hardware']}, torch {facts['torch']}\n{table}")
     if write:
         RESULTS.mkdir(exist_ok=True)
         stem = f"{name}-{device.type}-{facts['date']}"
         about = f"{facts['hardware']}, torch {facts['torch']}, {facts['date']}: `{command}`"
-        (RESULTS / f"{stem}.md").write_text(f"# {title}\n\n{about}\n\n" + "\n".join(lines) + "\n")
+        (RESULTS / f"{stem}.md").write_text(f"# {title}\n\n{about}\n\n{table}\n")
         (RESULTS / f"{stem}.json").write_text(json.dumps({**facts, "columns": columns, "rows": rows}, indent=1) + "\n")
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def saved(name: str, device: torch.device) -> list[list[str]]:
+    """The rows that `save` wrote last under this name; none if it never did."""
+    found = sorted(RESULTS.glob(f"{name}-{device.type}-????-??-??.json"))
+    return json.loads(found[-1].read_text())["rows"] if found else []

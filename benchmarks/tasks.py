@@ -36,7 +36,6 @@ class Task:
         loss: the loss of a model on a batch.
         kind: what moves: "full", "head", "lora", "prefix" or "scales".
         eps: distance of the probes for spsa; fzoo uses a tenth.
-        large: whether a run takes minutes, so that it is only run when asked for.
     """
 
     model: nn.Module
@@ -44,7 +43,6 @@ class Task:
     loss: Loss
     kind: str = "full"
     eps: float = 1e-3
-    large: bool = False
 
 
 @dataclass(frozen=True)

@@ -103,17 +103,22 @@ def llama(make: Maker, *, small: bool) -> nn.Module:
     def build() -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        shape = sizes(48, 1, 256) if small else sizes(128, 4, VOCABULARY) | {"intermediate_size": 384}
+        shape = sizes(48, 1, 256) if small else sizes(192, 2, VOCABULARY) | {"intermediate_size": 512}
         return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
 
     rows = bytes_of(code=False) if small else tokens_of(code=False)
     data = sampler(32 if small else 16, rows[:, :-1], rows[:, 1:])
     steps = 500 if small else 250
-    return make.trained("llama-76k" if small else "llama-1m", build, lambda model: backprop(model, steps, data, 3e-3))
+    return make.trained(
+        "llama-bytes" if small else "llama-192-2", build, lambda model: backprop(model, steps, data, 3e-3)
+    )
 
 
 def masked(size: int, rows: Tensor) -> Data:
-    """Rows of which 15% are masked, and the whole rows: to restore all tokens is learnt in seconds, unlike the masked."""
+    """Rows with 15% of the tokens masked, and the whole rows.
+
+    All tokens are to be restored, not only the masked ones: that teaches useful features within seconds.
+    """
     take = sampler(size, rows)
 
     def data(step: int) -> Batch:
@@ -124,7 +129,7 @@ def masked(size: int, rows: Tensor) -> Data:
     return data
 
 
-def bert(make: Maker, kind: str, labels: int = 2, hidden: int = 128, layers: int = 4, heads: int = 4) -> nn.Module:
+def bert(make: Maker, kind: str, labels: int = 2, hidden: int = 192, layers: int = 2, heads: int = 4) -> nn.Module:
     """A BERT that has learnt to restore the documentation where it is masked, with a new head.
 
     Args:
@@ -169,7 +174,7 @@ def bert_classify(make: Maker) -> Task:
 def bert_large(make: Maker) -> Task:
     """As `bert_classify`, with the shape of BERT-base: 86 million parameters."""
     model = bert(make, "ForSequenceClassification", hidden=768, layers=12, heads=12)
-    return Task(model, english_or_code(8), cross_entropy, large=True)
+    return Task(model, english_or_code(8), cross_entropy)
 
 
 def head_alone(model: nn.Module, data: Data) -> Task:
@@ -220,7 +225,7 @@ def bert_embed(make: Maker) -> Task:
     return Task(bert(make, "Model"), sampler(16, rows[:, : LINE // 2], rows[:, LINE // 2 :]), contrastive)
 
 
-def bert_swapped(make: Maker, name: str = "bert-bytes") -> Task:
+def bert_swapped(make: Maker) -> Task:
     """A small BERT on bytes: English or code; first as it is, then with upper and lower case swapped."""
     english, code = bytes_of(code=False), bytes_of(code=True)
     count = min(len(english), len(code))
@@ -235,7 +240,7 @@ def bert_swapped(make: Maker, name: str = "bert-bytes") -> Task:
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return BertForSequenceClassification(BertConfig(**sizes(48, 1, 256), num_labels=2, **dropout))
 
-    model = make.trained(name, build, lambda model: backprop(model, 300, sampler(32, rows, labels), 1e-3))
+    model = make.trained("bert-bytes", build, lambda model: backprop(model, 300, sampler(32, rows, labels), 1e-3))
     return Task(model, sampler(32, swapped, labels), cross_entropy)
 
 
@@ -264,7 +269,7 @@ def t5(make: Maker) -> Task:
     def build() -> nn.Module:
         from transformers import T5Config, T5ForConditionalGeneration
 
-        shape: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+        shape: dict[str, Any] = {"d_model": 96, "d_kv": 24, "d_ff": 256, "num_layers": 1, "num_heads": 4}
         shape |= {"vocab_size": VOCABULARY, "decoder_start_token_id": MASK, "dropout_rate": 0.0}
         return T5ForConditionalGeneration(T5Config(**shape))
 
@@ -330,5 +335,6 @@ def llama_nf4(make: Maker) -> Task:
         if isinstance(plain, nn.Linear) and name != "lm_head":
             layer = Linear4bit(plain.in_features, plain.out_features, bias=False, compute_dtype=torch.float32)
             layer.weight = Params4bit(plain.weight.data, quant_type="nf4", module=layer)
+            layer.support_avx512bf16_for_cpu = False  # or an evaluation would round the scales
             task.model.set_submodule(name, layer)
     return Task(task.model.to("cpu").eval(), task.data, task.loss, "scales", 1e-2)

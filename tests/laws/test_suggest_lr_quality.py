@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+from pathlib import Path
 
-from benchmarks.suggest_lr import FORWARDS, TASKS, config, held_out, search, suggested, train
+import pytest
+
+from benchmarks.suggest_lr import FORWARDS, config, search, suggested, train
+from benchmarks.task_list import make_task
+from benchmarks.tasks import held_out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spsa", "spsa momentum", "fzoo"])
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_within_a_factor_of_3_of_the_best(name: str, method: str) -> None:
-    torch.manual_seed(0)
-    task = TASKS[name]()
+def test_within_a_factor_of_3_of_the_best(name: str, method: str, tmp_path: Path) -> None:
+    task = make_task(name, tmp_path)
     settings = config(task, method)
     lr = suggested(task, settings).lr
     grid = search(lambda rate: train(task, settings, rate, FORWARDS), lr)

@@ -1,0 +1,296 @@
+"""Does a first run learn? The loss with no rate given and with `lr="auto"`, beside the best rate of a search.
+
+The tasks are those of `task_list.py`. Each cell is one run from the task's trained model: task, seed (of the directions
+and of the order of the data) and contender. Cells are saved as they finish, and no cell is run twice.
+
+    python -m benchmarks.first_run --jobs 2 --save first-run
+    python -m benchmarks.first_run --save first-run --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zo_core import ConfigError, ZeroOrder, ZOConfig
+
+from .report import markdown, save, saved
+from .task_list import LARGE, TASKS, make_task
+from .tasks import CACHE, Task, held_out
+
+CONTENDERS = ("default", "auto", "auto-one-batch", "grid")
+COLUMNS = ["task", "seed", "steps", "schedule", "settings", "contender", "rate", "before", "after", "seconds"]
+RATES = 12
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        task: its name.
+        seed: of the directions and of the order of the data.
+        steps: their number.
+        schedule: of the rate: "constant", or "linear" decay to 0.
+        settings: fields of `ZOConfig`, as JSON.
+        contender: "default" gives no rate, "auto" searches it on 8 batches, as the trainers do, and "auto-one-batch"
+            on the first, as a bare loop does; a number is a rate of the grid.
+    """
+
+    task: str
+    seed: int
+    steps: int
+    schedule: str
+    settings: str
+    contender: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.task, str(self.seed), str(self.steps), self.schedule, self.settings, self.contender)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave: the rate of its first step, and the held-out loss before and after (infinite if it diverged)."""
+
+    rate: float
+    before: float
+    after: float
+    seconds: float = 0.0
+
+
+# A run
+
+
+@lru_cache(maxsize=2)
+def _task(name: str, folder: Path) -> Task:
+    return make_task(name, folder)
+
+
+def run(cell: Cell, folder: Path) -> Outcome:
+    """Trains a copy of the task's model."""
+    torch.set_num_threads(1)
+    task = _task(cell.task, folder)
+    model = copy.deepcopy(task.model)
+    before = held_out(task, model)
+    start = time.perf_counter()
+    rate, finished = train(cell, task, model, before)
+    seconds = time.perf_counter() - start
+    after = held_out(task, model) if finished else math.inf
+    return Outcome(rate, before, after if math.isfinite(after) else math.inf, seconds)
+
+
+def engine(cell: Cell, task: Task, model: torch.nn.Module) -> ZeroOrder:
+    lrs: dict[str, Any] = {"default": None, "auto": "auto", "auto-one-batch": "auto"}
+    lr = lrs[cell.contender] if cell.contender in lrs else float(cell.contender)
+    config = ZOConfig(**{"eps": task.eps, **json.loads(cell.settings)})
+    return ZeroOrder(model, config, lr=lr, seed=cell.seed)
+
+
+def train(cell: Cell, task: Task, model: torch.nn.Module, before: float) -> tuple[float, bool]:
+    """Runs the steps.
+
+    Returns:
+        The rate of the first step (NaN if ``lr="auto"`` found none, which leaves the weights alone), and whether the
+        run came to its end. One of the grid is given up when its loss has grown fourfold; others are not.
+    """
+    zo = engine(cell, task, model)
+    order = 1_000_000 * cell.seed
+    rates: list[float] = []
+    try:
+        if cell.contender == "auto":
+            batches = [task.data(500_000_000 + order + index) for index in range(8)]
+            zo.find_lr(lambda: nullcontext([lambda pair=pair: task.loss(model, pair) for pair in batches]))
+        for step in range(cell.steps):
+            if rates and cell.schedule == "linear":
+                for group, rate in zip(zo.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (1 - step / cell.steps)
+            pair = task.data(order + step)
+            loss = float(zo.step(lambda: task.loss(model, pair)))  # noqa: B023
+            rates = rates or [group["lr"] for group in zo.optimizer.param_groups]
+            if cell.contender not in CONTENDERS and not loss < 4.0 * before + 2.0:
+                return rates[0], False
+    except ConfigError:
+        return math.nan, True
+    return rates[0], True
+
+
+# Which runs
+
+
+def runs_of(cell: Cell, contenders: Iterable[str]) -> Generator[Cell, Outcome, None]:
+    """The cells of a task and seed, one after another; each is answered with its outcome."""
+    near = 1e-3
+    for contender in contenders:
+        if contender != "grid":
+            outcome = yield replace(cell, contender=contender)
+            near = outcome.rate if math.isfinite(outcome.rate) and outcome.rate > 0 else near
+    if "grid" in contenders:
+        yield from grid(cell, near)
+
+
+def grid(cell: Cell, near: float) -> Generator[Cell, Outcome, None]:
+    """At most `RATES` powers of 2: a factor of 4 apart from ``near`` on, until both sides are worse, then 2 apart."""
+    losses: dict[int, float] = {}
+
+    def measured(power: int) -> Generator[Cell, Outcome, None]:
+        if power not in losses and len(losses) < RATES:
+            outcome = yield replace(cell, contender=f"{2.0**power:.6g}")
+            losses[power] = outcome.after
+
+    start = 2 * round(math.log2(near) / 2)
+    yield from measured(start)
+    for width in (2, 1):
+        centre = None
+        while centre != (best := min(losses, key=lambda power: (losses[power], power))):
+            centre = best
+            yield from measured(centre - width)
+            yield from measured(centre + width)
+
+
+def drive(
+    plans: Iterable[Generator[Cell, Outcome, None]],
+    known: dict[tuple[str, ...], Outcome],
+    folder: Path,
+    jobs: int,
+    finished: Callable[[Cell], object],
+) -> None:
+    """Runs the cells that are not known yet, ``jobs`` at a time; each plan has one run at a time."""
+    fresh = iter(plans)
+    active: dict[Future[Outcome], tuple[Generator[Cell, Outcome, None], Cell]] = {}
+    with executor(jobs) as pool:
+
+        def advance(plan: Generator[Cell, Outcome, None] | None, outcome: Outcome | None) -> None:
+            """Submits the next unknown cell of the plan or, after its end, of the next one."""
+            while plan := plan or next(fresh, None):
+                try:
+                    cell = next(plan) if outcome is None else plan.send(outcome)
+                except StopIteration:
+                    plan = outcome = None
+                    continue
+                outcome = known.get(cell.key)
+                if outcome is None:
+                    active[pool.submit(run, cell, folder)] = (plan, cell)
+                    return
+
+        for _ in range(jobs):
+            advance(None, None)
+        while active:
+            for future in wait(active, return_when=FIRST_COMPLETED).done:
+                plan, cell = active.pop(future)
+                known[cell.key] = future.result()
+                finished(cell)
+                advance(plan, known[cell.key])
+
+
+def executor(jobs: int) -> Executor:
+    """Processes, or the current one for a single job."""
+    if jobs == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+
+
+# Results
+
+
+def rows_of(known: dict[tuple[str, ...], Outcome]) -> list[list[str]]:
+    """All digits are kept: the search for a rate has to go the same way when it goes on."""
+    return [[*key, repr(o.rate), repr(o.before), repr(o.after), f"{o.seconds:.1f}"] for key, o in sorted(known.items())]
+
+
+def known_from(rows: Iterable[list[str]]) -> dict[tuple[str, ...], Outcome]:
+    width = len(COLUMNS) - 4
+    return {tuple(row[:width]): Outcome(*(float(text) for text in row[width:])) for row in rows}
+
+
+def table(known: dict[tuple[str, ...], Outcome], settings: Cell, tasks: Iterable[str], contenders: list[str]) -> str:
+    """A line for each task: medians over the seeds that have a grid."""
+    named = [contender for contender in contenders if contender != "grid"]
+    columns = ["task", "seeds", "before", "best of grid", "best rate"]
+    for name in named:
+        columns += [f"{name}: loss", "rate / best", "share", "worse"]
+    rows = []
+    for task in tasks:
+        found: dict[str, dict[str, Outcome]] = {}
+        for key, outcome in known.items():
+            if key[0] == task and key[2:5] == settings.key[2:5]:
+                found.setdefault(key[1], {})[key[5]] = outcome
+        if seeds := [_Seed.of(runs) for runs in found.values() if set(runs) - set(CONTENDERS)]:
+            rows.append([task, str(len(seeds)), *_line(seeds, named)])
+    return markdown(columns, rows)
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """The runs of a task and seed, and the best one of the grid."""
+
+    runs: dict[str, Outcome]
+    best: Outcome
+
+    @classmethod
+    def of(cls, runs: dict[str, Outcome]) -> _Seed:
+        return cls(runs, min((run for name, run in runs.items() if name not in CONTENDERS), key=lambda run: run.after))
+
+
+def _line(seeds: list[_Seed], named: Iterable[str]) -> list[str]:
+    def median(of: Iterable[float]) -> float:
+        return statistics.median([value for value in of if not math.isnan(value)] or [math.nan])
+
+    before, best = median(s.best.before for s in seeds), median(s.best.after for s in seeds)
+    line = [f"{before:.3f}", f"{best:.3f}", f"{median(s.best.rate for s in seeds):.1e}"]
+    for name in named:
+        pairs = [(s.runs[name], s.best) for s in seeds if name in s.runs]
+        if not pairs:
+            line += [""] * 4
+            continue
+        share = median((run.before - run.after) / max(best.before - best.after, 1e-9) for run, best in pairs)
+        worse = sum(not run.after <= run.before for run, _ in pairs)
+        line += [f"{median(run.after for run, _ in pairs):.3f}", f"{median(r.rate / b.rate for r, b in pairs):.2g}"]
+        line += [f"{share:.0%}" if math.isfinite(share) else "-", f"{worse} of {len(pairs)}"]
+    return line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=[*TASKS, *LARGE])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--schedule", choices=("linear", "constant"), default="linear")
+    parser.add_argument("--settings", default="{}", help="fields of ZOConfig as JSON, for all runs")
+    parser.add_argument("--contenders", nargs="+", default=["default", "auto", "grid"], choices=CONTENDERS)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained models")
+    parser.add_argument("--save", metavar="NAME", default="first-run", help="file in benchmarks/results to go on with")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of what was saved")
+    args = parser.parse_args(arguments)
+    title = "First runs: held-out loss with no rate given, with an automatic one, and at the rates of a grid"
+    known = known_from(saved(args.save, CPU))
+    settings = json.dumps(json.loads(args.settings), sort_keys=True)
+    cells = [Cell(t, seed, args.steps, args.schedule, settings, "") for seed in range(args.seeds) for t in args.tasks]
+
+    def finished(cell: Cell) -> None:
+        print(*cell.key, known[cell.key], flush=True)
+        save(args.save, title, COLUMNS, rows_of(known), CPU, write=True, show=False)
+
+    if not args.table:
+        drive((runs_of(cell, args.contenders) for cell in cells), known, args.cache, args.jobs, finished)
+    print(table(known, cells[0], args.tasks, args.contenders))
+
+
+if __name__ == "__main__":
+    main()

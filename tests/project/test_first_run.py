@@ -1,0 +1,54 @@
+"""The benchmark of first runs goes on where it was stopped, and its table compares with the best of the grid."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import first_run, report
+from benchmarks.first_run import Cell, Outcome, grid, main
+from benchmarks.task_list import make_task
+from benchmarks.tasks import held_out
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+def test_a_second_call_runs_nothing_again(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tasks", "linear", "mlp", "--seeds", "1", "--steps", "4", "--contenders", "default", "grid"]
+    words += ["--cache", str(results / "models")]
+    main(words)
+    shown = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("linear 0 4 linear {} ") for line in shown) in range(6, 1 + first_run.RATES + 1)
+    assert [line.split()[1] for line in shown[-2:]] == ["linear", "mlp"]
+
+    monkeypatch.setattr(first_run, "run", None)
+    main(words)
+    assert capsys.readouterr().out.splitlines() == shown[-4:]
+    main([*words, "--table"])
+    assert capsys.readouterr().out.splitlines() == shown[-4:]
+
+
+def test_the_best_rate_of_the_grid_is_found() -> None:
+    runs = grid(Cell("linear", 0, 1, "linear", "{}", ""), near=1e-6)
+    tried = [float(next(runs).contender)]
+    with contextlib.suppress(StopIteration):
+        while True:
+            tried.append(float(runs.send(Outcome(tried[-1], 2.0, abs(math.log2(tried[-1]) + 11.0))).contender))
+    assert 2.0**-11 in [pytest.approx(rate) for rate in tried]
+    assert len(tried) == len(set(tried)) <= first_run.RATES
+
+
+def test_a_task_is_the_same_whether_its_model_was_trained_or_read(tmp_path: Path) -> None:
+    trained, read = make_task("linear", tmp_path), make_task("linear", tmp_path)
+    assert torch.equal(trained.model[1].weight, read.model[1].weight)  # type: ignore[index]
+    assert held_out(trained, trained.model) == held_out(read, read.model) > 1.0
