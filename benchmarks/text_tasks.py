@@ -24,6 +24,7 @@ VOCABULARY = 1000
 MASK = 0
 SOURCES = "argparse ast dataclasses difflib functools heapq logging pathlib pickle random statistics tarfile typing"
 CLASSES = 10
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 # Texts
@@ -142,8 +143,7 @@ def bert(make: Maker, kind: str, labels: int = 2, hidden: int = 192, layers: int
 
     large = hidden > 500
     shape = sizes(hidden, layers, VOCABULARY, heads) | {"intermediate_size": (4 if large else 2) * hidden}
-    shape |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": labels}
-    config = transformers.BertConfig(**shape)
+    config = transformers.BertConfig(**shape, **NO_DROPOUT, **{"num_labels": labels})
 
     def train(model: nn.Module) -> None:
         rows = tokens_of(code=False)
@@ -151,7 +151,8 @@ def bert(make: Maker, kind: str, labels: int = 2, hidden: int = 192, layers: int
 
     reader = make.trained(f"bert-{hidden}-{layers}", lambda: transformers.BertForMaskedLM(config), train)
     model = getattr(transformers, f"Bert{kind}")(config)
-    model.base_model.load_state_dict(reader.base_model.state_dict(), strict=False)
+    body = {name.removeprefix("bert."): value for name, value in reader.state_dict().items()}
+    model.base_model.load_state_dict(body, strict=False)
     return model.eval()
 
 
@@ -179,7 +180,7 @@ def bert_large(make: Maker) -> Task:
 
 def head_alone(model: nn.Module, data: Data) -> Task:
     model.requires_grad_(False)
-    model.classifier.requires_grad_(True)  # type: ignore[operator, union-attr]
+    model.get_submodule("classifier").requires_grad_(True)
     return Task(model, data, cross_entropy, kind="head")
 
 
@@ -237,8 +238,7 @@ def bert_swapped(make: Maker) -> Task:
     def build() -> nn.Module:
         from transformers import BertConfig, BertForSequenceClassification
 
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return BertForSequenceClassification(BertConfig(**sizes(48, 1, 256), num_labels=2, **dropout))
+        return BertForSequenceClassification(BertConfig(**sizes(48, 1, 256), **NO_DROPOUT))
 
     model = make.trained("bert-bytes", build, lambda model: backprop(model, 300, sampler(32, rows, labels), 1e-3))
     return Task(model, sampler(32, swapped, labels), cross_entropy)
@@ -328,7 +328,7 @@ def llama_prefix(make: Maker) -> Task:
 
 def llama_nf4(make: Maker) -> Task:
     """As `llama_code`, quantised to nf4; the quantisation scales move."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     task = llama_code(make)
     for name, plain in list(task.model.named_modules()):
