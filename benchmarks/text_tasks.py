@@ -142,8 +142,9 @@ def bert(make: Maker, kind: str, labels: int = 2, hidden: int = 192, layers: int
     import transformers
 
     large = hidden > 500
-    shape = sizes(hidden, layers, VOCABULARY, heads) | {"intermediate_size": (4 if large else 2) * hidden}
-    config = transformers.BertConfig(**shape, **NO_DROPOUT, **{"num_labels": labels})
+    shape = sizes(hidden, layers, VOCABULARY, heads) | NO_DROPOUT
+    shape |= {"intermediate_size": (4 if large else 2) * hidden, "num_labels": labels}
+    config = transformers.BertConfig(**shape)
 
     def train(model: nn.Module) -> None:
         rows = tokens_of(code=False)
