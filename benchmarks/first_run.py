@@ -22,7 +22,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -49,7 +48,7 @@ class Cell:
         schedule: of the rate: "constant", or "linear" decay to 0.
         settings: fields of `ZOConfig`, as JSON.
         contender: "default" gives no rate, "auto" searches it on 8 batches, as the trainers do, and "auto-one-batch"
-            on the first, as a bare loop does; a number is a rate of the grid.
+            on the first, as a bare loop does; a number is a rate of the grid, with the normaliser of the default.
     """
 
     task: str
@@ -95,11 +94,13 @@ def run(cell: Cell, folder: Path) -> Outcome:
     return Outcome(rate, before, after if math.isfinite(after) else math.inf, seconds)
 
 
-def engine(cell: Cell, task: Task, model: torch.nn.Module) -> ZeroOrder:
-    lrs: dict[str, Any] = {"default": None, "auto": "auto", "auto-one-batch": "auto"}
-    lr = lrs[cell.contender] if cell.contender in lrs else float(cell.contender)
-    config = ZOConfig(**{"eps": task.eps, **json.loads(cell.settings)})
-    return ZeroOrder(model, config, lr=lr, seed=cell.seed)
+def engine(cell: Cell, model: torch.nn.Module) -> ZeroOrder:
+    config = ZOConfig(**{"seed": cell.seed, **json.loads(cell.settings)})
+    if cell.contender == "default":
+        return ZeroOrder(model, config)
+    if cell.contender in CONTENDERS:
+        return ZeroOrder(model, config, lr="auto")
+    return ZeroOrder(model, config, lr=float(cell.contender), normalise=config.resolve().normaliser or False)
 
 
 def train(cell: Cell, task: Task, model: torch.nn.Module, before: float) -> tuple[float, bool]:
@@ -109,7 +110,7 @@ def train(cell: Cell, task: Task, model: torch.nn.Module, before: float) -> tupl
         The rate of the first step (NaN if ``lr="auto"`` found none, which leaves the weights alone), and whether the
         run came to its end. One of the grid is given up when its loss has grown fourfold; others are not.
     """
-    zo = engine(cell, task, model)
+    zo = engine(cell, model)
     order = 1_000_000 * cell.seed
     rates: list[float] = []
     try:
