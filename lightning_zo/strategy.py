@@ -22,7 +22,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
+from zo_core import ConfigError, ModelError, Summary, ZeroOrder, ZOConfig
 from zo_core.advice import lr_advice
 from zo_core.checkpoint import FrontEnd
 from zo_core.following import take_over
@@ -35,6 +35,7 @@ from .auto_lr import batches
 from .closure import StepGuard, not_executed
 from .engine import build, check, settings
 from .journal import Asked, Journal, log_path
+from .logs import log_line
 from .probes import Probes
 from .sgd import SGDFace
 
@@ -89,6 +90,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self.zo: ZeroOrder | None = None
         self.log_path: Path | None = None
         self._journal: Journal | None = None
+        self._summary = Summary()
         self._settings = self.config
         self._streaming: Streaming | None = None
         self._trained: list[int] = []
@@ -173,9 +175,12 @@ class ZOStrategy(SingleDeviceStrategy):
                 ]
             )
         self._settings = settings(trainer, self.config, self.root_device)
-        self._start()
+        self._summary = Summary()
+        self._start().listeners.append(self._summary.add)
         self.log_path = log_path(trainer, self.log)
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
+        if self._journal is not None:
+            self._journal.summary = self._summary
 
     def _start(self) -> ZeroOrder:
         """Makes an engine for the optimizer's current parameters; it takes over the state of a running engine."""
@@ -338,6 +343,7 @@ class ZOStrategy(SingleDeviceStrategy):
                 self.zo.optimizer.step()
         self._stepped = True
         self._forget()
+        log_line(trainer, self._summary)
         return result
 
     # Checkpoints and evaluation use final weights

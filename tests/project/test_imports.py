@@ -39,6 +39,7 @@ RANKS = {
     "defaults": 5,
     "normaliser": 2,
     "config": 6,
+    "summary": 6,
     "first_steps": 6,
     "checkpoint": 7,
     "optimizer": 8,
