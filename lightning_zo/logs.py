@@ -10,8 +10,8 @@ from zo_core import Summary
 def log_line(trainer: Any, summary: Summary) -> None:
     """Gives the loggers the numbers of a summary, under the same step as the module's own, if it is their turn.
 
-    They go to the loggers directly, as those of Lightning's own callbacks do: through ``module.log`` they would join the
-    module's metrics, where a count that is left out in most lines would stay until the end of the epoch.
+    They go to the loggers directly, as those of Lightning's own callbacks do. Through ``module.log`` they would join
+    the module's metrics, where a count that most lines leave out would stay until the end of the epoch.
 
     Args:
         trainer: at the end of a step, whose ``log_every_n_steps`` decides.

@@ -23,8 +23,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zo_core import ConfigError, ModelError, Summary, ZeroOrder, ZOConfig
-from zo_core.advice import lr_advice
-from zo_core.checkpoint import FrontEnd
 from zo_core.following import take_over
 from zo_core.offload import Streaming, move_streamed
 from zo_core.placement import offload_model
@@ -33,19 +31,13 @@ from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches
 from .closure import StepGuard, not_executed
-from .engine import build, check, settings
+from .engine import FRONT_END, build, check, settings
 from .journal import Asked, Journal, log_path
 from .logs import log_line
 from .probes import Probes
 from .sgd import SGDFace
 
 logger = logging.getLogger("lightning_zo")
-
-FRONT_END = FrontEnd(
-    weights_alone="load the weights alone, with module.load_state_dict(torch.load(path)['state_dict']), and fit "
-    "without ckpt_path",
-    same_optimizer="return the optimizer of that run from configure_optimizers",
-)
 
 
 class ZOStrategy(SingleDeviceStrategy):
@@ -200,9 +192,6 @@ class ZOStrategy(SingleDeviceStrategy):
         self._trained = self._trainable()
         self._guard.watch(optimizer)
         self._forget()
-        advice = None if running else lr_advice(zo, "lr")
-        if advice is not None:
-            logger.warning("%s", advice)
         return zo
 
     def _trainable(self) -> list[int]:

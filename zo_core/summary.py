@@ -1,4 +1,4 @@
-"""The numbers of a log line: single losses look like noise, so a line has their running mean with its standard error."""
+"""The numbers of a log line. Single losses look like noise: a line has their running mean and its standard error."""
 
 from __future__ import annotations
 
