@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 #: Learning rates between which the best one was found, by the number of elements that move; see `useful_rates`.
 SIZES = (1e3, 1e4, 1e5, 1e6, 3e8)
 LOW = (3e-3, 5e-4, 1e-4, 5e-5, 1e-7)
-HIGH = (3e-1, 2e-2, 2e-3, 1e-3, 1e-6)
+HIGH = (3e-1, 2e-2, 3e-3, 2e-3, 1e-6)
 #: The largest rate that adapters were trained with, those of prompts and prefixes.
 HIGH_ADAPTERS = 1e-2
 #: Distance of a step with the best rate, if the method normalises it.
@@ -35,10 +35,11 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
 
     This is the only place for such numbers. They were measured, or are from the papers of the methods:
 
-    * Plain SPSA with one direction, by the number of elements that move: 650: 2.5e-1 (a linear classifier); 866 and
-      1,728: 1.6e-2 and 3.9e-3 (LoRA); 9,610: 7.8e-3 and 1.6e-2 (an MLP); 10,000: 4.9e-4 (a convolutional network);
-      35,000: 9.8e-4 (BERT) and 2.4e-4 (Llama); 800,000: 1e-3, and twice that diverges (BERT); 6.5 million: 5e-5 to 1e-4
-      (LoRA on OPT-13B); 350 million: 1e-6 (RoBERTa-large); 13 billion: 1e-7 to 1e-6 (OPT-13B; MeZO, arXiv 2305.17333).
+    * Plain SPSA with one direction, by the number of elements that move: 386 and 650: 2e-2 and 2.5e-1 (linear heads);
+      866 and 1,728: 1.6e-2 and 3.9e-3 (LoRA); 9,500 to 10,000: 9.8e-4 (a transformer), 4.9e-4 (a convolutional network)
+      and 1.6e-2 (an MLP); 35,000: 9.8e-4 (BERT) and 2.4e-4 (Llama); 830,000: 1.8e-3, or half of it for longer runs
+      (BERT); 6.5 million: 5e-5 to 1e-4 (LoRA on OPT-13B); 350 million: 1e-6 (RoBERTa-large); 13 billion: 1e-7 to 1e-6
+      (OPT-13B). Those beyond a million are from MeZO (arXiv 2305.17333).
       `LOW` and `HIGH` enclose all of these, with straight lines in logarithms between the sizes. Prefix tuning of large
       models takes 1e-3 to 1e-2 for two million elements, hence the wider range where few of the weights move.
     * Steps of a normalised length: the best rates of FZOO with 8 directions, 4e-3 to 6e-2 for 9,610 to 35,000 elements
@@ -59,13 +60,11 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
     if isinstance(engine.normaliser, Curvature):
         low, high = NEWTON
     elif engine.normaliser is not None or engine.estimator.scale_free:
-        if scalings:
-            return None
         low, high = (distance / math.sqrt(directions * moved) for distance in STEP)
-    elif scalings:
-        low, high = SCALES
+    elif engine.estimator.name == "spsa":
+        low, high = SCALES if scalings else _plain(moved, sum(p.numel() for p in engine.model.parameters()))
     else:
-        low, high = _plain(moved, sum(p.numel() for p in engine.model.parameters()))
+        return None
     return low * factor, high * factor
 
 

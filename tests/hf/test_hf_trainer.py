@@ -85,7 +85,7 @@ def test_callbacks_see_the_events_and_rates_that_trainer_would_show_them(tmp_pat
         zo_trainer(tmp_path / cls.__name__, cls=cls, callbacks=[events[cls]], **settings).train()
     assert events[ZOTrainer].seen == events[Trainer].seen
     assert events[ZOTrainer].seen.count(("on_substep_end", 0)) == 1
-    assert events[ZOTrainer].rates == events[Trainer].rates == [1e-6, 7.5e-7, 5e-7, 2.5e-7]
+    assert events[ZOTrainer].rates == events[Trainer].rates == [1e-3, 7.5e-4, 5e-4, 2.5e-4]
 
 
 class Stop(TrainerCallback):
