@@ -40,9 +40,10 @@ class Summary:
         self._lr = math.nan
 
     def add(self, record: StepRecord) -> None:
-        """Counts a step. A step from before the last one begins a new window: a callback has gone back."""
+        """Counts a step. If it is not after the last one, a callback has gone back, and everything begins again."""
         if record.step < self._next_step:
             self._losses.clear()
+            self._begin_line()
         self._next_step = record.step + 1
         self.steps += 1
         self._see([record.loss])
