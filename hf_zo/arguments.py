@@ -148,5 +148,5 @@ def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
         weights_alone="load the weights alone, with from_pretrained(checkpoint), and call train() without "
         "resume_from_checkpoint",
         same_optimizer=f"write {rule} with the optim=... of that run",
-        auto='zo_config=ZOConfig(lr="auto")' if own is None else 'zo_learning_rate="auto"',
+        without_lr="leave it out" if isinstance(args, ZOArguments) else "pass ZOTrainingArguments without one",
     )

@@ -25,7 +25,7 @@ FRONT_END = FrontEnd(
     weights_alone="load the weights alone, with module.load_state_dict(torch.load(path)['state_dict']), and fit "
     "without ckpt_path",
     same_optimizer="return the optimizer of that run from configure_optimizers",
-    auto='ZOStrategy(ZOConfig(lr="auto"))',
+    without_lr="return zo_core.ZOOptimizer(self.parameters()), which needs none",
 )
 
 #: Hooks that change a step with gradients, with the reason why they are not called.

@@ -88,10 +88,9 @@ def lr_advice(engine: Running) -> str | None:
     what = "scales" if any(slot.scaling is not None for slot in engine.slots) else "weights"
     moved = sum(slot.tensor.numel() for slot in engine.slots)
     where, so = ("below", "hardly anything will be learnt") if lr < low else ("above", "the loss is likely to grow")
-    found = "" if engine.streaming is not None else f", or {front.auto}, which finds one"
     return (
         f"{front.names.get('lr', 'lr')}={lr:g} is far {where} the rates that work for {moved:,} {what} with "
-        f"{engine.estimator.name}, so {so}; write one of {low:.0e} to {high:.0e}{found}"
+        f"{engine.estimator.name}, so {so}; write one of {low:.0e} to {high:.0e}, or {front.without_lr}"
     )
 
 

@@ -288,7 +288,7 @@ def test_lightning_says_that_a_rate_is_too_large(tmp_path: Path, caplog: pytest.
     module = Wrapped(optimizer=sgd(10.0))
     trainer(tmp_path, "zo", max_steps=2).fit(module, shuffled())
     (message,) = [m for m in caplog.messages if m.startswith("lr=10 is far above the rates that work")]
-    assert message.endswith('or ZOStrategy(ZOConfig(lr="auto")), which finds one')
+    assert message.endswith("or return zo_core.ZOOptimizer(self.parameters()), which needs none")
 
 
 # Warnings of a diverged run

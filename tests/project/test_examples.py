@@ -12,7 +12,6 @@ import pytest
 
 from zo_core import ZeroOrder, engine
 from zo_core.advice import lr_advice, useful_rates
-from zo_core.checkpoint import FrontEnd
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
@@ -72,5 +71,4 @@ def test_every_example_is_there() -> None:
 def test_its_learning_rate_is_one_that_works(ends: Any, name: str, options: list[str]) -> None:
     zo = ends(name, options)
     assert useful_rates(zo) is not None
-    zo.continuity.speak_as(FrontEnd(lr_chosen=True))  # also where it is the default
     assert lr_advice(zo) is None
