@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
-from zo_core import ZOConfig
+from zo_core import ConfigError, ZOConfig
 from zo_core.checkpoint import FrontEnd
+from zo_core.config import AUTO
 
 PREFIX = "zo_"
 #: Fields whose name in `ZOConfig` is not the field name without the prefix.
@@ -64,12 +66,21 @@ class ZOArguments:
         default=True, metadata={"help": "Write every step to seedlog.zo in the output folder (24 bytes each)."}
     )
 
+    def __post_init__(self) -> None:
+        if str(self.learning_rate) == AUTO:
+            raise ConfigError(
+                ["learning_rate='auto' must be a number; write zo_learning_rate='auto' to have the rate found"]
+            )
+        after = getattr(super(), "__post_init__", None)
+        if after is not None:
+            after()
+
     def zo_settings(self) -> dict[str, Any]:
         """Returns the ``zo_*`` fields that differ from their defaults, by their names in `ZOConfig`."""
         return {
-            RENAMED.get(f.name, f.name.removeprefix(PREFIX)): getattr(self, f.name)
+            SETTINGS[f.name]: _read(getattr(self, f.name)) if f.name in MIXED else getattr(self, f.name)
             for f in fields(ZOArguments)
-            if f.name.startswith(PREFIX) and f.name != "zo_log" and getattr(self, f.name) != f.default
+            if f.name in SETTINGS and getattr(self, f.name) != f.default
         }
 
     def to_zo_config(self) -> ZOConfig:
@@ -78,11 +89,36 @@ class ZOArguments:
         Raises:
             ConfigError: settings are not valid; the message lists all of them.
         """
-        settings = self.zo_settings()
-        written = {"true": True, "false": False}  # on a command line
-        if isinstance(settings.get("normalise"), str):
-            settings["normalise"] = written.get(settings["normalise"].lower(), settings["normalise"])
-        return ZOConfig(**settings)
+        try:
+            return ZOConfig(**self.zo_settings())
+        except ConfigError as error:
+            names = {setting: name for name, setting in SETTINGS.items()}
+            said = re.compile(rf"\b({'|'.join(names)})(?==)")
+            raise ConfigError([said.sub(lambda found: names[found[1]], each) for each in error.problems]) from None
+
+
+#: The settings in `ZOConfig` that the fields set, by field.
+SETTINGS = {
+    f.name: RENAMED.get(f.name, f.name.removeprefix(PREFIX))
+    for f in fields(ZOArguments)
+    if f.name.startswith(PREFIX) and f.name != "zo_log"
+}
+
+
+#: Fields that take a text or another value, which is a text on a command line.
+MIXED = ("zo_learning_rate", "zo_normalise")
+
+
+def _read(text: Any) -> Any:
+    """The number or truth value in a text; other values as they are."""
+    if not isinstance(text, str):
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @dataclass
@@ -97,17 +133,20 @@ def front_end(args: TrainingArguments, config: ZOConfig | None) -> FrontEnd:
         args: arguments of the trainer.
         config: the value of ``zo_config``.
     """
-    names = {"lr": "learning_rate"}
-    if config is None and isinstance(args, ZOArguments):
-        own = [f.name for f in fields(ZOArguments) if f.name.startswith(PREFIX)]
-        names |= {RENAMED.get(name, name.removeprefix(PREFIX)): name for name in own}
-        names["lr"] = "learning_rate"
-        if args.zo_seed is None:
+    names: dict[str, str] = {}
+    own = args if config is None and isinstance(args, ZOArguments) else None
+    if own is not None:
+        names |= {setting: name for name, setting in SETTINGS.items()}
+        if own.zo_seed is None:
             names["seed"] = "seed"
-    rule = "zo_rule='torch'" if "rule" in names else "zo_config=ZOConfig(rule='torch')"
+    lr = own.zo_learning_rate if own is not None else None if config is None else config.lr
+    if lr in (None, AUTO):
+        names["lr"] = "learning_rate"
+    rule = "zo_config=ZOConfig(rule='torch')" if own is None else "zo_rule='torch'"
     return FrontEnd(
         names,
         weights_alone="load the weights alone, with from_pretrained(checkpoint), and call train() without "
         "resume_from_checkpoint",
         same_optimizer=f"write {rule} with the optim=... of that run",
+        without_lr="leave it out" if isinstance(args, ZOArguments) else "pass ZOTrainingArguments without one",
     )

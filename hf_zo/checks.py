@@ -8,12 +8,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from zo_core import ConfigError, ZeroOrder
-from zo_core.advice import lr_advice
 
 logger = logging.getLogger("hf_zo")
-
-#: Below this learning rate, a run on relative quantisation scales hardly moves.
-MIN_LR_SCALES = 1e-5
 
 
 def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None:
@@ -65,23 +61,11 @@ def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
             "neftune_noise_alpha=%g has no effect, probes run in eval mode; zo_dropout=True turns noise and dropout on",
             args.neftune_noise_alpha,
         )
-    if any(slot.scaling is not None for slot in engine.slots):
-        if hasattr(engine.model, "peft_config"):
-            logger.warning(
-                "quantisation scales are trained as well, but PEFT saves the adapters only; save the scales with "
-                "torch.save(model.state_dict(), ...), and load them with load_state_dict"
-            )
-        lr = float(engine.optimizer.param_groups[0]["lr"])
-        if lr < MIN_LR_SCALES and any(slot.scaling.relative for slot in engine.slots if slot.scaling is not None):
-            logger.warning(
-                "learning_rate=%g is in the range for weights; quantisation scales move by lr * projected_grad of "
-                "their own size, and float32 loses moves below 6e-8: try 1e-3 to 1e-1",
-                lr,
-            )
-        return  # the ranges below are for weights
-    advice = lr_advice(engine, "learning_rate")
-    if advice is not None:
-        logger.warning("%s", advice)
+    if any(slot.scaling is not None for slot in engine.slots) and hasattr(engine.model, "peft_config"):
+        logger.warning(
+            "quantisation scales are trained as well, but PEFT saves the adapters only; save the scales with "
+            "torch.save(model.state_dict(), ...), and load them with load_state_dict"
+        )
 
 
 def default(args: TrainingArguments, name: str) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zo_core import RULES, ConfigError, Point, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core import RULES, ConfigError, Point, Summary, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.config import AUTO
 from zo_core.defaults import default_eps, default_lr
 from zo_core.following import begin_again
@@ -40,7 +40,6 @@ from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
 from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
 from .quantised import quantised_training
-from .summary import Summary
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -60,8 +59,8 @@ class ZOTrainerMixin(_Trainer):
 
     * the loss is computed once per probe (twice by default), without gradients, with every submodule
       in eval mode; only the root keeps its ``training`` flag, which trainers read;
-    * the logs have ``projected_grad`` (root mean square since the last log) and ``zo_clip_rate``
-      instead of ``grad_norm``, and ``zo_skipped_steps`` if any were skipped;
+    * the logs have ``projected_grad`` instead of ``grad_norm``, and the running mean of the loss with its standard
+      error, ``zo_loss_mean`` and ``zo_loss_se``; see `zo_core.Summary`;
     * directions derive from the global step and ``zo_config.seed``, or ``args.seed`` if that is None;
     * every step is written to ``seedlog.zo`` in the output folder (``zo_log=False`` disables it), and
       ``train(resume_from_checkpoint=True)`` starts from the last complete checkpoint, or from the current model if
@@ -211,6 +210,7 @@ class ZOTrainerMixin(_Trainer):
         self._zo_summary = Summary()  # an earlier run may have stopped between two logs
         if self._zo_journal is not None:
             self._zo_journal.end()  # this run may be another attempt, with a smaller batch
+            self._zo_journal.summary = self._zo_summary
         self._zo_waiting, self._zo_losses = [], []
         if self.zo is not None and self.zo.optimizer is given:
             self.zo.discard()  # it may also have stopped between two micro-batches
@@ -362,7 +362,6 @@ class ZOTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._zo_summary.steps:
             logs.update(self._zo_summary.numbers())
-            self._zo_summary = Summary()
             if not math.isfinite(logs["loss"]):
                 self._tr_loss.zero_()  # Trainer subtracts the sum from itself, and NaN would stay for all later logs
         super().log(logs, *args, **kwargs)

@@ -14,11 +14,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zo_core import NOISES, RULES, TARGETS, ConfigError, LowRank, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
+from zo_core.checkpoint import FrontEnd
 from zo_core.defaults import default_eps
 
 from .sgd import SGDFace, is_plain
 
 logger = logging.getLogger("lightning_zo")
+
+FRONT_END = FrontEnd(
+    weights_alone="load the weights alone, with module.load_state_dict(torch.load(path)['state_dict']), and fit "
+    "without ckpt_path",
+    same_optimizer="return the optimizer of that run from configure_optimizers",
+    without_lr="return zo_core.ZOOptimizer(self.parameters()), which needs none",
+)
 
 #: Hooks that change a step with gradients, with the reason why they are not called.
 WITHOUT_USE = {

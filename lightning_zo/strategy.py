@@ -22,9 +22,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
-from zo_core.advice import lr_advice
-from zo_core.checkpoint import FrontEnd
+from zo_core import ConfigError, ModelError, Summary, ZeroOrder, ZOConfig
 from zo_core.following import take_over
 from zo_core.offload import Streaming, move_streamed
 from zo_core.placement import offload_model
@@ -33,18 +31,13 @@ from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches
 from .closure import StepGuard, not_executed
-from .engine import build, check, settings
+from .engine import FRONT_END, build, check, settings
 from .journal import Asked, Journal, log_path
+from .logs import log_line
 from .probes import Probes
 from .sgd import SGDFace
 
 logger = logging.getLogger("lightning_zo")
-
-FRONT_END = FrontEnd(
-    weights_alone="load the weights alone, with module.load_state_dict(torch.load(path)['state_dict']), and fit "
-    "without ckpt_path",
-    same_optimizer="return the optimizer of that run from configure_optimizers",
-)
 
 
 class ZOStrategy(SingleDeviceStrategy):
@@ -89,6 +82,7 @@ class ZOStrategy(SingleDeviceStrategy):
         self.zo: ZeroOrder | None = None
         self.log_path: Path | None = None
         self._journal: Journal | None = None
+        self._summary = Summary()
         self._settings = self.config
         self._streaming: Streaming | None = None
         self._trained: list[int] = []
@@ -173,9 +167,12 @@ class ZOStrategy(SingleDeviceStrategy):
                 ]
             )
         self._settings = settings(trainer, self.config, self.root_device)
-        self._start()
+        self._summary = Summary()
+        self._start().listeners.append(self._summary.add)
         self.log_path = log_path(trainer, self.log)
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
+        if self._journal is not None:
+            self._journal.summary = self._summary
 
     def _start(self) -> ZeroOrder:
         """Makes an engine for the optimizer's current parameters; it takes over the state of a running engine."""
@@ -195,9 +192,6 @@ class ZOStrategy(SingleDeviceStrategy):
         self._trained = self._trainable()
         self._guard.watch(optimizer)
         self._forget()
-        advice = None if running else lr_advice(zo, "lr")
-        if advice is not None:
-            logger.warning("%s", advice)
         return zo
 
     def _trainable(self) -> list[int]:
@@ -338,6 +332,7 @@ class ZOStrategy(SingleDeviceStrategy):
                 self.zo.optimizer.step()
         self._stepped = True
         self._forget()
+        log_line(trainer, self._summary)
         return result
 
     # Checkpoints and evaluation use final weights

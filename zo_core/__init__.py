@@ -17,6 +17,7 @@ from .records import Point, Probe, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
 from .seedlog import SeedLog, SeedLogWriter, replay
 from .suggest import suggest_lr
+from .summary import Summary
 from .targets import TARGETS, Int4Scales, Scales, Slot, Target, TorchaoScales, Trainable
 from .version import __version__
 
@@ -54,6 +55,7 @@ __all__ = [
     "Spsa",
     "StateError",
     "StepRecord",
+    "Summary",
     "Target",
     "Torch",
     "TorchaoScales",

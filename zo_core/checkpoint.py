@@ -35,11 +35,13 @@ class FrontEnd:
         names: what its users write for a setting, where that differs from the setting's name.
         weights_alone: how to start a new run with the weights of a checkpoint.
         same_optimizer: how to train with the optimizer that wrote a checkpoint.
+        without_lr: how to train without a learning rate of one's own.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     weights_alone: str = "begin a new run from its weights: load them into the model, and leave the rest of it out"
     same_optimizer: str = "pass that optimizer as optimizer=..., which makes the rule 'torch'"
+    without_lr: str = "leave it out"
 
     def said(self, settings: Mapping[str, Any]) -> str:
         """Settings as the user writes them; a value that all groups share is shown once."""

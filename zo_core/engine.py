@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .advice import advise
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import default_eps, default_lr, moving, said_default
@@ -218,6 +219,7 @@ class ZeroOrder(TrainedModel):
         found = self.oracle.together(points, closures)
         if self.first_steps is not None and first is not None:
             self.first_steps.compare(first[1], found[0][first[0]], self.slots)
+            advise(self)
         return found
 
     def add(self, losses: Sequence[Tensor]) -> None:

@@ -44,7 +44,7 @@ def arguments(path: Path, cls: type[TrainingArguments] = TrainingArguments, **ch
         "logging_steps": 1,
         "num_train_epochs": 1,
         "per_device_train_batch_size": 4,
-        "learning_rate": 1e-6,
+        "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
     }
     return cls(**{**settings, **changes})

@@ -163,6 +163,13 @@ def strategy(path: Path) -> None:
     fitted(path)
 
 
+def strategy_logs(path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning_helpers import fitted
+
+    fitted(path, logger=CSVLogger(path))
+
+
 def strategy_range_test(path: Path) -> None:
     """Like `range_test`."""
     from lightning_helpers import Wrapped, batches, fitted

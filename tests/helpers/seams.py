@@ -158,6 +158,18 @@ SEAMS = [
         "or the range test sees batches without the user's hook",
         runs.strategy_range_test,
     ),
+    *(
+        Seam(
+            name,
+            "lightning_zo/logs.py",
+            "the numbers of the run are logged when those of the module are, under the same step",
+            runs.strategy_logs,
+        )
+        for name in (
+            "lightning.pytorch:Trainer._logger_connector",
+            "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._batches_that_stepped",
+        )
+    ),
     # torch
     *map(functorch, ("maybe_current_level", "_add_batch_dim", "is_batchedtensor", "maybe_get_level")),
     *map(functorch, ("get_unwrapped", "maybe_get_bdim")),

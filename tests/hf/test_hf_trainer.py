@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_callbacks_see_the_events_and_rates_that_trainer_would_show_them(tmp_pat
         zo_trainer(tmp_path / cls.__name__, cls=cls, callbacks=[events[cls]], **settings).train()
     assert events[ZOTrainer].seen == events[Trainer].seen
     assert events[ZOTrainer].seen.count(("on_substep_end", 0)) == 1
-    assert events[ZOTrainer].rates == events[Trainer].rates == [1e-6, 7.5e-7, 5e-7, 2.5e-7]
+    assert events[ZOTrainer].rates == events[Trainer].rates == [1e-3, 7.5e-4, 5e-4, 2.5e-4]
 
 
 class Stop(TrainerCallback):
@@ -189,12 +190,40 @@ def test_logs_have_the_projected_gradient_in_place_of_the_gradients_norm(tmp_pat
     trainer.zo.listeners.append(records.append)
     trainer.train()
     first, second, _ = trainer.state.log_history
-    assert set(first) == {"loss", "learning_rate", "projected_grad", "zo_clip_rate", "epoch", "step"}
+    assert {"projected_grad", "zo_loss_mean", "zo_loss_se", "zo_lr"} < set(first)
+    assert not [name for name in first if "clip_rate" in name or "grad_norm" in name]
     for entry, steps in ((first, records[:2]), (second, records[2:])):
         mean_square = sum(step.projected_grad**2 for step in steps) / 2
         assert entry["projected_grad"] == pytest.approx(math.sqrt(mean_square), rel=1e-12)
-        assert entry["zo_clip_rate"] == sum(step.clipped for step in steps) / 4
-    assert first["zo_clip_rate"] + second["zo_clip_rate"] > 0
+        assert entry.get("zo_clipped_directions", 0) == sum(step.clipped for step in steps)
+        assert entry["zo_lr"] == steps[-1].lr
+    assert sum(step.clipped for step in records) > 0
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_running_mean_is_that_of_the_losses_in_the_lines(tmp_path: Path, accumulated: int) -> None:
+    trainer = zo_trainer(tmp_path, gradient_accumulation_steps=accumulated, learning_rate=1e-2, num_train_epochs=2)
+    trainer.train()
+    losses, means = logged(trainer, "loss"), logged(trainer, "zo_loss_mean")
+    for count, mean in enumerate(means, 1):
+        assert mean == pytest.approx(sum(losses[:count]) / count, rel=1e-6)
+    assert len(means) == 8 // accumulated
+    assert len(logged(trainer, "zo_loss_se")) == len(means) - 1
+
+
+@pytest.mark.parametrize("how", ["repeated from the log", "from a named checkpoint", "from the first step"])
+def test_the_numbers_of_a_resumed_run_are_those_of_the_whole_one(tmp_path: Path, how: str) -> None:
+    settings = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    whole, resumed = (zo_trainer(tmp_path, zo_config=ZOConfig(clip=0.5), **settings) for _ in range(2))
+    whole.train()
+    if how == "from the first step":
+        for folder in Path(whole.args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(folder)
+    if how == "repeated from the log":
+        shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-4")
+    resumed.train(f"{whole.args.output_dir}/checkpoint-2" if "named" in how else True)
+    for name in ("loss", "zo_loss_mean", "zo_loss_se", "zo_lr"):
+        assert logged(resumed, name) == logged(whole, name)
 
 
 class Nan(ZOTrainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,11 +168,23 @@ def test_settings_that_cannot_work_are_reported_as_ever(tmp_path: Path, folder: 
 def test_learning_rates_of_scales_are_not_judged_as_those_of_weights(
     tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made(tmp_path, load(folder), learning_rate=0.5).create_optimizer()
-    absolute = ZOConfig(target=Int4Scales(relative=False))
-    made(tmp_path, load(folder), learning_rate=1e-6, zo_config=absolute).create_optimizer()
-    assert [r.getMessage() for r in caplog.records if r.name == "hf_zo"] == []
-    made(tmp_path, load(folder), learning_rate=1e-6).create_optimizer()
-    (message,) = [r.getMessage() for r in caplog.records if r.name == "hf_zo"]
-    assert "learning_rate=1e-06 is in the range for weights" in message
-    assert "1e-3 to 1e-1" in message
+    def said(**settings: Any) -> list[str]:
+        caplog.clear()
+        made(tmp_path, load(folder), **settings).train()
+        return [r.getMessage() for r in caplog.records if "learning_rate" in r.getMessage()]
+
+    assert said(learning_rate=0.5) == []
+    assert said(learning_rate=1e-6, zo_config=ZOConfig(target=Int4Scales(relative=False))) == []
+    (message,) = said(learning_rate=1e-6)
+    assert message.startswith("learning_rate=1e-06 is far below the rates that work for 896 scales")
+    assert "write one of 3e-04 to 1e-01" in message
+
+
+def test_with_auto_the_rate_of_the_arguments_is_not_mentioned(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(lr=1e-2, forwards=100)
+    monkeypatch.setattr(ZeroOrder, "suggest_lr", lambda *args: found)
+    made(tmp_path, load(folder), learning_rate=1e-6, zo_config=ZOConfig(lr="auto")).train()
+    (message,) = [r.getMessage() for r in caplog.records if "rate" in r.getMessage()]
+    assert message.startswith("learning rate 0.01 found by")

@@ -39,6 +39,7 @@ RANKS = {
     "defaults": 5,
     "normaliser": 2,
     "config": 6,
+    "summary": 6,
     "first_steps": 6,
     "checkpoint": 7,
     "optimizer": 8,
@@ -49,13 +50,13 @@ RANKS = {
     "snapshot": 10,
     "following": 10,
     "gradient_check": 10,
+    "advice": 10,
     "lr_range": 11,
     "trained_model": 11,
     "engine": 12,
     "adapter": 13,
     "seedlog": 13,
     "suggest": 13,
-    "advice": 13,
     "__init__": 14,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the last two at use, if they are there

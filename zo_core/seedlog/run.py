@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import StateError
 from ..files import replacing
+from ..summary import Summary
 from .format import LoggedStep
-from .log import set_aside
+from .log import SeedLog, set_aside
 from .stopped import Stopped
 from .writer import SeedLogWriter
 
@@ -36,12 +37,14 @@ class RunLog:
     Attributes:
         path: path of the log.
         log: the writer; None before the first step and after the end.
+        summary: the run's summary, which is told the losses of the log's steps before the first one of the run.
         stopped: the state at which the run was interrupted; None if it was not.
     """
 
     def __init__(self, path: Path, *, strict: bool):
         self.path, self.strict = path, strict
         self.log: SeedLogWriter | None = None
+        self.summary = Summary()
         self.stopped: Stopped | None = None
         self._held: Stopped | None = None
 
@@ -75,6 +78,8 @@ class RunLog:
                     raise
                 logger.warning("%s. It is kept aside, and a new log begins at step %d", error, engine.step_count)
                 self.log = self._begun(engine, "attach")
+            steps = SeedLog.read(self.path).steps
+            self.summary.resume(entry.loss for entry in steps if entry.step < engine.step_count)
         return self.log
 
     def _begun(self, engine: ZeroOrder, start: Start) -> SeedLogWriter:
