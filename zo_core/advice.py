@@ -45,8 +45,8 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
     * Steps of a normalised length: the best rates of FZOO with 8 directions, 4e-3 to 6e-2 for 9,610 to 35,000 elements
       and 5e-5 for 1.3 billion (arXiv 2506.09034), are a distance ``lr * sqrt(elements / directions)`` of 0.3 to 2.3.
     * Steps that are normalised by the curvature: 0.25 to 0.5 for 650 to 830,000 elements; no unit is left in the rate.
-    * Relative scales of nf4: 1e-1 for a model of 246,240 weights, and 1.2 for 13,824 scales. A move by lr * g of a weight's own size w
-      corresponds to an absolute rate of lr * w²: MeZO's 1e-6 on weights of 0.02 to 2.5e-3.
+    * Relative scales of nf4: 1e-1 for a model of 246,240 weights, and 1.2 for 13,824 scales. A move by lr * g of a
+      weight's own size w corresponds to an absolute rate of lr * w²: MeZO's 1e-6 on weights of 0.02 to 2.5e-3.
 
     The best rate grows with the number of directions, and momentum multiplies a step by 1 / (1 - beta).
     """
