@@ -21,9 +21,12 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def follow_model(engine: Running) -> None:
     """Makes an engine train the weights that are trainable now; some may have been frozen, unfrozen, added or replaced.
 
+    Scales that a move of the model has replaced are put back into their layers.
+
     Raises:
         ModelError: no trainable weight is left.
     """
+    engine.target.relink(engine.slots)
     now = trainable(engine.model)
     if len(now) == len(engine.trainable) and all(map(operator.is_, now, engine.trainable)):
         return

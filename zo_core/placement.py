@@ -12,7 +12,7 @@ from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import Torch, UpdateRule
 from .sizes import parse_bytes
-from .targets import Slot
+from .targets import TARGETS, Slot
 from .updates import changes_often
 
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
@@ -111,7 +111,7 @@ def offload_model(
     """Streams a model according to ``config``; ``device`` is used if that names none."""
     assert config.offload is not None
     noise = NOISES.resolve(config.noise)
-    return offload(
+    streaming = offload(
         model,
         config.offload,
         config.offload_dir,
@@ -121,3 +121,5 @@ def offload_model(
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
     )
+    TARGETS.resolve(config.target).chosen(model).relink(slots)  # what is resident has moved
+    return streaming

@@ -15,7 +15,7 @@ from .offload import LockstepOracle, Streaming
 from .optimizer import Driver, ZOOptimizer
 from .oracle import ResidentOracle
 from .records import StepRecord
-from .targets import Slot
+from .targets import Slot, Target
 
 
 class Running(Driver, Protocol):
@@ -32,6 +32,9 @@ class Running(Driver, Protocol):
     regroup: Callable[[list[Slot]], object]
     normaliser: Normaliser | None
     optimizer: ZOOptimizer
+
+    @property
+    def target(self) -> Target: ...
 
     @property
     def streaming(self) -> Streaming | None: ...

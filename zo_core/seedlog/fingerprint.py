@@ -46,6 +46,7 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
         parameters and their digest; ``digest``: of all of this.
     """
     engine.flush()
+    engine.target.relink(engine.slots)
     with engine.hidden():
         digests = _digests(engine)
     slots = {

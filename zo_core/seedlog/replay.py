@@ -69,6 +69,7 @@ def replay(
     start = (model.step_count if isinstance(model, ZeroOrder) else 0) or log.first_step
     end = _end(log, start, until)
     engine = model if isinstance(model, ZeroOrder) else engine_for(model, log)
+    engine.target.relink(engine.slots)
     check_run(engine, log, start, frozen=frozen)
     if start == log.first_step and engine.places.used():
         raise StateError("the engine has rule state from other steps, which a replay would use; make a new engine")

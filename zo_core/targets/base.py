@@ -99,6 +99,12 @@ class Target:
         """
         raise NotImplementedError
 
+    def relink(self, slots: Iterable[Slot]) -> None:
+        """Makes ``slots`` and the modules that compute with them hold the same tensors, after the model was moved.
+
+        `Module.to` keeps parameter objects, so most targets have nothing to do.
+        """
+
 
 TARGETS: Registry[Target] = Registry("target", Target)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from .base import TARGETS, Slot
 from .scales import Scales
 
 logger = logging.getLogger(__name__)
+
+#: For each module its `QuantState` and the scales in it that move.
+_known: WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = WeakKeyDictionary()
 
 
 @TARGETS.register
@@ -46,6 +50,10 @@ class Int4Scales(Scales):
             for _, layer in layers:
                 layer.settle_bias()
         return self.as_slots(model, ((name, layer.float_scales(), layer.module) for name, layer in layers))
+
+    def relink(self, slots: Iterable[Slot]) -> None:
+        for module in {module for slot in slots for module in slot.modules}:
+            relink(module)
 
 
 def has_quantised_layers(model: nn.Module) -> bool:
@@ -93,8 +101,12 @@ class Layer:
         return bool(getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False))
 
     def float_scales(self) -> Tensor:
-        """The scales as float32, stored in the layer; a second call returns the same tensor."""
-        return own_float_scales(self.module.quant_state if self.weight is None else self.weight.quant_state)
+        """The scales as float32, stored in the layer; a second call returns the same tensor, also after a move."""
+        relink(self.module)
+        state = _state(self.module)
+        scales = own_float_scales(state)
+        _known[self.module] = state, scales
+        return scales
 
     def settle_bias(self) -> None:
         """Casts a frozen bias to the compute dtype now; bitsandbytes does so, in place, at the first forward."""
@@ -119,6 +131,30 @@ class Layer:
             weight.data, _ = unpack(weight.data, state)
             state.absmax = packed.T.reshape(-1).to(torch.float32, copy=True)
             state.nested, state.state2, state.offset = False, None, None
+
+
+def _state(module: Any) -> Any:
+    """The `QuantState` that a layer or a parametrisation computes with."""
+    weight_state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return getattr(module, "quant_state", None) if weight_state is None else weight_state
+
+
+def relink(module: nn.Module) -> None:
+    """Puts the scales that move back into their layer, with the values and on the device that these have there.
+
+    ``module.to()`` gives the layer another tensor of scales, and the one that moves would no longer be used.
+    """
+    if module not in _known:
+        return
+    state, scales = _known[module]
+    if state.absmax is scales:
+        return
+    if _state(module) is not state:  # a layer of other codes, whose scales are not those of the slot
+        del _known[module]
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        scales.data = state.absmax.to(torch.float32, copy=state.absmax.is_inference())
+    state.absmax = scales
 
 
 def own_float_scales(state: Any) -> Tensor:
