@@ -12,8 +12,11 @@ from typing import Any
 import bitsandbytes as bnb
 import int4_models
 import pytest
-from torch import nn
+import torch
+import torchao_models
+from torch import Tensor, nn
 
+import zo_core.targets.torchao as torchao_target
 from zo_core import Int4Scales, SeedLogWriter, ZeroOrder, replay
 from zo_core.seedlog import fingerprint
 
@@ -119,3 +122,34 @@ def test_other_codes_in_a_layer_keep_their_own_scales() -> None:
     layer.weight = fresh
     zo.step(int4_models.closure(model))
     assert layer.weight.quant_state.absmax is expected
+
+
+def test_torchao_scales_go_where_their_weight_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are put back before every forward, and were on the device that they came from."""
+
+    class Elsewhere:
+        """The scales after a move, as far as their attributes tell."""
+
+        device = torch.device("cuda:0")
+
+    class Weight:
+        scale: Any = Elsewhere()
+
+    asked: list[torch.device] = []
+
+    def to(tensor: Tensor, device: torch.device) -> Tensor:
+        asked.append(device)
+        return tensor.clone()
+
+    scale = ZeroOrder(torchao_models.Quantised(), **SETTINGS).slots[0].tensor
+    memory, values = scale.data_ptr(), scale.clone()
+    module, weight = nn.Module(), Weight()
+    module.weight = weight
+    torchao_target._known[module] = {"weight": (weight, scale)}
+    monkeypatch.setattr(Tensor, "to", to)
+    torchao_target.relink(module)
+    monkeypatch.undo()
+    assert asked == [torch.device("cuda:0")]
+    assert weight.scale is scale
+    assert scale.data_ptr() != memory
+    assert torch.equal(scale, values)

@@ -7,7 +7,7 @@ its scales are a plain tensor inside it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -63,6 +63,10 @@ class TorchaoScales(Scales):
             ((f"{name}.{leaf}.scale".lstrip("."), own_scales(module, leaf), module) for name, module, leaf in found),
         )
 
+    def relink(self, slots: Iterable[Slot]) -> None:
+        for module in {module for slot in slots for module in slot.modules}:
+            relink(module)
+
 
 def has_torchao_weights(model: nn.Module) -> bool:
     """Whether torchao has quantised weights of the model."""
@@ -109,12 +113,15 @@ def relink(module: nn.Module, *_: Any) -> None:
     """Puts the scales that move back into their weights.
 
     ``module.to()``, which trainers call even if there is nothing to convert, leaves a weight with new tensors inside,
-    and rounds scales to the dtype of the weight.
+    and rounds scales to the dtype of the weight. The values stay those of the scales that move; their device becomes
+    the one of the weight.
     """
     known = _known.get(module, {})
     for leaf, (weight, scale) in list(known.items()):
         held: Any = getattr(module, leaf, None)
         if held is weight:
+            if scale.device != held.scale.device:
+                scale.data = scale.data.to(held.scale.device)
             held.scale = scale
         else:
             del known[leaf]
