@@ -39,6 +39,7 @@ from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
 from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
+from .preparing import leave_state
 from .quantised import quantised_training
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class ZOTrainerMixin(_Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
+        leave_state(self.accelerator)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Moves the model; one that will be streamed is never on the device as a whole."""

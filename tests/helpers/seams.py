@@ -73,6 +73,13 @@ SEAMS = [
     ),
     # accelerate
     Seam(
+        "accelerate:Accelerator.prepare_optimizer",
+        "hf_zo/preparing.py",
+        "replaced on the object: or the momentum of all streamed layers goes to the device at once",
+        runs.trainer,
+        reader="accelerate",
+    ),
+    Seam(
         "accelerate:Accelerator.backward",
         "hf_zo/loss_calls.py",
         "replaced on the object: or the scale of the loss stays unknown, and there would be a backward pass",

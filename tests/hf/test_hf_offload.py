@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate.optimizer
 import pytest
 import torch
 from hf_helpers import arguments, differing, texts, weights
 from models import tiny
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
@@ -131,3 +132,29 @@ def test_what_a_trainer_counts_in_its_loss_counts_once(accumulation: int, tmp_pa
     run.before = run.after = 0
     run.train()
     assert (run.before, run.after) == (4, 4)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_preparing_a_run_moves_no_momentum(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate moves an optimizer's state to its device, where that of a streamed model has no room."""
+    moved: list[int] = []
+
+    def move(state: Any, device: torch.device) -> Any:
+        tensors = [value for kept in state["state"].values() for value in kept.values() if isinstance(value, Tensor)]
+        moved.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        return state
+
+    monkeypatch.setattr(accelerate.optimizer, "move_to_device", move)
+    run = trainer(tmp_path, tier)
+    run.train()
+    assert sum(moved) == 0
+    momentum = [kept["momentum"] for kept in run.zo.optimizer.state_dict()["state"].values()]
+    assert sum(tensor.numel() for tensor in momentum) == sum(p.numel() for p in run.model.parameters())
+
+
+def test_the_state_of_a_torch_optimizer_is_still_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(accelerate.optimizer, "move_to_device", lambda state, device: asked.append(state) or state)
+    run = trainer(tmp_path, None, zo_rule="auto", optim="sgd", max_steps=1)
+    run.train()
+    assert len(asked) == 1
