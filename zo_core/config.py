@@ -145,7 +145,8 @@ class ZOConfig:
         default=None,
         metadata={
             "help": 'How much of the device the weights may take, in bytes or as in "8GB"; layers that fit are not '
-            'streamed. None streams all of them or, with offload "auto", takes what is free.'
+            'streamed. None streams all of them or, with offload "auto", takes what is free and leaves a tenth of the '
+            "device, at least 1 GiB, and two copies of the largest layer for the computation."
         },
     )
     device: str | None = field(

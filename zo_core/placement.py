@@ -10,7 +10,7 @@ from .errors import ConfigError, ModelError
 from .noise import NOISES
 from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
-from .rules import Torch, UpdateRule
+from .rules import RULES, Torch, UpdateRule
 from .sizes import parse_bytes
 from .targets import TARGETS, Slot
 from .updates import changes_often
@@ -120,6 +120,15 @@ def offload_model(
         {id(tensor) for slot in slots if slot.region or changes_often(noise, slot) for tensor in slot.tensors},
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
+        state=_state_bytes(config, slots),
     )
     TARGETS.resolve(config.target).chosen(model).relink(slots)  # what is resident has moved
     return streaming
+
+
+def _state_bytes(config: ZOConfig, slots: list[Slot]) -> int:
+    """Bytes of a rule's state for all slots."""
+    if config.rule == "auto":
+        return 0
+    kept = (RULES.resolve(config.rule).state(slot.tensor).values() for slot in slots)
+    return sum(shape.numel() * dtype.itemsize for each in kept for shape, dtype in each)

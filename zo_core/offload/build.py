@@ -14,6 +14,8 @@ from ..oracle.materialise import is_compiled
 from ..sizes import human
 from ..targets import check_values, in_several_ways, memory_of, plain_parameters
 from .blocks import find_blocks
+from .budget import known_to_fit, note_fit, room_for_weights, with_index
+from .copies import check_device
 from .store import DiskStore, RamStore
 from .streaming import ARENA_SLOTS, Block, Streaming
 
@@ -30,6 +32,7 @@ def offload(
     *,
     device: torch.device | None = None,
     memory: int | None = None,
+    state: int = 0,
 ) -> Streaming | None:
     """Moves the blocks of a model into a store; from then on each is fetched when its forward needs it.
 
@@ -44,13 +47,16 @@ def offload(
         staying: ``id`` of tensors that stay resident in any case.
         device: where the model computes; what is resident is moved there. None leaves it where it is.
         memory: bytes that weights may take on the device; blocks that fit are not streamed. None
-            streams all of them, or, with "auto", takes what is free.
+            streams all of them, or, with "auto", takes what is free, less a reserve (`room_for_weights`).
+        state: bytes of the rule's state of all weights, for which "auto" leaves room.
 
     Returns:
         The object that streams the blocks; None if all of them stay resident.
 
     Raises:
         ModelError: the model has no blocks, or is compiled.
+        ConfigError: blocks cannot be streamed to the device.
+        StateError: a block could not be stored. As after every other exception, the model is as it was.
     """
     if any(map(is_compiled, model.modules())):
         raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
@@ -67,26 +73,67 @@ def offload(
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
     home = {id(tensor) for block in blocks for held in block.holders.values() for tensor in held}
     resident = [parameter for parameter in model.parameters() if id(parameter) not in home]
-    place = device or next(p.device for p in (*resident, *model.parameters()))
-    if kind == "auto" and memory is None and place.type == "cuda":
-        memory = torch.cuda.mem_get_info(place)[0]
+    place = with_index(device or next(p.device for p in (*resident, *model.parameters())))
+    undecided = kind == "auto" and memory is None
+    if undecided and not known_to_fit(model, place):
+        memory = room_for_weights(model, place, _largest(blocks, resident), state)
     if memory is not None or kind == "auto":
         blocks = beyond(blocks, resident_bytes(model, blocks), memory)
     streaming = None
     if blocks:
+        check_device(place)
         disk = kind == "disk" or folder is not None
         store = DiskStore(folder) if disk else RamStore(pinned=place.type == "cuda")
-        with torch.no_grad():
-            for block in blocks:
-                store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
-                for tensor in (tensor for held in block.holders.values() for tensor in held):
-                    tensor.data = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-        streaming = Streaming(blocks, store, place)
-    if device is not None:
-        model.to(device)
-    if streaming is not None:
+        streaming = _streamed(model, blocks, store, place, move=device is not None)
         describe(model, streaming)
+    elif device is not None:
+        model.to(place)
+    if undecided and streaming is None:
+        note_fit(model, place)
     return streaming
+
+
+def _largest(blocks: list[Block], resident: list[nn.Parameter]) -> int:
+    return max(*(block.nbytes for block in blocks), *(_nbytes([parameter]) for parameter in resident), 0)
+
+
+def _streamed(
+    model: nn.Module, blocks: list[Block], store: RamStore | DiskStore, place: torch.device, *, move: bool
+) -> Streaming:
+    """Stores the blocks and streams them; if that fails, the model has its values where they were.
+
+    Args:
+        model: the model.
+        blocks: blocks of the model.
+        store: takes their values.
+        place: where they compute.
+        move: whether what is resident has to be moved there.
+    """
+    before = {id(tensor): tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with torch.no_grad():
+        for block in blocks:  # all of them, before any parameter loses its values
+            store.put(block.name, {name: tensors[0].data for name, tensors in block.holders.items()})
+            if isinstance(store, RamStore):
+                _share_memory(block, store)
+    streaming = Streaming(blocks, store, place)
+    try:
+        if move:
+            model.to(place)
+    except BaseException:
+        streaming.close(torch.device("cpu"))
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.to(before[id(tensor)])
+        raise
+    return streaming
+
+
+def _share_memory(block: Block, store: RamStore) -> None:
+    """Points parameters in host memory at their stored values, or the model would be there twice for a moment."""
+    for name, values in store.whole(block.name).items():
+        for tensor in block.holders[name]:
+            if tensor.device.type == "cpu":
+                tensor.data = values
 
 
 def plan_blocks(

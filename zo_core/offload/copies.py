@@ -12,8 +12,21 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
+
 #: A moment on a stream of the device; None where there are no streams, and everything has happened.
 Moment = Any
+
+
+def check_device(device: torch.device) -> None:
+    """Raises `ConfigError` for devices whose copies in the background would not be ordered against the computation."""
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ConfigError(
+            [
+                f"device={str(device)!r}: layers are streamed to CUDA devices and on CPUs only; leave out offload, or "
+                "compute on the CPU (device='cpu', use_cpu=True with ZOTrainer, accelerator='cpu' with Lightning)"
+            ]
+        )
 
 
 class Copies:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..noise.hashing import used_once
 from ..oracle.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
-from .copies import Copies, Moment
+from .copies import Copies, Moment, check_device
 from .store import DiskStore, RamStore
 from .tensor_file import Tensors
 
@@ -89,6 +89,7 @@ class Streaming:
     attached: ClassVar[weakref.WeakValueDictionary[int, Streaming]] = weakref.WeakValueDictionary()
 
     def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
+        check_device(device)
         self.blocks, self.store, self.device = blocks, store, device
         self._empty_arenas()
         self.copies = Copies(device)
@@ -119,8 +120,10 @@ class Streaming:
         """Streams blocks to another device from now on; the caller moves what is resident.
 
         Raises:
+            ConfigError: blocks cannot be streamed to the device.
             StateError: a block could not be read or written.
         """
+        check_device(device)
         self.flush()
         for block in self.blocks:
             self.settle(block)
