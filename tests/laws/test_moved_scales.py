@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import zo_core.targets.torchao as torchao_target
 from zo_core import Int4Scales, SeedLogWriter, ZeroOrder, replay
+from zo_core.offload import move_streamed
 from zo_core.seedlog import fingerprint
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "seed": 3}
@@ -67,6 +68,21 @@ def test_the_device_of_a_streamed_model_leaves_scales_where_they_are_used() -> N
     zo = ZeroOrder(model, offload="cpu", device="cpu", **SETTINGS)
     held = [layer.weight.quant_state.absmax for layer in int4_models.layers(model)]
     assert all(slot.tensor is tensor for slot, tensor in zip(zo.slots, held, strict=True))
+
+
+@pytest.mark.usefixtures("moves")
+def test_a_streamed_model_that_is_moved_takes_its_scales_along() -> None:
+    """Its codes stay where they are, so the layers themselves are not moved."""
+    model, other = int4_models.Quantised(), int4_models.Quantised()
+    zo, twin = ZeroOrder(model, offload="cpu", **SETTINGS), ZeroOrder(other, offload="cpu", **SETTINGS)
+    layers = int4_models.layers(model)
+    before = [layer.weight.quant_state.absmax.data for layer in layers]  # held, so that nothing else gets their memory
+    move_streamed(model, torch.device("cpu"))
+    now = {layer.weight.quant_state.absmax.data_ptr() for layer in layers}
+    assert not now & {scales.data_ptr() for scales in before}
+    assert train(model, zo) == train(other, twin)
+    zo.close()
+    twin.close()
 
 
 @pytest.mark.usefixtures("moves")

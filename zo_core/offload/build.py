@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..oracle.materialise import is_compiled
 from ..sizes import human
-from ..targets import check_values, in_several_ways, memory_of, plain_parameters
+from ..targets import check_values, in_several_ways, memory_of, move_scales, plain_parameters
 from .blocks import find_blocks
 from .budget import known_to_fit, note_fit, room_for_weights, with_index
 from .copies import check_device
@@ -188,6 +188,7 @@ def move_streamed(model: nn.Module, device: torch.device) -> None:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in streamed:
                 tensor.data = tensor.data.to(device)
+        move_scales(module, device)
 
     move(model)
 

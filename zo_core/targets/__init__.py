@@ -3,7 +3,7 @@
 from .auto import Auto, has_adapters
 from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, slot_keys
 from .dispatched import check_values, elsewhere
-from .int4 import Int4Scales, keep_codes_plain
+from .int4 import Int4Scales, keep_codes_plain, move_scales
 from .memory import in_several_ways
 from .scales import Scales
 from .torchao import TorchaoScales
@@ -26,6 +26,7 @@ __all__ = [
     "in_several_ways",
     "keep_codes_plain",
     "memory_of",
+    "move_scales",
     "plain_parameters",
     "slot_keys",
 ]

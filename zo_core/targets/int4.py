@@ -157,6 +157,14 @@ def relink(module: nn.Module) -> None:
     state.absmax = scales
 
 
+def move_scales(module: nn.Module, device: torch.device) -> None:
+    """Moves what a 4-bit layer has beside its codes, where these are streamed and `Module.to` must not see them."""
+    state = _state(module)
+    if hasattr(state, "absmax"):
+        state.to(device)
+        relink(module)
+
+
 def own_float_scales(state: Any) -> Tensor:
     """The scales of a `QuantState`, which stores them as plain float32 values from now on."""
     with torch.inference_mode(False), torch.no_grad():
