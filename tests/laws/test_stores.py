@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +60,68 @@ def test_host_memory_takes_only_what_changed() -> None:
     store.put("a.0", block(0))
     store.write("a.0", block(1), {"matrix"})
     assert same(read(store), {**block(0), "matrix": block(1)["matrix"]})
+
+
+class Driver:
+    """A driver that registers a few pieces of memory, and then refuses."""
+
+    def __init__(self, limit: int):
+        self.limit, self.known, self.ended, self.flags = limit, set[int](), list[int](), set[int]()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.flags.add(flags)
+        if len(self.known) == self.limit:
+            return 2
+        assert size % mmap.PAGESIZE == address % mmap.PAGESIZE == 0
+        self.known.add(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> None:
+        self.ended.append(address)
+
+
+def check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"out of memory ({code})")
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 99])
+def test_memory_that_the_driver_refuses_is_ordinary_memory(
+    limit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver, cleared = Driver(limit), []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "check_error", check)
+    monkeypatch.setattr(stores, "_clear_error", lambda: cleared.append(len(driver.known)))
+    store = RamStore(pinned=True)
+    store.put("a.0", block(0))
+    store.put("a.1", block(1))
+    store.add_zeros("a.0", "momentum", torch.Size([7, 5]), torch.float32)
+    assert cleared == ([] if limit == 99 else [limit])
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * len(cleared)
+    momentum = store.whole("a.0").pop("momentum")
+    assert not momentum.any()
+    assert same(read(store), block(0))
+    assert same(store.whole("a.1"), block(1))
+    store.write("a.0", block(1), block(1).keys())
+    assert same(read(store), block(1))
+    store.put("a.0", block(2))  # from a state dict
+    assert same(read(store), block(2))
+    assert driver.flags == {stores.PORTABLE}
+    del store, momentum
+    assert sorted(driver.ended) == sorted(driver.known)
+
+
+def test_a_pending_error_is_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ones(*_: Any, device: str) -> Tensor:
+        asked.append(device)
+        raise RuntimeError("CUDA error: the one from before")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    stores._clear_error()
+    assert asked == ["cuda"]
 
 
 def test_a_write_that_fails_leaves_the_block_from_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

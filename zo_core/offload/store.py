@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import os
 import shutil
@@ -17,7 +19,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, StateError
 from ..files import replacing
+from ..sizes import human
 from .tensor_file import Piece, Tensors, bytes_of, read_header, write_file
+
+logger = logging.getLogger(__name__)
+
+#: The flag of the driver for memory that is registered for all devices, not only for the current one.
+PORTABLE = 1
 
 
 class RamStore:
@@ -26,11 +34,12 @@ class RamStore:
     Args:
         pinned: for copies to and from CUDA; each tensor then gets memory of its own that is registered
             with the driver, of exactly the pages that it needs. (PyTorch's allocator of pinned memory
-            rounds up to powers of two.) Otherwise tensors stay in the memory that they are passed in.
+            rounds up to powers of two.) Otherwise, and from the first refusal of the driver on, tensors stay in the
+            memory that they are passed in.
     """
 
     def __init__(self, pinned: bool = False) -> None:
-        self.pinned = pinned
+        self.pinned = self.registers = pinned
         self.blocks: dict[str, Tensors] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
@@ -48,13 +57,25 @@ class RamStore:
             self.blocks[block][name] = self._own(torch.zeros(shape, dtype=dtype))
 
     def _own(self, tensor: Tensor) -> Tensor:
-        if not self.pinned or not tensor.numel():
+        if not self.registers or not tensor.numel():
             return tensor
         # Whole pages, because two tensors that share a page could not both be registered.
         used = tensor.numel() * tensor.element_size()
         memory = torch.frombuffer(mmap.mmap(-1, -(-used // mmap.PAGESIZE) * mmap.PAGESIZE), dtype=torch.uint8)
         driver = torch.cuda.cudart()
-        torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        try:
+            torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE))
+        except RuntimeError as error:
+            self.registers = False
+            _clear_error()
+            done = sum(held.numel() * held.element_size() for kept in self.blocks.values() for held in kept.values())
+            logger.warning(
+                "the driver registers no more host memory after %s (%s); the other layers are copied from ordinary "
+                "memory, which is slower and waits for the device. WSL and containers often have a limit",
+                human(done),
+                str(error),  # the error itself would hold this store
+            )
+            return tensor
         weakref.finalize(self, driver.cudaHostUnregister, memory.data_ptr())
         return memory[:used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
@@ -75,6 +96,12 @@ class RamStore:
     def mapped(self, block: str) -> Tensors:
         """The stored tensors themselves, as from `whole`."""
         return self.blocks[block]
+
+
+def _clear_error() -> None:
+    """Clears the error that a refused call leaves behind in the runtime: the next kernel would raise it once."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 class DiskStore:
