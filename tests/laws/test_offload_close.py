@@ -32,6 +32,24 @@ def test_close_ends_every_thread_and_the_engine_goes_on_resident(tmp_path: Path,
     assert not differing(weights(streamed), weights(resident))
 
 
+def test_arenas_that_are_dropped_are_kept_from_others_until_their_copies_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every sweep ends with a prefetch, so an engine that is dropped without `close` has one under way."""
+    zo = ZeroOrder(tiny("llama"), lr=1e-3, offload="cpu")
+    assert zo.streaming is not None
+    told: dict[int, list[str]] = {}
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda arena, stream: told.setdefault(id(arena), []).append(stream)
+    )
+    copies = zo.streaming.copies
+    copies.incoming, copies.outgoing = "in", "out"
+    arena = zo.streaming._arena()
+    copies.incoming = copies.outgoing = None
+    assert told == {id(arena): ["in", "out"]}
+    zo.close()
+
+
 @pytest.mark.parametrize("tier", ["cpu", "disk"])
 def test_a_streamed_model_evaluates_in_inference_mode_and_trains_on(tmp_path: Path, tier: str) -> None:
     folder: dict[str, Any] = {"offload_dir": str(tmp_path)} if tier == "disk" else {}

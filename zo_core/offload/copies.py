@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 
@@ -50,6 +51,13 @@ class Copies:
     def send(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
         """Starts a copy from the device, once the moments ``after`` have passed."""
         return self.pool.submit(self._run, self.outgoing, work, list(after))
+
+    def lend(self, memory: Tensor) -> Tensor:
+        """Tells the allocator that copies use this memory: who drops it while one runs must not free it for others."""
+        for stream in (self.incoming, self.outgoing):
+            if stream is not None:
+                memory.record_stream(stream)
+        return memory
 
     def now(self) -> Moment:
         """The moment at which the work that is queued on the current stream ends."""

@@ -241,7 +241,7 @@ class Streaming:
 
     def _arena(self) -> Tensor:
         with torch.inference_mode(False):
-            return torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            return self.copies.lend(torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device))
 
     # Views
 
