@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,25 @@ def test_a_streamed_model_goes_on_after_it_was_moved(tier: str, rule: str) -> No
         zo.close()
         ends.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(map(torch.equal, *ends))
+
+
+def test_loading_waits_until_the_slot_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write of the update before it reads the slot in the background."""
+    zo = ZeroOrder(make("llama")[0], lr=1e-3, offload="cpu")
+    assert zo.streaming is not None
+    streaming, write = zo.streaming, zo.streaming.store.write
+    block = streaming.blocks[0]
+    name = next(iter(block.holders))
+    old, new = (torch.full(block.specs[name][0], value) for value in (1.0, 2.0))
+    written: list[float] = []
+
+    def slow(where: str, tensors: dict[str, torch.Tensor], changed: set[str]) -> None:
+        time.sleep(0.2)
+        write(where, tensors, changed)
+        written.append(tensors[name].flatten()[0].item())
+
+    monkeypatch.setattr(streaming.store, "write", slow)
+    streaming.load_state(block, {name: old})
+    streaming.load_state(block, {name: new})
+    zo.close()
+    assert written == [1.0, 2.0]

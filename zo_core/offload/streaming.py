@@ -193,6 +193,7 @@ class Streaming:
                 the block raises.
         """
         tensors = self.values(block)
+        self._after_write(block)
         for key, value in values.items():
             tensors[key].zero_() if value is None else tensors[key].copy_(value)
         self._write_back(block, tensors, set(values))
@@ -418,9 +419,13 @@ class Streaming:
             if block in futures:
                 self.copies.wait(futures.pop(block))
 
-    def _apply(self, block: Block, tensors: Tensors) -> None:
+    def _after_write(self, block: Block) -> None:
+        """Orders what follows after the write of a block in progress, which reads the block's slot."""
         if block in self.writing:
             self.copies.let_wait(self.writing.pop(block))
+
+    def _apply(self, block: Block, tensors: Tensors) -> None:
+        self._after_write(block)
         pending, block.pending = block.pending, []
         with used_once():
             for _, update in pending:
@@ -428,8 +433,7 @@ class Streaming:
         self._write_back(block, tensors, {name for names, _ in pending for name in names})
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
-        if block in self.writing:
-            self.copies.let_wait(self.writing.pop(block))
+        self._after_write(block)
         self.bytes_written += block.nbytes
         write = partial(self.store.write, block.name, tensors, changed)
         self.writing[block] = self.copies.send(write, [self.copies.now()])
