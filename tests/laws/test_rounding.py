@@ -60,6 +60,15 @@ def test_infinities_and_nan_stay_what_they_are(dtype: torch.dtype, special: floa
 
 
 @EVERY_16_BIT_TYPE
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000, -4194304], ids=hex)
+def test_every_pattern_of_bits_that_is_nan_stays_nan(dtype: torch.dtype, bits: int) -> None:
+    """A GPU writes NaN as 0x7fffffff, and one more is -0.0."""
+    values = torch.full((100,), bits, dtype=torch.int32).view(torch.float32)
+    for key in KEYS:
+        assert stochastic_round(values.clone(), dtype, key, 0).isnan().all()
+
+
+@EVERY_16_BIT_TYPE
 def test_the_result_is_one_of_the_two_neighbours_and_both_occur(dtype: torch.dtype) -> None:
     values = magnitudes(dtype)
     low, high = neighbours(values, dtype)

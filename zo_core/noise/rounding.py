@@ -8,6 +8,8 @@ result is deterministic and a run can be replayed.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -
         ``[n]`` in float32, holding values that ``dtype`` represents exactly.
     """
     dropped = DROPPED_BITS[dtype]
+    # A GPU writes NaN as 0x7fffffff, and adding to that would make it -0.0; torch writes it as 0x7fc00000.
+    values.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
     random = rounding_bits(key, dropped, start, values.numel(), values.device)
     if dtype == torch.float16:
         # Below 2**-14 the steps of fp16 are 2**-24 apart, whatever the exponent.
