@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from models import FAMILIES, batch, closure, tiny
 from probing import EPS, POINTS, measure
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from traces import same_bits, weights
 
 from zo_core import NOISES, ZeroOrder
+from zo_core.oracle import as_scalar
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -113,3 +115,11 @@ def test_steps_inside_inference_mode_are_the_same_steps(first: str, rule: str, d
     assert same_bits(weights(model), weights(other))
     assert not any(p.is_inference() for p in model.parameters())
     closure("functional_tied_head", model)().backward()
+
+
+def test_losses_of_a_device_without_float64_are_summed_on_the_host() -> None:
+    """Real devices of Apple refuse float64; fake tensors only say where their results are."""
+    with FakeTensorMode():
+        for device, wanted in (("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")):
+            loss = as_scalar(torch.empty(1, device=device))
+            assert (loss.device.type, loss.dtype, loss.shape) == (wanted, torch.float64, torch.Size([]))

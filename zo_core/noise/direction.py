@@ -42,6 +42,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64; on the host for devices of Apple, which have none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
 class Elements(Protocol):
     """The part of a distribution that the passes over weights use; see `ElementNoise`."""
 

@@ -15,6 +15,7 @@ from ..errors import LossError
 from ..forward_state import Carried, ForwardState
 from ..modes import probe_modes, rng_state, set_rng_state
 from ..noise import Direction
+from ..noise.direction import float64
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
@@ -138,7 +139,7 @@ class ResidentOracle:
 
 
 def as_scalar(value: Any) -> Tensor:
-    """What a closure returned, as a detached float64 tensor of shape ``[]``.
+    """What a closure returned, as a detached float64 tensor of shape ``[]``, on its device if that has float64.
 
     Raises:
         LossError: ``value`` is not one real number.
@@ -149,7 +150,7 @@ def as_scalar(value: Any) -> Tensor:
                 f"the closure returned a tensor of shape {list(value.shape)} and dtype {value.dtype}; "
                 "return one real number, for example loss.mean()"
             )
-        return value.detach().to(torch.float64).reshape(())
+        return float64(value.detach()).reshape(())
     if value is None:
         raise LossError("the closure returned None; end it with `return loss`")
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modes import probe_modes, rng_state, set_rng_state
 from ..noise import Alternatives
+from ..noise.direction import float64
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
@@ -88,7 +89,7 @@ class StackedOracle(ResidentOracle):
                 value = closure()
             if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
                 raise NotStackable("the closure does not return the loss as a tensor with one element")
-            return value.detach().to(torch.float64).reshape(())
+            return float64(value.detach()).reshape(())
 
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

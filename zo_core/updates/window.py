@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Direction, FactorDirection, LowRank, LowRankDirection
-from ..noise.direction import float32
+from ..noise.direction import float32, float64
 from ..noise.low_rank import SIGNS, basis
 from ..rules import UpdateRule
 from ..targets import Slot
@@ -178,7 +178,7 @@ def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
     columns = old.shape[1]
     for at in range(0, len(old), rank):
         piece = slice(at, at + rank)
-        overlap = (old[piece].double() @ new[piece].double().t() / columns).float()
+        overlap = (float64(old[piece]) @ float64(new[piece]).t() / columns).float().to(momentum.device)
         total = momentum[:, at : at + 1] * overlap[0]
         for k in range(1, rank):
             total = total + momentum[:, at + k : at + k + 1] * overlap[k]
