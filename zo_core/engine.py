@@ -83,7 +83,7 @@ class ZeroOrder(TrainedModel):
             raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the closure calls")
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
-        settings = self._settings = resolve(self.config, optimizer)
+        settings = self._settings = resolve(self.config, optimizer, model)
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
         self.num_probes, self.backend = settings.num_probes, settings.backend
         self.seed = 0 if self.config.seed is None else self.config.seed

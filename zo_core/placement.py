@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from functools import lru_cache
+
 import torch
 from torch import nn
 
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
-from .noise import NOISES
+from .noise import NOISES, Direction, Rademacher
 from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import RULES, Torch, UpdateRule
 from .sizes import parse_bytes
 from .targets import TARGETS, Slot
 from .updates import changes_often
+
+logger = logging.getLogger(__name__)
 
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
 
@@ -23,8 +29,13 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None) -> Resolved:
+def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None, model: nn.Module | None = None) -> Resolved:
     """The components of a configuration, checked against the optimizer that comes with it.
+
+    Args:
+        config: the settings.
+        optimizer: the optimizer that was passed; None if the engine makes its own.
+        model: the model that is trained; if it computes on CUDA, kernels are tried out before they are chosen for it.
 
     Raises:
         ConfigError: they do not fit together, or there are several processes.
@@ -51,7 +62,39 @@ def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None) -> Resolv
                 for name in twice
             ]
         )
+    if config.backend == "auto" and settings.backend == "triton" and model is not None:
+        device = _cuda_device(model, config)
+        if device is not None and not triton_works(device):
+            settings = replace(settings, backend="eager")
     return settings
+
+
+def _cuda_device(model: nn.Module, config: ZOConfig) -> torch.device | None:
+    """The CUDA device on which a model computes or will compute; None if there is none."""
+    streaming = Streaming.of(model)
+    given = [] if config.device is None else [torch.device(config.device)]
+    known = [*given, *([] if streaming is None else [streaming.device]), *(p.device for p in model.parameters())]
+    return next((device for device in known if device.type == "cuda"), None)
+
+
+@lru_cache(maxsize=16)
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton can compile and run a kernel of ours on a device; if not, says so once.
+
+    The package alone is not enough: it calls a C compiler and needs the headers of Python.
+    """
+    try:
+        Direction(Rademacher(), "trial", ((0, 1.0),), backend="triton").add_to(torch.zeros(32, device=device))
+    except Exception as error:
+        logger.warning(
+            "Triton cannot run a kernel on %s (%s: %s), so eager torch computes the noise, with the same bits, in more "
+            "time; with a C compiler and Python's headers it can, and backend='eager' leaves out the trial",
+            device,
+            type(error).__name__,
+            (str(error).strip() or "without a message").splitlines()[0],
+        )
+        return False
+    return True
 
 
 def check_streamable(config: ZOConfig, rule: UpdateRule) -> None:
