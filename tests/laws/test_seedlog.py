@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +362,19 @@ def test_a_base_that_is_none_is_a_clear_error(run: Any, tmp_path: Path, capsys: 
     assert command.main(arguments) == 1
     assert "none of the 6 tensors" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fingerprint_waits_for_the_device_before_its_threads_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read on streams of their own, which are not ordered after that of the caller."""
+    module = sys.modules["zo_core.seedlog.fingerprint"]
+    events: list[Any] = []
+    digest, wait_for = module.digest, module.wait_for
+    monkeypatch.setattr(module, "digest", lambda tensor: events.append("read") or digest(tensor))
+    monkeypatch.setattr(module, "wait_for", lambda devices: events.append(set(devices)))
+    module.fingerprint(ZeroOrder(tiny("mlp"), lr=1e-3))
+    assert events[0] == {torch.device("cpu")}
+    assert set(events[1:]) == {"read"}
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    wait_for([torch.device("cpu"), torch.device("cuda:1")])
+    assert waited == [torch.device("cuda:1")]

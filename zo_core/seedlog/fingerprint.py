@@ -76,9 +76,17 @@ def _digests(engine: ZeroOrder) -> dict[int, tuple[str, str]]:
         for key, tensor in resident.items():
             shared.setdefault(memory_of(tensor), []).append(key)
         values = [resident[keys[0]].data for keys in shared.values()]
+        wait_for({value.device for value in values})
         for keys, result in zip(shared.values(), pool.map(_described, values), strict=True):
             found.update(dict.fromkeys(keys, result))
     return found
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Waits for the work that is queued on CUDA devices: other threads read on streams of their own."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _described(tensor: Tensor) -> tuple[str, str]:
