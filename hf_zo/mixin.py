@@ -154,6 +154,9 @@ class ZOTrainerMixin(_Trainer):
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
         leave_state(self.accelerator)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Does nothing: a checkpoint of a run with backpropagation in fp16 has a scaler, and there is none here."""
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Moves the model; one that will be streamed is never on the device as a whole."""
         check_values(model, frozen=getattr(model, "hf_device_map", None) is None)  # with a map Trainer moves nothing

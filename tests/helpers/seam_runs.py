@@ -81,6 +81,11 @@ def trainer(path: Path) -> None:
     zo_trainer(path, cls=OnceNan, save_strategy="steps", save_steps=2).train()
 
 
+def resumed(path: Path) -> None:
+    zo_trainer(path, save_strategy="steps", save_steps=2).train()
+    zo_trainer(path).train(resume_from_checkpoint=str(path / "out" / "checkpoint-2"))
+
+
 def range_test(path: Path) -> None:
     """The parts that inspect the trainer; all of it takes half a minute."""
     run = zo_trainer(path)

@@ -13,6 +13,7 @@ from hf_helpers import arguments, differing, texts, weights, zo_trainer
 from models import tiny
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer
+from transformers.trainer import SCALER_NAME
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import SeedLog, StateError
@@ -76,6 +77,15 @@ def test_the_torch_rule_goes_on_from_the_checkpoint_of_a_plain_trainer(optim: st
     other = own_trainer(tmp_path / "other", zo_rule="torch", optim="rmsprop")
     with pytest.raises(StateError, match=r"written by (AdamW or Adam|SGD), and this run has RMSprop"):
         other.train(resume_from_checkpoint=path)
+
+
+def test_a_checkpoint_of_backpropagation_in_fp16_has_a_scaler_that_nobody_needs(tmp_path: Path) -> None:
+    path = backpropagated(tmp_path, "adamw_torch")
+    scale = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+    torch.save({**scale, "_growth_tracker": 0}, Path(path) / SCALER_NAME)
+    trainer = own_trainer(tmp_path / "zo", zo_rule="torch", optim="adamw_torch")
+    trainer.train(resume_from_checkpoint=path)
+    assert trainer.state.global_step == 4
 
 
 def test_the_checkpoint_of_a_run_with_adamw_is_not_one_of_our_own_rules(tmp_path: Path) -> None:
