@@ -10,9 +10,10 @@ import torch
 from offload_helpers import LAYERS, deep
 from torch import Tensor, nn
 
-import zo_core.offload.budget as budget
 from zo_core import ConfigError, StateError, ZeroOrder
-from zo_core.offload import DiskStore, Streaming, offload
+from zo_core.noise.hashing import sent
+from zo_core.offload import DiskStore, Streaming, budget, build, move_streamed, offload, streaming
+from zo_core.offload.copies import with_index
 from zo_core.offload.store import RamStore
 
 pytestmark = pytest.mark.usefixtures("no_probe_thread_is_left")
@@ -184,7 +185,36 @@ def test_a_model_that_fits_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_one_device_is_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cached for "cuda" would not be found for the tensors, which are on "cuda:0"."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert budget.with_index(torch.device("cuda")) == torch.device("cuda:1")
-    assert budget.with_index(torch.device("cuda:0")) == torch.device("cuda:0")
-    assert budget.with_index(torch.device("cpu")) == torch.device("cpu")
+    assert with_index(torch.device("cuda")) == torch.device("cuda:1")
+    assert with_index(torch.device("cuda:0")) == torch.device("cuda:0")
+    assert with_index(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_every_way_to_name_the_device_of_a_stream_ends_in_that_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for module in (build, streaming):
+        monkeypatch.setattr(module, "with_index", lambda device: asked.append(str(device)) or torch.device("cpu"))
+    model, _ = deep()
+    zo = ZeroOrder(model, lr=1e-3, offload="cpu", device="cuda")
+    move_streamed(model, torch.device("cuda:1"))
+    assert zo.streaming is not None
+    zo.streaming.compute_on(torch.device("cuda:2"))
+    assert {"cuda", "cuda:1", "cuda:2"} <= set(asked)
+    assert zo.streaming.device == torch.device("cpu")
+    zo.close()
+
+
+def test_numbers_are_sent_to_a_gpu_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    tensor = torch.tensor
+
+    def made(values: Any, **settings: Any) -> Tensor:
+        asked.append(settings)
+        return tensor(values, dtype=settings["dtype"])
+
+    monkeypatch.setattr(torch, "tensor", made)
+    monkeypatch.setattr(Tensor, "to", lambda one, *args, **settings: asked.append((args, settings)) or one)
+    assert sent([1, 2], CUDA, torch.int32).tolist() == [1, 2]
+    assert asked == [{"dtype": torch.int32, "pin_memory": True}, ((CUDA,), {"non_blocking": True})]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .direction import Direction, flat, flat_target
 from .gaussian import LEVELS, Gaussian, table
-from .hashing import BATCH_WORDS, words
+from .hashing import BATCH_WORDS, sent, words
 from .rademacher import SIGN_BIT, Rademacher, float_bits
 from .rounding import DROPPED_BITS
 
@@ -67,8 +67,8 @@ def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor
     levels = table(device) if isinstance(noise, Gaussian) else None
     keys = direction.keys()
     source, target = flat(theta), flat_target(theta, out)
-    coefficients = torch.tensor([float_bits(c) for _, c in keys], dtype=torch.int32, device=device)
-    scale = torch.tensor(decay, dtype=torch.float32, device=device)
+    coefficients = sent([float_bits(c) for _, c in keys], device, torch.int32)
+    scale = sent(decay, device, torch.float32)
     in_place = target.data_ptr() == source.data_ptr()
     fused = _compiled((theta.dtype, device, len(keys), levels is None, in_place))
     span = BATCH_WORDS * noise.values_per_word

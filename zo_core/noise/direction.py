@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..cache import workspace
-from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, stream_key, words
+from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, sent, stream_key, words
 from .rounding import DROPPED_BITS, rounding_key, stochastic_round
 
 #: Pairs ``(seed, c)`` of a direction and its coefficient.
@@ -302,8 +302,8 @@ def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
     terms, device = alternatives.terms, theta.device
     places = {seed: place for place, seed in enumerate(dict.fromkeys(seed for seed, _ in terms))}
     z = noise.stack(tuple(places), slot, theta.numel(), device)
-    scales = torch.tensor([float32(c) for _, c in terms], device=device)
-    s = z[torch.tensor([places[seed] for seed, _ in terms], device=device)].mul_(scales[:, None])
+    scales = sent([float32(c) for _, c in terms], device)
+    s = z[sent([places[seed] for seed, _ in terms], device)].mul_(scales[:, None])
     return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +141,13 @@ def used_once() -> Iterator[None]:
         _once.entered = before
 
 
+def sent(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A small tensor of numbers on a device. `torch.tensor` there would wait for all that is queued on a GPU."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
 def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device) -> Tensor:
     """The first words of several streams, concatenated: as from `words`, but computed together for many short streams.
 
@@ -152,11 +160,11 @@ def first_words(keys: Sequence[Key], counts: Sequence[int], device: torch.device
         int32 tensor of shape ``[sum(counts)]``.
     """
     with torch.inference_mode(False):
-        repeats = torch.tensor(counts, device=device)
+        repeats = sent(counts, device)
         begins = (repeats.cumsum(0) - repeats).to(torch.int32)
         low, high, begin = (
             torch.repeat_interleave(one, repeats, output_size=sum(counts))
-            for one in (*torch.tensor(keys, dtype=torch.int32, device=device).t(), begins)
+            for one in (*sent(keys, device, torch.int32).t(), begins)
         )
         x = torch.arange(sum(counts), dtype=torch.int32, device=device).sub_(begin)
         return _mix32_(_mix32_(x.bitwise_xor_(low)).add_(high))

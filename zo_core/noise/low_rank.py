@@ -20,7 +20,7 @@ from torch import Tensor
 from ..cache import ByteCache, kept, workspace
 from .base import NOISES, Noise
 from .direction import CPU_CHUNK, PLAIN, Alternatives, Direction, Passes, Scaling, Terms, float32
-from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, stream_key
+from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, sent, stream_key
 from .rademacher import Rademacher
 
 #: The elements of U and V, and of tensors with one dimension.
@@ -314,7 +314,7 @@ def _layout(
         first = places[seed] * rank
         row[first : first + rank] = [float32(c / math.sqrt(rank))] * rank
     with torch.inference_mode(False):
-        factor = torch.tensor(scales, device=device).unsqueeze(1)
+        factor = sent(scales, device).unsqueeze(1)
     return tuple(seeds.get(place, terms[0][0]) for place in range(len(found))), tuple(found), factor
 
 
@@ -323,4 +323,4 @@ def columns(values: tuple[float, ...], rank: int, device: torch.device) -> Tenso
     """``round(value / sqrt(r))`` for r columns each, float32 ``[len(values) * r]``."""
     with torch.inference_mode(False):
         scales = [float32(value / math.sqrt(rank)) for value in values]
-        return torch.tensor(scales, device=device).repeat_interleave(rank)
+        return sent(scales, device).repeat_interleave(rank)

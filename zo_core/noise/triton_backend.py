@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .direction import Direction, flat, flat_target
 from .gaussian import Gaussian, table
-from .hashing import MASK32, MUL1, MUL2, ROUNDING_SPAN
+from .hashing import MASK32, MUL1, MUL2, ROUNDING_SPAN, sent
 from .rademacher import Rademacher, float_bits
 from .rounding import DROPPED_BITS, FP16_NORMAL, FP16_STEPS
 
@@ -174,10 +174,7 @@ def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor
     levels = table(theta.device) if isinstance(direction.noise, Gaussian) else None
     keys = direction.keys()
     rows = [(*key, float_bits(c)) for key, c in keys]
-    terms = None
-    if len(rows) > 1:
-        staged = torch.tensor(rows[1:], dtype=torch.int32, pin_memory=theta.is_cuda)
-        terms = staged.to(theta.device, non_blocking=True)
+    terms = sent(rows[1:], theta.device, torch.int32) if len(rows) > 1 else None
     bfloat16 = theta.dtype == torch.bfloat16
     count = source.numel()
     if count:

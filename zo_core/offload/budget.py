@@ -54,13 +54,6 @@ def known_to_fit(model: nn.Module, device: torch.device) -> bool:
     return _fitting.get(model) == device and all(parameter.device == device for parameter in model.parameters())
 
 
-def with_index(device: torch.device) -> torch.device:
-    """The device with its index, because "cuda" and "cuda:0" are one device and two keys."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     apart = {memory_of(tensor): tensor for tensor in tensors}
     return sum(tensor.numel() * tensor.element_size() for tensor in apart.values())

@@ -14,8 +14,8 @@ from ..oracle.materialise import is_compiled
 from ..sizes import human
 from ..targets import check_values, in_several_ways, memory_of, move_scales, plain_parameters
 from .blocks import find_blocks
-from .budget import known_to_fit, note_fit, room_for_weights, with_index
-from .copies import check_device
+from .budget import known_to_fit, note_fit, room_for_weights
+from .copies import check_device, with_index
 from .store import DiskStore, RamStore
 from .streaming import ARENA_SLOTS, Block, Streaming
 
@@ -175,6 +175,7 @@ def move_streamed(model: nn.Module, device: torch.device) -> None:
     """
     streaming = Streaming.of(model)
     assert streaming is not None
+    device = with_index(device)
     if streaming.device != device:
         streaming.compute_on(device)
     streamed = {id(tensor) for block in streaming.blocks for held in block.holders.values() for tensor in held}

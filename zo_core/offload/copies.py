@@ -30,6 +30,13 @@ def check_device(device: torch.device) -> None:
         )
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The device with its index, because "cuda" and "cuda:0" are one device and two keys."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 class Copies:
     """Runs copies one after another, in the background.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..noise.hashing import used_once
 from ..oracle.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
-from .copies import Copies, Moment, check_device
+from .copies import Copies, Moment, check_device, with_index
 from .store import DiskStore, RamStore
 from .tensor_file import Tensors
 
@@ -90,6 +90,7 @@ class Streaming:
 
     def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
         check_device(device)
+        device = with_index(device)
         self.blocks, self.store, self.device = blocks, store, device
         self._empty_arenas()
         self.copies = Copies(device)
@@ -128,6 +129,7 @@ class Streaming:
         for block in self.blocks:
             self.settle(block)
         self.copies.close()
+        device = with_index(device)
         self.device, self.copies, self.previous = device, Copies(device), None
         self._empty_arenas()
         self._absent = self._all_absent()
