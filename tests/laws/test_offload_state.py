@@ -143,3 +143,17 @@ def test_loading_waits_until_the_slot_was_written(monkeypatch: pytest.MonkeyPatc
     streaming.load_state(block, {name: new})
     zo.close()
     assert written == [1.0, 2.0]
+
+
+def test_making_room_for_momentum_makes_no_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor of momentum makes the slots larger, and one arena after another would be allocated and dropped."""
+    made: list[int] = []
+    arena = Streaming._arena
+    monkeypatch.setattr(Streaming, "_arena", lambda self: made.append(self.slot_bytes) or arena(self))
+    model, inputs = make("llama", layers=4)
+    zo = ZeroOrder(model, lr=1e-3, offload="cpu", rule="momentum")
+    assert made == []
+    zo.step(lambda: model(**inputs).loss)
+    assert zo.streaming is not None
+    assert made == [zo.streaming.slot_bytes] * zo.streaming.slots
+    zo.close()
