@@ -58,16 +58,7 @@ def offload(
         ConfigError: blocks cannot be streamed to the device.
         StateError: a block could not be stored. As after every other exception, the model is as it was.
     """
-    if any(map(is_compiled, model.modules())):
-        raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
-    check_values(model, frozen=True)
-    wrapped = set(map(id, model.parameters())) - {id(tensor) for _, tensor in plain_parameters(model)}
-    if wrapped:
-        name, weight = next((name, p) for name, p in model.named_parameters() if id(p) in wrapped)
-        raise ModelError(
-            f"{name} is a {type(weight).__name__}, and a weight that is made of several tensors cannot be streamed; "
-            "leave out offload, or quantise with bitsandbytes (BitsAndBytesConfig(load_in_4bit=True))"
-        )
+    _check(model)
     blocks = plan_blocks(model, names, moving, staying)
     if not blocks:
         raise ModelError("every parameter of the blocks is also used outside of them, so nothing can be streamed")
@@ -91,6 +82,20 @@ def offload(
     if undecided and streaming is None:
         note_fit(model, place)
     return streaming
+
+
+def _check(model: nn.Module) -> None:
+    """Raises `ModelError` for models that cannot be streamed."""
+    if any(map(is_compiled, model.modules())):
+        raise ModelError("a compiled model cannot be streamed, its blocks are out of reach; leave out torch.compile")
+    check_values(model, frozen=True)
+    wrapped = set(map(id, model.parameters())) - {id(tensor) for _, tensor in plain_parameters(model)}
+    if wrapped:
+        name, weight = next((name, p) for name, p in model.named_parameters() if id(p) in wrapped)
+        raise ModelError(
+            f"{name} is a {type(weight).__name__}, and a weight that is made of several tensors cannot be streamed; "
+            "leave out offload, or quantise with bitsandbytes (BitsAndBytesConfig(load_in_4bit=True))"
+        )
 
 
 def _largest(blocks: list[Block], resident: list[nn.Parameter]) -> int:
