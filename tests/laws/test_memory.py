@@ -347,6 +347,7 @@ PLAIN = {
     "_compiled": 1 << 17,
     "_malloc_trim": 300,
     "_class_of": 4000,
+    "triton_works": 300,
 }
 
 
