@@ -148,7 +148,7 @@ def bert(make: Maker, kind: str, labels: int = 2, hidden: int = 192, layers: int
 
     def train(model: nn.Module) -> None:
         rows = tokens_of(code=False)
-        backprop(model, *((60, masked(8, rows[:, :LINE]), 3e-4) if large else (200, masked(16, rows), 2e-3)))
+        backprop(model, *((20, masked(8, rows[:, :LINE]), 3e-4) if large else (200, masked(16, rows), 2e-3)))
 
     reader = make.trained(f"bert-{hidden}-{layers}", lambda: transformers.BertForMaskedLM(config), train)
     model = getattr(transformers, f"Bert{kind}")(config)
