@@ -37,7 +37,8 @@ class SGDFace(ZOOptimizer):
 
     def __init__(self, inner: torch.optim.Optimizer, eps: float):
         self.inner = inner
-        super().__init__([{"params": list(group["params"])} for group in inner.param_groups], eps=eps)
+        groups = [{"params": list(group["params"]), "lr": group["lr"]} for group in inner.param_groups]
+        super().__init__(groups, eps=eps)
         self.follow()
 
     @property

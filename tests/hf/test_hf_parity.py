@@ -105,16 +105,19 @@ def test_with_dropout_all_probes_of_a_step_draw_the_masks_that_its_forward_would
     assert differing(weights(bare), weights(train(args, "bert").model))
 
 
-def test_two_micro_batches_measure_the_loss_of_the_whole_batch(tmp_path: Path, default: Weights) -> None:
-    halves = train(arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2))
-    whole = train(arguments(tmp_path))
+def test_two_micro_batches_measure_the_loss_of_the_whole_batch(tmp_path: Path) -> None:
+    lr = 1e-6
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    halves = train(arguments(tmp_path, learning_rate=lr, **changes))
+    whole = train(arguments(tmp_path, learning_rate=lr))
     # The losses are about 4 and sums of some 20 float32 terms: each is off by less than 20 * 4 * 2**-24, and the
     # projected gradient, a difference of two of them over 2 eps, by less than 20 * 4 * 2**-24 / eps.
     error = 20 * 4 * 2**-24 / 1e-3
     assert logged(halves, "loss") == pytest.approx(logged(whole, "loss"), abs=20 * 4 * 2**-24)
     assert logged(halves, "projected_grad") == pytest.approx(logged(whole, "projected_grad"), abs=error)
+    expected = weights(whole.model)
     for name, value in weights(halves.model).items():
-        assert torch.allclose(value, default[name], rtol=2**-22, atol=4 * 1e-6 * error)
+        assert torch.allclose(value, expected[name], rtol=2**-22, atol=4 * lr * error)
 
 
 @pytest.mark.parametrize("steps", [3, 4], ids=["in mid-epoch", "between epochs"])

@@ -88,5 +88,5 @@ def test_the_setting_is_an_argument(tmp_path: Path) -> None:
     args = ZOTrainingArguments(output_dir=str(tmp_path), use_cpu=True, zo_noise="low_rank", zo_stack_probes=True)
     assert args.to_zo_config() == ZOConfig(noise="low_rank", stack_probes=True)
     args.zo_noise = "rademacher"
-    with pytest.raises(ConfigError, match="stack_probes=True needs noise='low_rank'"):
+    with pytest.raises(ConfigError, match="zo_stack_probes=True needs zo_noise='low_rank'"):
         ZOTrainer(model=tiny("llama"), args=args)
