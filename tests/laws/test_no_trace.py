@@ -113,8 +113,8 @@ def test_probes_run_in_eval_mode_unless_dropout_is_asked_for() -> None:
         seen.append([module.training for module in (model, model.norm, model.dropout, model.head)])
         return loss()
 
-    ZeroOrder(model).step(looks)
-    ZeroOrder(model, dropout=True).step(looks)
+    ZeroOrder(model, lr=1e-6).step(looks)
+    ZeroOrder(model, lr=1e-6, dropout=True).step(looks)
     assert seen == [[False] * 4] * 3 + [[True, False, True, False]] * 3  # a first step measures one point twice
 
 
