@@ -90,7 +90,7 @@ def test_the_upcast_loss_is_that_of_the_upcast_logits() -> None:
 
 def test_a_loss_in_half_precision_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(4, 1).to(torch.bfloat16)
-    zo = ZeroOrder(model, lr=1e-6)
+    zo = ZeroOrder(model, lr=1e-2)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             zo.step(lambda: model(torch.ones(1, 4, dtype=torch.bfloat16)).mean())
