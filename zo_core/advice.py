@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 #: Learning rates between which the best one was found, by the number of elements that move; see `useful_rates`.
 SIZES = (1e3, 1e4, 1e5, 1e6, 3e8)
 LOW = (3e-3, 5e-4, 1e-4, 5e-5, 1e-7)
-HIGH = (3e-1, 2e-2, 3e-3, 2e-3, 1e-6)
+HIGH = (3e-1, 6e-2, 3e-3, 2e-3, 1e-6)
 #: The largest rate that adapters were trained with, those of prompts and prefixes.
 HIGH_ADAPTERS = 1e-2
 #: Distance of a step with the best rate, if the method normalises it.
@@ -36,12 +36,12 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
     This is the only place for such numbers. They were measured, or are from the papers of the methods:
 
     * Plain SPSA with one direction, by the number of elements that move: 386 and 650: 2e-2 and 2.5e-1 (linear heads);
-      866 and 1,728: 1.6e-2 and 3.9e-3 (LoRA); 9,500 to 10,000: 9.8e-4 (a transformer), 4.9e-4 (a convolutional network)
-      and 1.6e-2 (an MLP); 35,000: 9.8e-4 (BERT) and 2.4e-4 (Llama); 830,000: 1.8e-3, or half of it for longer runs
-      (BERT); 6.5 million: 5e-5 to 1e-4 (LoRA on OPT-13B); 350 million: 1e-6 (RoBERTa-large); 13 billion: 1e-7 to 1e-6
-      (OPT-13B). Those beyond a million are from MeZO (arXiv 2305.17333).
-      `LOW` and `HIGH` enclose all of these, with straight lines in logarithms between the sizes. Prefix tuning of large
-      models takes 1e-3 to 1e-2 for two million elements, hence the wider range where few of the weights move.
+      866, 1,728 and 12,288: 1.6e-2, 3.9e-3 and 4.6e-2 (LoRA); 9,500 to 10,000: 9.8e-4 (a transformer), 4.9e-4 (a
+      convolutional network) and 1.6e-2 (an MLP); 35,000: 9.8e-4 (BERT) and 2.4e-4 (Llama); 830,000: 1.8e-3, or half of
+      it for longer runs (BERT); 6.5 million: 5e-5 to 1e-4 (LoRA on OPT-13B); 350 million: 1e-6 (RoBERTa-large); 13
+      billion: 1e-7 to 1e-6 (OPT-13B). Those beyond a million are from MeZO (arXiv 2305.17333). `LOW` and `HIGH` enclose
+      all of these, with straight lines in logarithms between the sizes. Prefix tuning of large models takes 1e-3 to
+      1e-2 for two million elements, hence the wider range where few of the weights move.
     * Steps of a normalised length: the best rates of FZOO with 8 directions, 4e-3 to 6e-2 for 9,610 to 35,000 elements
       and 5e-5 for 1.3 billion (arXiv 2506.09034), are a distance ``lr * sqrt(elements / directions)`` of 0.3 to 2.3.
     * Steps that are normalised by the curvature: 0.25 to 0.5 for 650 to 830,000 elements; no unit is left in the rate.

@@ -40,7 +40,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     "learning rate": (
         {"learning_rate": 1e-6},
         "learning_rate=1e-06 is far below the rates that work for 17,568 weights with spsa, so hardly anything will be "
-        "learnt; write one of 3e-04 to 1e-02, or pass ZOTrainingArguments without one",
+        "learnt; write one of 3e-04 to 3e-02, or pass ZOTrainingArguments without one",
     ),
     "checkpointing": (
         {CHECKPOINTING: True},
@@ -92,7 +92,7 @@ def test_the_line_has_the_names_of_the_arguments(
     messages = said(arguments(tmp_path, ZOTrainingArguments, **rest), **own)
     (message,) = [each for each in messages if "far" in each]
     assert message.startswith(start)
-    assert message.endswith("write one of 3e-04 to 1e-02, or leave it out")
+    assert message.endswith("write one of 3e-04 to 3e-02, or leave it out")
 
 
 class HalfLoss(nn.Module):

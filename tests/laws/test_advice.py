@@ -46,6 +46,7 @@ WORKING: dict[str, Any] = {
     "head of BERT": run(3e-2, 258, 800_000),
     "BERT": run(1.8e-3, 830_402),
     "BERT, slowly": run(2.5e-4, 830_402),
+    "LoRA, Llama": run(4.6e-2, 12_288, 1_000_000),
     "LoRA, OPT-13B": run(5e-5, 6_500_000, 13_000_000_000),
     "prefix, OPT-13B": run(1e-2, 2_000_000, 13_000_000_000),
     "RoBERTa-large": run(1e-6, 355_000_000),

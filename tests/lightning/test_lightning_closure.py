@@ -41,8 +41,10 @@ def bare(steps: list[tuple[int, list[int], float]], optimizer: str = "sgd", accu
     """The weights after steps, each an index, the batches that it measures, and its learning rate."""
     model = tiny("mlp")
     given = None if optimizer in ("sgd", "momentum", "zo") else OPTIMIZERS[optimizer](model)
-    rule = {"rule": "momentum"} if optimizer == "momentum" else {}
-    zo, data = ZeroOrder(model, ZOConfig(**rule), optimizer=given), batches("mlp", 4)
+    settings: dict[str, Any] = {"rule": "momentum"} if optimizer == "momentum" else {}
+    if given is None:
+        settings["lr"] = LR
+    zo, data = ZeroOrder(model, ZOConfig(**settings), optimizer=given), batches("mlp", 4)
     for step, indices, lr in steps:
         zo.step_count = step
         for group in zo.optimizer.param_groups:
