@@ -32,6 +32,8 @@ START_LIMIT, LOG_LIMIT, ONE_LOG_LIMIT = 5.0, 6.0, 8.0
 #: The lengths of what counts as the first losses, and the numbers of losses after which they are compared with the
 #: second half of these.
 STARTS, AFTER = (1, 2, 4, 8), (32, 64, 128, 256)
+#: How many times larger than the mean of the first losses three losses in a row have to be, to raise an alarm at once.
+MULTIPLES = dict(zip(STARTS, (1000.0, 100.0, 20.0, 10.0), strict=True))
 #: A rise has to exceed this fraction of the best loss.
 RISE = 0.01
 #: Number of consecutive losses that raise an alarm at once, and of the losses before them that they are compared with.
@@ -188,6 +190,8 @@ class Brake:
         if len(self.early) == AFTER[-1]:
             return None
         self.early.append(loss)
+        if len(self.early) < AFTER[0]:
+            return self._exploded()
         if len(self.early) not in AFTER:
             return None
         later = self.early[len(self.early) // 2 :]
@@ -197,6 +201,16 @@ class Brake:
             mean = math.fsum(start) / count
             if _rise(now, mean, RISE) and _above(later, start):
                 return Alarm(mean, self.first, now, f"mean of {len(later)} losses")
+        return None
+
+    def _exploded(self) -> Alarm | None:
+        """Compares the last losses with the first ones, before there are any statistics."""
+        last = self.early[-BURST:]
+        for count, multiple in MULTIPLES.items():
+            mean = math.fsum(self.early[:count]) / count
+            if len(self.early) >= count + BURST and min(self.early) > 0.0 and min(last) > multiple * mean:
+                reason = f"{BURST} losses in a row are many times larger"
+                return Alarm(mean, self.first, math.fsum(last) / BURST, reason)
         return None
 
     def _burst(self) -> Alarm | None:

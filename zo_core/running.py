@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from .directions import Directions
 from .first_steps import FirstSteps
 from .noise import Direction
 from .normaliser import Normaliser
@@ -27,6 +28,7 @@ class Running(Driver, Protocol):
     oracle: ResidentOracle | LockstepOracle
     step_count: int
     first_steps: FirstSteps | None
+    directions: Directions
     listeners: list[Callable[[StepRecord], object]]
     followers: list[Callable[[], object]]
     regroup: Callable[[list[Slot]], object]
