@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from .brake import Alarm, Brake, in_float32
 from .records import Probe
 from .rules import RULES, UpdateRule
@@ -113,8 +111,8 @@ class History:
         return found[::-1]
 
     def saved(self) -> dict[str, Any]:
-        """The updates as plain values and a tensor."""
-        data = torch.frombuffer(bytearray(b"".join(self.packed)), dtype=torch.uint8) if self.packed else None
+        """The updates as plain values; packed ones as a string, which every checkpoint can hold."""
+        data = b"".join(self.packed).decode("latin-1")
         frames = [[seed, RULES.describe(rule)] for seed, rule in self.frames]
         first = {"floor": self.floor, "first_frame": self.first_frame}
         return {**first, "sizes": list(self.sizes), "frames": frames, "packed": data}
@@ -124,9 +122,8 @@ class History:
         self.forget(saved["floor"])
         self.first_frame, self.sizes = saved["first_frame"], tuple(saved["sizes"])
         self.frames.extend((seed, RULES.resolve(rule)) for seed, rule in saved["frames"])
-        if saved["packed"] is not None:
-            data, size = saved["packed"].cpu().numpy().tobytes(), _layout(*self.sizes).size
-            self.packed.extend(data[at : at + size] for at in range(0, len(data), size))
+        data, size = saved["packed"].encode("latin-1"), _layout(*self.sizes).size
+        self.packed.extend(data[at : at + size] for at in range(0, len(data), size))
 
 
 def _step(packed: bytes) -> int:
@@ -200,7 +197,7 @@ class Braking:
     # Checkpoints
 
     def saved(self) -> dict[str, Any]:
-        """The state, as plain values and tensors; empty before the first step."""
+        """The state, as plain values; empty before the first step."""
         if self.next_step is None:
             return {}
         return {"next_step": self.next_step, "brake": self.brake.saved(), "history": self.history.saved()}

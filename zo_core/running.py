@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .directions import Directions
 from .first_steps import FirstSteps
 from .noise import Direction
 from .normaliser import Normaliser
@@ -28,7 +27,6 @@ class Running(Driver, Protocol):
     oracle: ResidentOracle | LockstepOracle
     step_count: int
     first_steps: FirstSteps | None
-    directions: Directions
     listeners: list[Callable[[StepRecord], object]]
     followers: list[Callable[[], object]]
     regroup: Callable[[list[Slot]], object]

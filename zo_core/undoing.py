@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -20,7 +21,13 @@ from .targets import Slot
 logger = logging.getLogger(__name__)
 
 
-def braked(engine: Running, loss: float, losses: Sequence[float]) -> Rollback | None:
+class Reverting(Running, Protocol):
+    """An engine whose updates can be reverted."""
+
+    directions: Directions
+
+
+def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback | None:
     """Passes the loss of the step that was measured to the brake, and goes back if it has risen.
 
     Args:
@@ -53,7 +60,7 @@ def braked(engine: Running, loss: float, losses: Sequence[float]) -> Rollback | 
     return rollback
 
 
-def repeated(engine: Running, loss: float, rollback: Rollback | None) -> None:
+def repeated(engine: Reverting, loss: float, rollback: Rollback | None) -> None:
     """Does for a step of the log what `braked` did when it was measured; for a skipped step, too.
 
     Raises:
@@ -68,7 +75,7 @@ def repeated(engine: Running, loss: float, rollback: Rollback | None) -> None:
     roll_back(engine, rollback)
 
 
-def roll_back(engine: Running, rollback: Rollback) -> None:
+def roll_back(engine: Reverting, rollback: Rollback) -> None:
     """Reverts the updates since a step, in the weights unless these are already those of a later step."""
     history = engine.braking.history
     if rollback.to < history.floor:
@@ -88,7 +95,7 @@ def roll_back(engine: Running, rollback: Rollback) -> None:
     torch.clear_autocast_cache()
 
 
-def undo(engine: Running, slot: Slot, group: int, steps: Sequence[Done]) -> None:
+def undo(engine: Reverting, slot: Slot, group: int, steps: Sequence[Done]) -> None:
     """Reverts steps in one slot, whose windows have ended.
 
     Args:
@@ -112,7 +119,7 @@ def moves_of(directions: Directions, slot: Slot, group: int, steps: Sequence[Don
     return moves
 
 
-def note(engine: Running, probes: tuple[Probe, ...]) -> None:
+def note(engine: Reverting, probes: tuple[Probe, ...]) -> None:
     """Called at the end of every step: keeps its update, so that it can be reverted."""
     history, step = engine.braking.history, engine.step_count
     if not probes:
