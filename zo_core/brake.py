@@ -160,7 +160,8 @@ class Brake:
         self.infinite = 0
         self.recent.append(loss)
         self.chunk.append((step, loss))
-        alarm = self._since_start(loss) or self._burst()
+        start = self._since_start(loss)
+        alarm = self._burst() or start
         if alarm is not None or len(self.chunk) < CHUNK:
             return alarm
         done, self.chunk = self.chunk, []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .direction import Direction, float32, rewrite
+from .direction import Direction, rewrite
 
 #: Smallest factor of a relative move that is reverted. What took a scale to its floor, or past 0, is not known.
 LEAST_FACTOR = 2.0**-10
@@ -29,20 +29,19 @@ def take_back(
     Args:
         theta: the weights after the move.
         direction: the direction of the move.
-        decay: the factor for the weights, rounded to float32.
+        decay: the factor for the weights, as it was applied.
         move: called with the direction's s and where it starts and stops; returns what was added to the weights
             instead of s. It may overwrite its argument.
     """
-    factor = float32(decay)
     divides = relative(direction)
 
     def change(weights: Tensor, s: Tensor, start: int, stop: int) -> None:
         added = s if move is None else move(s, start, stop)
         if divides:  # the weights are ones here, to be multiplied by what this leaves
-            weights.mul_(factor).add_(added).clamp_(min=LEAST_FACTOR).reciprocal_()
+            weights.mul_(decay).add_(added).clamp_(min=LEAST_FACTOR).reciprocal_()
             return
         weights.sub_(added)
-        if factor != 1.0:
-            weights.div_(factor)
+        if decay != 1.0:
+            weights.div_(decay)
 
     rewrite(theta, direction, change, back=True)

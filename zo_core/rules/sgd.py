@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..noise import Direction
+from ..noise.direction import float32
 from ..noise.reverting import take_back
 from .base import RULES, RuleMove, UpdateRule
 
@@ -30,4 +31,4 @@ class Sgd(UpdateRule):
 
     def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
         for _, direction, lr, weight_decay in reversed(moves):
-            take_back(theta, direction.scaled(-lr), 1.0 - lr * weight_decay)
+            take_back(theta, direction.scaled(-lr), float32(1.0 - lr * weight_decay))

@@ -39,7 +39,8 @@ class Sign(UpdateRule):
 
     def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
         for _, direction, lr, weight_decay in reversed(moves):
-            take_back(theta, direction, 1.0 - lr * weight_decay, partial(_signs, float32(-lr)))
+            rate, decay = float32(-lr), float32(1.0 - lr * weight_decay)
+            take_back(theta, direction, decay, partial(_signs, rate))
 
 
 def _signs(rate: float, s: Tensor, start: int, stop: int) -> Tensor:

@@ -88,7 +88,7 @@ class Window(Updater):
                     continue
                 again = Repeated(self.slot, self.noise, self.places, stochastic=self.stochastic)
                 for sum_ in reversed(again.sums(part)):
-                    take_back(theta, sum_, sum_.decay)
+                    take_back(theta, sum_, float32(sum_.decay))
 
         self.places.move(self.slot, work)
 
