@@ -7,7 +7,7 @@ is converted to a normal deviate. Its limit is such that, by a union bound over 
 100,000 steps whose losses are independent and have one distribution has a false alarm with a probability of 1% or less.
 
 Two more tests are for losses that explode. The first losses of a run are compared with those that follow, because the
-very first updates may be the ones that do harm. And three consecutive losses far above everything before, or three
+very first updates may be the ones that do harm. And some consecutive losses far above everything before, or some
 that are not finite, raise an alarm at once.
 
 Only the losses of the steps are used, in float32, so a log of them reproduces every decision. The memory is bounded.
@@ -33,14 +33,35 @@ START_LIMIT, LOG_LIMIT, ONE_LOG_LIMIT = 5.0, 6.0, 8.0
 #: second half of these.
 STARTS, AFTER = (1, 2, 4, 8), (32, 64, 128, 256)
 #: How many times larger than the mean of the first losses three losses in a row have to be, to raise an alarm at once.
-MULTIPLES = dict(zip(STARTS, (1000.0, 100.0, 20.0, 10.0), strict=True))
+MULTIPLES = dict(zip(STARTS, (300.0, 50.0, 20.0, 10.0), strict=True))
 #: A rise has to exceed this fraction of the best loss.
 RISE = 0.01
-#: Number of consecutive losses that raise an alarm at once, and of the losses before them that they are compared with.
-BURST, BEFORE = 3, 32
-#: How far above the best block such losses are, in its standard deviations, and above the largest loss before them, in
-#: units of the range of the losses before them. The rise has to exceed a fraction of the best loss, too.
-BURST_LIMIT, BURST_RANGES, BURST_RISE = 10.0, 2.0, 0.1
+#: Number of consecutive losses that raise an alarm at once.
+BURST = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """Consecutive losses that raise an alarm at once.
+
+    Attributes:
+        count: how many.
+        limit: how far they are above the best blocks, in standard deviations of a loss.
+        ranges: how far they are above the largest loss before them, in units of the range of the losses before them.
+            With 0 and 8 losses, this happens by chance once in 8e7 steps, whatever the distribution of the losses.
+        rise: how far they are above the best loss, as a fraction.
+    """
+
+    count: int
+    limit: float
+    ranges: float
+    rise: float = 0.1
+
+
+#: An explosion, and a growth that is slower.
+ROWS = (Row(BURST, 10.0, 2.0), Row(8, 4.0, 0.0))
+#: The number of losses before them that these are compared with, and the smallest such number.
+BEFORE, LEAST_BEFORE = 32, 16
 
 FLOAT32_MAX = 2.0**128 - 2.0**104
 
@@ -129,7 +150,7 @@ class Brake:
         self.infinite = 0
         #: The first losses.
         self.early: list[float] = []
-        self.recent: deque[float] = deque(maxlen=BEFORE + BURST)
+        self.recent: deque[float] = deque(maxlen=BEFORE + max(row.count for row in ROWS))
 
     def see(self, step: int, loss: float) -> Alarm | None:
         """Takes the loss of the next step.
@@ -161,7 +182,7 @@ class Brake:
         self.recent.append(loss)
         self.chunk.append((step, loss))
         start = self._since_start(loss)
-        alarm = self._burst() or start
+        alarm = next(filter(None, map(self._in_a_row, ROWS)), start)
         if alarm is not None or len(self.chunk) < CHUNK:
             return alarm
         done, self.chunk = self.chunk, []
@@ -206,26 +227,28 @@ class Brake:
 
     def _exploded(self) -> Alarm | None:
         """Compares the last losses with the first ones, before there are any statistics."""
-        last = self.early[-BURST:]
+        before, last = self.early[:-BURST], self.early[-BURST:]
+        if not before or min(self.early) <= 0.0 or min(last) < max(before):
+            return None
         for count, multiple in MULTIPLES.items():
             mean = math.fsum(self.early[:count]) / count
-            if len(self.early) >= count + BURST and min(self.early) > 0.0 and min(last) > multiple * mean:
+            if len(before) >= count and min(last) > multiple * mean:
                 reason = f"{BURST} losses in a row are many times larger"
                 return Alarm(mean, self.first, math.fsum(last) / BURST, reason)
         return None
 
-    def _burst(self) -> Alarm | None:
+    def _in_a_row(self, row: Row) -> Alarm | None:
         """Compares the last losses with those before them, and with all that is known of the noise."""
-        if not self.best or len(self.recent) < BURST:
+        losses = list(self.recent)
+        before, last = losses[: -row.count][-BEFORE:], losses[-row.count :]
+        if not self.best or len(last) < row.count or (not row.ranges and len(before) < LEAST_BEFORE):
             return None
-        *before, a, b, c = self.recent
-        least = min(a, b, c)
-        limits = [best.mean + BURST_LIMIT * math.sqrt(best.variance) for best in self.best]
+        limits = [best.mean + row.limit * math.sqrt(best.variance) for best in self.best]
         if before:
-            limits.append(max(before) + BURST_RANGES * (max(before) - min(before)))
-        if not (least > max(limits) and _rise(least, self.best[0].mean, BURST_RISE)):
+            limits.append(max(before) + row.ranges * (max(before) - min(before)))
+        if not (min(last) > max(limits) and _rise(min(last), self.best[0].mean, row.rise)):
             return None
-        return self._alarm((a + b + c) / 3, f"{BURST} losses in a row are far above all others")
+        return self._alarm(math.fsum(last) / row.count, f"{row.count} losses in a row are far above all others")
 
     def _alarm(self, loss: float, reason: str) -> Alarm:
         best = self.goal()
