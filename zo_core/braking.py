@@ -34,6 +34,7 @@ class Done:
         eps: eps in units of the step's eps.
         weight_decay: the weight decays.
         rule: the update rule.
+        normaliser: running mean and count of the step normaliser before the step; None without one.
     """
 
     step: int
@@ -42,11 +43,12 @@ class Done:
     eps: tuple[float, ...]
     weight_decay: tuple[float, ...]
     rule: UpdateRule
+    normaliser: tuple[float, int] | None = None
 
 
 @lru_cache(maxsize=64)
 def _layout(probes: int, groups: int) -> struct.Struct:
-    return struct.Struct(f"<qI{probes}f{3 * groups}d")
+    return struct.Struct(f"<qI{probes}f{3 * groups + 1}dq")
 
 
 class History:
@@ -78,7 +80,7 @@ class History:
         if not self.frames or self.frames[-1] != frame:
             self.frames.append(frame)
         coefficients = [probe.coefficient for probe in done.probes]
-        values = *done.lrs, *done.eps, *done.weight_decay
+        values = *done.lrs, *done.eps, *done.weight_decay, *(done.normaliser or (0.0, -1))
         number = self.first_frame + len(self.frames) - 1
         self.packed.append(_layout(*sizes).pack(done.step, number, *coefficients, *values))
         if len(self.packed) > KEPT:
@@ -103,11 +105,12 @@ class History:
         probes, groups = self.sizes
         layout, found = _layout(probes, groups), []
         while self.packed and _step(self.packed[-1]) >= step:
-            at, frame, *values = layout.unpack(self.packed.pop())
+            at, frame, *values, mean, count = layout.unpack(self.packed.pop())
             seed, rule = self.frames[frame - self.first_frame]
             directions = tuple(Probe(seed_of(seed, at, i), c) for i, c in enumerate(values[:probes]))
             lrs, eps, weight_decay = (tuple(values[probes + i * groups :][:groups]) for i in range(3))
-            found.append(Done(at, directions, lrs, eps, weight_decay, rule))
+            normaliser = (mean, count) if count >= 0 else None
+            found.append(Done(at, directions, lrs, eps, weight_decay, rule, normaliser))
         return found[::-1]
 
     def saved(self) -> dict[str, Any]:
@@ -140,6 +143,7 @@ class Braking:
         brake: the test for losses that have risen.
         history: the updates since the best block, if the brake may have to revert them.
         next_step: the step that `see` expects; None before the first one.
+        normaliser: state of the step normaliser before the step in progress, as in `Done`.
         logged_from: first step of the seed log; updates before it are not reverted, as a replay could not do so.
     """
 
@@ -152,6 +156,7 @@ class Braking:
     def reset(self) -> None:
         """Forgets everything; the next step begins the statistics."""
         self.next_step: int | None = None
+        self.normaliser: tuple[float, int] | None = None
         self.brake, self.history = Brake(), History()
 
     def see(self, step: int, loss: float) -> Alarm | None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from .brake import Alarm
 from .braking import Done, rise
 from .directions import Directions
 from .errors import StateError
@@ -40,7 +41,7 @@ def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback 
     """
     braking, step, said = engine.braking, engine.step_count, engine.continuity.front.said
     braking.noted(losses)
-    alarm = braking.see(step, loss)
+    alarm = _see(engine, loss)
     if alarm is None:
         return None
     if braking.mode == "warn":
@@ -66,17 +67,25 @@ def repeated(engine: Reverting, loss: float, rollback: Rollback | None) -> None:
     Raises:
         StateError: the step went back, and the updates since then are not known.
     """
-    step = engine.step_count
-    alarm = engine.braking.see(step, loss)
+    alarm = _see(engine, loss)
     if rollback is None:
         return
     if alarm is None:
-        engine.braking.brake.restart(step + 1)
+        engine.braking.brake.restart(engine.step_count + 1)
     roll_back(engine, rollback)
 
 
+def _see(engine: Reverting, loss: float) -> Alarm | None:
+    normaliser, braking = engine.normaliser, engine.braking
+    braking.normaliser = None if normaliser is None else (normaliser.mean_square, normaliser.count)
+    return braking.see(engine.step_count, loss)
+
+
 def roll_back(engine: Reverting, rollback: Rollback) -> None:
-    """Reverts the updates since a step, in the weights unless these are already those of a later step."""
+    """Reverts the updates since a step, in the weights unless these are already those of a later step.
+
+    The step normaliser also goes back: what it has seen of an explosion would make all later steps tiny.
+    """
     history = engine.braking.history
     if rollback.to < history.floor:
         raise StateError(
@@ -84,6 +93,8 @@ def roll_back(engine: Reverting, rollback: Rollback) -> None:
             f"{history.floor} on; resume from an earlier checkpoint, or from the beginning of the log"
         )
     steps = history.pop(rollback.to, engine.noise.seed)
+    if steps and steps[0].normaliser is not None and engine.normaliser is not None:
+        engine.normaliser.mean_square, engine.normaliser.count = steps[0].normaliser
     if engine.step_count < engine.continuity.ahead:
         return
     engine.merged = engine.updaters.settle() or engine.merged
@@ -131,4 +142,4 @@ def note(engine: Reverting, probes: tuple[Probe, ...]) -> None:
     lrs = tuple(number(group, "lr", 0.0) * factor for group in groups)
     eps = tuple(engine.directions.relative_eps(group) for group in groups)
     weight_decay = tuple(number(group, "weight_decay", 0.0) for group in groups)
-    history.add(Done(step, probes, lrs, eps, weight_decay, engine.rule), engine.seed)
+    history.add(Done(step, probes, lrs, eps, weight_decay, engine.rule, engine.braking.normaliser), engine.seed)

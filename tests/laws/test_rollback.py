@@ -86,6 +86,21 @@ def test_a_run_goes_back_and_its_log_replays(noise: str, rule: str, tmp_path: Pa
     assert_replays(tmp_path / "log", lambda: tiny("mlp"), seen)
 
 
+@pytest.mark.parametrize("normalise", ["gradient", "curvature"])
+def test_the_normaliser_goes_back_with_the_weights(normalise: str, tmp_path: Path) -> None:
+    settings = {"normalise": normalise, "lr": 1e-4}
+    zo, records, seen = train(tmp_path / "log", tiny("mlp"), "mlp", **settings)
+    assert list(rollbacks(records)) == [26, 47]
+    to = rollbacks(records)[26].to
+    assert records[26].normaliser == records[to - 1].normaliser != records[25].normaliser
+    assert_replays(tmp_path / "log", lambda: tiny("mlp"), seen)
+    for start in (0, 20, 40):
+        again = ZeroOrder(tiny("mlp"), **settings)
+        replay(again, tmp_path / "log", start)
+        replay(again, tmp_path / "log")
+        assert again.normaliser == zo.normaliser
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("rule", OWN_RULES)
 @pytest.mark.parametrize("noise", list(NOISES))
@@ -201,7 +216,7 @@ def test_a_log_is_repeated_with_its_rollbacks_whatever_the_brake_does_now(mode: 
     for step in range(STEPS):
         entry = log.logged()
         assert entry is not None
-        zo.repeat(entry.probes, entry.loss, entry.rollback)
+        zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback)
         record = zo.optimizer.step()
         schedule.step()
         assert (record.rollback, record.lr) == (records[step].rollback, records[step].lr)
@@ -230,7 +245,7 @@ def test_a_rollback_without_its_step_is_dropped_when_the_log_is_continued(cut: s
             if entry is None:
                 zo.step(brake_closure("mlp", model, step))
             else:
-                zo.repeat(entry.probes, entry.loss, entry.rollback)
+                zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback)
                 zo.optimizer.step()
             schedule.step()
         writer.close()
@@ -275,7 +290,7 @@ def test_a_replay_can_start_at_a_checkpoint_and_go_back_before_it(tmp_path: Path
 def test_an_engine_that_lacks_the_updates_says_so() -> None:
     zo = ZeroOrder(tiny("mlp"), lr=LR)
     zo.at(30)
-    zo.repeat((), 1.0, Rollback(8, 0.5))
+    zo.repeat((), 1.0, rollback=Rollback(8, 0.5))
     with pytest.raises(StateError, match=r"went back to step 8, and the updates are known from step 30 on"):
         zo.optimizer.step()
 
@@ -355,7 +370,15 @@ def test_a_brake_that_is_none_of_these_is_an_error() -> None:
 
 
 def done(step: int, rule: Any = Sgd()) -> Done:  # noqa: B008
-    return Done(step, (Probe(step, 0.5), Probe(step + 1, -0.25)), (0.1, 0.2), (1.0, 2.0), (0.0, 0.5), rule)
+    return Done(
+        step,
+        (Probe(step, 0.5), Probe(step + 1, -0.25)),
+        (0.1, 0.2),
+        (1.0, 2.0),
+        (0.0, 0.5),
+        rule,
+        (0.1 * step, step) if step % 2 else None,
+    )
 
 
 def test_the_history_gives_back_what_was_done_and_is_bounded() -> None:
