@@ -16,6 +16,9 @@ from traces import same_bits, weights
 
 from zo_core import NOISES, RULES, ConfigError, SeedLog, SeedLogWriter, StateError, ZeroOrder, ZOOptimizer, replay
 from zo_core.braking import AGREEING, KEPT, Done, History
+from zo_core.noise import Passes
+from zo_core.noise.direction import Scaling
+from zo_core.noise.hashing import BATCH_WORDS
 from zo_core.records import Probe, Rollback, StepRecord
 from zo_core.rules import Sgd
 
@@ -403,3 +406,47 @@ def test_the_history_of_a_momentum_that_cycles_keeps_only_what_is_needed() -> No
     (last,) = history.pop(99, lambda seed, step, i: seed + i)
     assert last.rule.beta == 0.099
     assert [probe.seed for probe in last.probes] == [99, 100]
+
+
+# Quantisation scales, and slots of many pieces
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("rule", OWN_RULES)
+def test_moves_of_scales_are_reverted(rule: str, relative: bool) -> None:
+    shape = torch.Size((40, 3))
+    start = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    theta, state, moves = start.clone(), dict[str, Any](), []
+    for step in range(20):
+        direction = NOISES.resolve("rademacher").direction(
+            "slot", shape, ((step, 0.3),), Passes(scaling=Scaling(relative))
+        )
+        moves.append((RULES.resolve(rule), direction, 0.03, 0.1))
+        moves[-1][0].update(theta, state, *moves[-1][1:])
+    moved = float((theta - start).abs().max())
+    RULES.resolve(rule).undo(theta, state, moves)
+    assert moved > 0.03
+    assert float((theta - start).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", OWN_RULES)
+def test_a_slot_that_is_replayed_piece_by_piece_goes_back_as_it_did(
+    rule: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def large() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.randn(16 * BATCH_WORDS + 77).to(dtype))
+        return model
+
+    model = large()
+    zo = ZeroOrder(model, lr=LR, rule=rule, brake="rollback", weight_decay=0.1)
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    for step in range(30):
+        zo.step(lambda step=step: (model.weight.float() ** 2).mean() + 50.0 * (step in HIGH))
+    log.close()
+    assert zo.optimizer.factor == 0.5
+    again = large()
+    replay(again, tmp_path / "log")
+    assert same_bits(weights(again), weights(model))
