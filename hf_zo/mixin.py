@@ -187,7 +187,7 @@ class ZOTrainerMixin(_Trainer):
 
     def _zo_settings(self) -> ZOConfig:
         config = self._resolve_config(self._zo_given)  # a hyperparameter search changes the arguments
-        return config.replace(seed=self.args.seed if config.seed is None else config.seed)
+        return config.unattended().replace(seed=self.args.seed if config.seed is None else config.seed)
 
     def _zo_choice(self, model: nn.Module, built: torch.optim.Optimizer, config: ZOConfig) -> torch.optim.Optimizer:
         """Returns the trainer's optimizer if the user has chosen it, else a `ZOOptimizer` with the same groups."""
@@ -332,7 +332,7 @@ class ZOTrainerMixin(_Trainer):
 
         with LossCalls(self, draw).answered():
             step()
-        zo.repeat(entry.probes, entry.loss, entry.normaliser)
+        zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
     @contextmanager

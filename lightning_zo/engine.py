@@ -107,6 +107,7 @@ def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConf
     Raises:
         ConfigError: clipping is set in both.
     """
+    config = config.unattended()
     given = os.environ.get("PL_GLOBAL_SEED")
     seed = int(given) if config.seed is None and given is not None else config.seed
     if config.offload is not None and config.device is None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .braking import Braking
 from .config import ZOConfig
 from .errors import StateError
 from .estimators import ESTIMATORS, Estimator
@@ -65,6 +66,7 @@ class Run(Protocol):
     seed: int
     merged: bool
     normaliser: Normaliser | None
+    braking: Braking
     continuity: Continuity
 
     @property
@@ -173,6 +175,7 @@ def marked(
     engine: Run | None,
     windows: Mapping[int, Mapping[str, Any]],
     thresholds: Mapping[str, float],
+    factor: float = 1.0,
 ) -> dict[str, Any]:
     """An optimizer state with our mark in it.
 
@@ -181,6 +184,7 @@ def marked(
         engine: the engine whose run it belongs to.
         windows: pending low-rank updates, by the index of the parameter.
         thresholds: thresholds of masks, by slot.
+        factor: what the brake multiplies learning rates by.
     """
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
@@ -190,7 +194,9 @@ def marked(
         if engine.normaliser is not None:
             mark["normaliser"] = engine.normaliser.saved()
         mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
+        mark |= {"brake": kept} if (kept := engine.braking.saved()) else {}
     mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
+    mark |= {"factor": factor} if factor != 1.0 else {}
     return {**state, MARK: mark}
 
 
@@ -210,6 +216,11 @@ def plain_state(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 def thresholds_of(state: Mapping[str, Any]) -> Any:
     """The thresholds of masks in a checkpoint, by slot; version 0.1 had no mark."""
     return state.get(MARK, {}).get("thresholds", state.get("thresholds", {}))
+
+
+def factor_of(state: Mapping[str, Any]) -> float:
+    """What the brake of a checkpoint's run multiplies learning rates by."""
+    return float(state.get(MARK, {}).get("factor", 1.0))
 
 
 def check_state(state: Any, engine: Run | None, own: str | None, extra: Collection[str] = ()) -> None:
@@ -283,6 +294,7 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
     engine.merged = mark.get("merged", False)
     if is_of_run(mark):
         take_normaliser(engine, mark.get("normaliser"))
+    engine.braking.load(mark.get("brake", {}))
     engine.continuity.ahead, engine.continuity.whole = 0, True
 
 

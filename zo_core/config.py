@@ -23,6 +23,7 @@ from .targets import TARGETS, Target
 BACKENDS = ("auto", "eager", "compile", "triton")
 #: As a learning rate: it is found before the first step.
 AUTO = "auto"
+BRAKES = (AUTO, "rollback", "warn", None)
 OFFLOADS = (None, "cpu", "disk", "auto")
 
 
@@ -111,6 +112,14 @@ class ZOConfig:
     seed: int | None = field(
         default=None, metadata={"help": "Seed of the directions. None takes the trainer's seed, and 0 in a bare loop."}
     )
+    brake: str | None = field(
+        default="auto",
+        metadata={
+            "help": 'What to do when the loss has risen clearly above the best it had: "rollback" goes back to the '
+            'best step, halves the learning rate and goes on; "warn" says so; None does nothing. "auto" is "rollback" '
+            'in the trainers and "warn" in a bare loop.'
+        },
+    )
     dropout: bool = field(
         default=False,
         metadata={
@@ -192,6 +201,8 @@ class ZOConfig:
                 f"normalise={CURVATURE!r} needs two-sided differences, which estimator={estimator.name!r} has not; "
                 f"write normalise={GRADIENT!r}"
             )
+        if self.brake not in BRAKES:
+            problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")
         for name in ("dropout", "stochastic_rounding", "stack_probes"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
@@ -295,6 +306,10 @@ class ZOConfig:
         if isinstance(estimator, Spsa) and rule.linear:
             return CURVATURE
         return None if estimator.scale_free or rule.scale_free else GRADIENT
+
+    def unattended(self) -> ZOConfig:
+        """The configuration for trainers, whose runs nobody watches: ``brake="auto"`` is "rollback"."""
+        return self.replace(brake="rollback") if self.brake == AUTO else self
 
     @classmethod
     def help_for(cls, setting: str) -> str:

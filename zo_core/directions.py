@@ -69,8 +69,9 @@ class Directions:
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
         groups = self.optimizer.groups_of(slots)
+        factor = self.optimizer.factor
         return [
-            self.move(slot, probes, self.relative_eps(group), number(group, "lr", math.nan), _decay(group))
+            self.move(slot, probes, self.relative_eps(group), number(group, "lr", math.nan) * factor, _decay(group))
             for slot, group in groups.items()
         ]
 

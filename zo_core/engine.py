@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .advice import advise
+from .braking import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import default_eps, default_lr, moving, said_default
@@ -26,11 +27,12 @@ from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
-from .records import Point, Probe, StepRecord
+from .records import Point, Probe, Rollback, StepRecord
 from .snapshot import Snapshot
 from .step import Skips, StepPlan, mean, probes_from
 from .targets import Slot, keep_codes_plain
 from .trained_model import TrainedModel
+from .undoing import braked, note, repeated
 from .updates import Places
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class ZeroOrder(TrainedModel):
         regroup: adds slots that have become trainable to the optimizer's groups. For an optimizer that was passed
             in it does nothing, and slots that it does not hold do not move. See `cover_new`.
         lr, eps, weight_decay: of the first parameter group; setting one sets it in all groups.
+        braking: what goes back when the loss has risen; see the setting ``brake``.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise.
@@ -91,6 +94,7 @@ class ZeroOrder(TrainedModel):
         self.suggestion: LrSuggestion | None = None
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
+        self.braking = Braking("warn" if self.config.brake == AUTO else self.config.brake)
         self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
         self.followers: list[Callable[[], object]] = []
@@ -115,7 +119,7 @@ class ZeroOrder(TrainedModel):
         self.places = Places(self.optimizer)
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
-        self._repeated: tuple[tuple[Probe, ...], float, float | None] | None = None
+        self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
@@ -246,6 +250,9 @@ class ZeroOrder(TrainedModel):
             self.first_steps.see(losses, self.eps)
         own = losses[: len(losses) - plan.extra] if all(map(math.isfinite, losses)) else losses
         estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, own)
+        rollback = braked(self, mean(own), own)
+        if rollback is not None:
+            return self._done(mean(own), math.nan, (), skipped="the loss has risen", rollback=rollback)
         if estimate.skip is None:
             if self.normaliser is not None:
                 self.normaliser.see(self.step_count, probes, losses, self.eps)
@@ -268,24 +275,29 @@ class ZeroOrder(TrainedModel):
         probes: tuple[Probe, ...],
         clipped: int = 0,
         skipped: str | None = None,
+        rollback: Rollback | None = None,
     ) -> StepRecord:
         """Every step ends here, whether it was measured, repeated or skipped."""
         record = StepRecord(
             loss=loss,
             projected_grad=projected_grad,
-            lr=number(self.optimizer.param_groups[0], "lr", math.nan),
+            lr=number(self.optimizer.param_groups[0], "lr", math.nan) * self.optimizer.factor,
             step=self.step_count,
             seed=self.noise.seed(self.seed, self.step_count, 0),
             probes=probes,
             clipped=clipped,
             skipped=skipped,
             normaliser=None if self.normaliser is None else self.normaliser.mean_square,
+            rollback=rollback,
         )
+        note(self, probes)
         self._forget()
         self.step_count += 1
         for listener in self.listeners:
             listener(record)
         self.merged = False
+        if rollback is not None:
+            self.optimizer.factor = rollback.factor
         return record
 
     # Other ways to continue
@@ -335,15 +347,19 @@ class ZeroOrder(TrainedModel):
             reason: for the record and its listeners.
         """
         self.discard()
+        repeated(self, math.nan, None)
         return self._done(math.nan, math.nan, (), skipped=reason)
 
-    def repeat(self, probes: tuple[Probe, ...], loss: float, normaliser: float | None = None) -> None:
+    def repeat(
+        self, probes: tuple[Probe, ...], loss: float, normaliser: float | None = None, rollback: Rollback | None = None
+    ) -> None:
         """Makes the next `apply` repeat an earlier step, instead of applying one that is measured now.
 
         Args:
             probes: the probes in its `StepRecord`; empty if the step was skipped.
             loss: the loss to report in the new record.
             normaliser: that of its record.
+            rollback: that of its record, which is done again.
 
         Raises:
             StateError: only one of the engine and the step has a normaliser.
@@ -353,10 +369,13 @@ class ZeroOrder(TrainedModel):
                 f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "
                 "pass what the record of the step has"
             )
-        self._plan, self._repeated = None, (probes, loss, normaliser)
+        self._plan, self._repeated = None, (probes, loss, normaliser, rollback)
 
-    def _repeat(self, probes: tuple[Probe, ...], loss: float, normaliser: float | None) -> StepRecord:
+    def _repeat(
+        self, probes: tuple[Probe, ...], loss: float, normaliser: float | None, rollback: Rollback | None
+    ) -> StepRecord:
         self.discard()
+        repeated(self, loss, rollback)
         if probes and self.normaliser is not None and normaliser is not None:
             self.normaliser.repeat(self.step_count, normaliser)
         if probes and self.step_count >= self.continuity.ahead:
@@ -365,7 +384,8 @@ class ZeroOrder(TrainedModel):
         two_sided = self.estimator.name == "spsa" and probes
         unit = 1.0 if self.normaliser is None else self.normaliser.scale
         projected_grad = math.fsum(p.coefficient for p in probes) * unit if two_sided else float("nan")
-        return self._done(loss, projected_grad, probes, skipped=None if probes else "skipped in the log")
+        skipped = None if probes else "skipped in the log"
+        return self._done(loss, projected_grad, probes, skipped=skipped, rollback=rollback)
 
     def snapshot(self) -> Snapshot:
         """A copy of what steps change: weights, rule state, rates, generators and counters; `restore` puts it back.

@@ -42,6 +42,7 @@ def follow_model(engine: Running) -> None:
     engine.optimizer.take_thresholds(dict(engine.optimizer.thresholds), old_slots, engine.slots)
     engine.optimizer.state.update(kept)
     engine.store_state()
+    engine.braking.history.forget(engine.step_count)
     after = {id(tensor): slot.key for slot in engine.slots for tensor in slot.tensors}
     outside = [slot.key for slot in slots if not any(id(tensor) in after for tensor in slot.tensors)]
     logger.warning(
@@ -78,6 +79,8 @@ def begin_again(engine: Running) -> None:
             state.clear()
         engine.store_state()
     engine.at(0, next_seed(engine.seed))
+    engine.braking.reset()
+    engine.optimizer.factor = 1.0
     continuity.ahead = 0
     engine.merged, continuity.whole = False, True
 
@@ -94,4 +97,7 @@ def take_over(engine: Running, before: Running) -> None:
     engine.continuity.given["rule"] = before.continuity.given["rule"]  # a scheduler may have cycled its momentum
     engine.optimizer.state.update(before.optimizer.state)
     engine.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, engine.slots)
+    engine.optimizer.factor = before.optimizer.factor
+    engine.braking = before.braking
+    engine.braking.history.forget(engine.step_count)
     engine.store_state()

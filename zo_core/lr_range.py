@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .braking import Braking
 from .errors import ConfigError, LossError
 from .modes import set_rng_state
 from .records import Point
@@ -187,7 +188,8 @@ class _Test:
 
     def run(self) -> LrSuggestion:
         engine = self.engine
-        engine.listeners, engine.first_steps = [], None
+        engine.listeners, engine.first_steps, engine.braking = [], None, Braking(None)
+        engine.optimizer.factor = 1.0
         self.start = self._losses()
         self.scale = _mean(map(abs, self.start))
         if not math.isfinite(self.scale):

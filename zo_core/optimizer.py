@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import Run, check_state, marked, plain_state, thresholds_of, took_over, window_of
+from .checkpoint import Run, check_state, factor_of, marked, plain_state, thresholds_of, took_over, window_of
 from .defaults import NEWTON
 from .errors import ConfigError, StateError
 from .estimators import Spsa
@@ -69,6 +69,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.engine: Driver | None = None
         #: Thresholds of a noise that masks by magnitude, by slot: fixed when training begins, hence part of the state.
         self.thresholds: dict[str, float] = {}
+        #: What the brake multiplies all learning rates by, after those of the groups; schedulers do not see it.
+        self.factor = 1.0
         groups = _as_groups(params)
         given = ["lr" in group for group in groups]
         if lr is None and any(given) and not all(given):
@@ -207,6 +209,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         """Loads what a checkpoint has in addition to an optimizer's state: thresholds, pending updates, our mark."""
         self.thresholds.clear()
         self.thresholds.update(thresholds_of(state_dict))
+        self.factor = factor_of(state_dict)
         if self.engine is not None:
             windows = {id(tensor): window_of(state_dict, index) for index, tensor in self._indexed(state_dict)}
             self.engine.store_state(windows)
@@ -215,7 +218,7 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _marked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         waiting = {} if self.engine is None else self.engine.updaters.saved()
         windows = {index: waiting[id(t)] for index, t in self._indexed(state_dict) if id(t) in waiting}
-        return marked(state_dict, self.engine, windows, dict(self.thresholds))
+        return marked(state_dict, self.engine, windows, dict(self.thresholds), self.factor)
 
     def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
         """Adopts the thresholds of another engine over the same tensors, whose slots may have had other keys."""
@@ -223,7 +226,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.thresholds.update({s.key: known[keys[id(s.tensor)]] for s in now if id(s.tensor) in keys})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "engine": None, "thresholds": self.thresholds, "left": self.left}
+        kept = {"thresholds": self.thresholds, "left": self.left, "factor": self.factor}
+        return {**super().__getstate__(), "engine": None, **kept}
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

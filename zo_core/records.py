@@ -34,6 +34,19 @@ class Probe:
     coefficient: float
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """A step at which the loss had risen, and that went back to better weights instead of moving on.
+
+    Attributes:
+        to: the updates of this step and of all later ones were reverted.
+        factor: what learning rates are multiplied by from the next step on.
+    """
+
+    to: int
+    factor: float
+
+
 @dataclass(frozen=True, eq=False)
 class StepRecord(float):
     """What one step did. It *is* a float, the loss, so ``f"{record:.3f}"`` and ``sum`` just work.
@@ -42,14 +55,16 @@ class StepRecord(float):
         loss: mean loss over the probes, summed over the micro-batches of the step.
         projected_grad: mean over the directions of the directional derivative along ``z``, in loss
             per unit of ``z`` (MeZO, arXiv 2305.17333, eq. 2); before clipping.
-        lr: learning rate of the first parameter group; NaN if its optimizer has none and sets its own steps, as
-            Adafactor does with ``lr=None``. (A seed log stores 0.0 for it.)
+        lr: learning rate of the first parameter group as it was applied, that is, as the brake has lowered it; NaN if
+            its optimizer has none and sets its own steps, as Adafactor does with ``lr=None``. (A seed log stores 0.0
+            for it.)
         step: index of the step, from 0.
         seed: seed of the first direction.
         probes: the directions as they were applied; empty if the step was skipped.
         clipped: number of directions whose coefficient was clipped.
         skipped: why the weights were left alone, or None.
         normaliser: state of the step normaliser after the step (its running mean); None without one.
+        rollback: set if the brake reverted earlier updates at this step.
     """
 
     loss: float
@@ -61,6 +76,7 @@ class StepRecord(float):
     clipped: int = 0
     skipped: str | None = None
     normaliser: float | None = None
+    rollback: Rollback | None = None
 
     @property
     def without_signal(self) -> bool:

@@ -35,6 +35,7 @@ class Snapshot:
         self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
         self.first_steps, self.merged = engine.first_steps, engine.merged
         self.normaliser = None if engine.normaliser is None else engine.normaliser.saved()
+        self.braking, self.brake, self.factor = engine.braking, engine.braking.saved(), engine.optimizer.factor
 
     def rewind(self) -> None:
         """Restores weights, rule state and random generators."""
@@ -61,6 +62,8 @@ class Snapshot:
         engine = self.engine
         engine.at(self.step)
         engine.listeners, engine.first_steps, engine.merged = self.listeners, self.first_steps, self.merged
+        engine.braking, engine.optimizer.factor = self.braking, self.factor
+        engine.braking.load(self.brake)
         for group, rate in zip(engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 #: Each part of zo_core may import from parts of a lower rank, and within itself.
 RANKS = {
+    "brake": 0,
     "records": 0,
     "errors": 0,
     "files": 0,
@@ -38,6 +39,7 @@ RANKS = {
     "step": 5,
     "defaults": 5,
     "normaliser": 2,
+    "braking": 6,
     "config": 6,
     "summary": 6,
     "first_steps": 6,
@@ -48,6 +50,7 @@ RANKS = {
     "live": 9,
     "running": 9,
     "snapshot": 10,
+    "undoing": 10,
     "following": 10,
     "gradient_check": 10,
     "advice": 10,

@@ -329,14 +329,14 @@ def flat_target(theta: Tensor, out: Tensor) -> Tensor:
     return out.view(-1) if out.is_contiguous() else torch.empty(theta.numel(), dtype=out.dtype, device=out.device)
 
 
-def store(values: Tensor, out: Tensor, key: Key | None, start: int) -> None:
-    """Writes float32 ``values`` into 16-bit ``out``, rounding by ``key`` (None: to nearest)."""
+def store(values: Tensor, out: Tensor, key: Key | None, start: int, back: bool = False) -> None:
+    """Writes float32 ``values`` into 16-bit ``out``, rounding by ``key`` (None: to nearest); see `stochastic_round`."""
     if key is None:
         out.copy_(values)
         return
     for at in range(0, values.numel(), ROUNDING_SPAN):
         piece = values[at : at + ROUNDING_SPAN]
-        out[at : at + ROUNDING_SPAN].copy_(stochastic_round(piece, out.dtype, key, start + at))
+        out[at : at + ROUNDING_SPAN].copy_(stochastic_round(piece, out.dtype, key, start + at, back))
 
 
 def rewrite(
@@ -344,6 +344,7 @@ def rewrite(
     direction: Direction,
     change: Callable[[Tensor, Tensor, int, int], object],
     out: Tensor | None = None,
+    back: bool = False,
 ) -> None:
     """Rewrites a slot in place, chunk by chunk, for rules that need more than ``theta + s``.
 
@@ -354,6 +355,7 @@ def rewrite(
             ``weights`` in place. Elements that the direction does not move have ``s`` 0 and keep their
             values, whatever ``change`` does to them.
         out: where the result goes instead of ``theta``.
+        back: ``change`` reverts a move along this direction; see `stochastic_round`.
     """
     out = theta if out is None else out
     source, target = flat(theta), flat_target(theta, out)
@@ -373,6 +375,7 @@ def rewrite(
         if theta.dtype == wide:
             target[start:stop] = work
         else:
-            store(work, target[start:stop], direction.rounding_key(theta.dtype), (direction.offset or 0) + start)
+            key, first = direction.rounding_key(theta.dtype), (direction.offset or 0) + start
+            store(work, target[start:stop], key, first, back)
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view(out.shape))

@@ -27,7 +27,7 @@ def rounding_key(seed: int, slot: str) -> Key:
     return stream_key(seed, "", ROUNDING)[0], stream_key(seed, slot, ROUNDING)[1]
 
 
-def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -> Tensor:
+def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, back: bool = False) -> Tensor:
     """Rounds up or down with probabilities that make the result right on average.
 
     Values that ``dtype`` can hold are returned unchanged, whatever the bits.
@@ -38,6 +38,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -
         key: of the random bits, from `rounding_key`.
         start: index of the first value within its slot; no multiple of ``ROUNDING_SPAN`` may lie
             between it and the last.
+        back: round a move that reverts one with the same key. The bits are then complemented, so that
+            ``round_back(round(theta - s) + s)`` is theta: rounding up by chance is undone as if it were known.
 
     Returns:
         ``[n]`` in float32, holding values that ``dtype`` represents exactly.
@@ -46,6 +48,8 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int) -
     # A GPU writes NaN as 0x7fffffff, and adding to that would make it -0.0; torch writes it as 0x7fc00000.
     values.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
     random = rounding_bits(key, dropped, start, values.numel(), values.device)
+    if back:
+        random = random ^ ((1 << dropped) - 1)
     if dtype == torch.float16:
         # Below 2**-14 the steps of fp16 are 2**-24 apart, whatever the exponent.
         fraction = random.to(torch.float32).mul_(2.0**-dropped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ class UpdateRule:
             factor of a low-rank sum can be moved instead of the sum. Updates of other rules are not of low rank,
             and are written at once.
         scale_free: whether the scale of the estimate has no effect.
+        undoable: whether `undo` can revert its updates.
     """
 
     name: ClassVar[str]
@@ -33,6 +34,7 @@ class UpdateRule:
     elementwise: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     scale_free: ClassVar[bool] = False
+    undoable: ClassVar[bool] = False
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype by name of each tensor that this rule keeps for a slot between steps; initially zeros."""
@@ -57,5 +59,21 @@ class UpdateRule:
         """
         raise NotImplementedError
 
+    def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
+        """Reverts updates in place, the last one first, without a copy of the weights: exact up to rounding.
+
+        Args:
+            theta: the slot's weights after these updates.
+            state: as for `update`.
+            moves: the updates, oldest first. Their rules are of this class; fields of these may differ.
+
+        Raises:
+            NotImplementedError: the rule is not `undoable`.
+        """
+        raise NotImplementedError
+
+
+#: The rule of an update, its ``G``, and the learning rate and weight decay of its group.
+RuleMove = tuple[UpdateRule, Direction, float, float]
 
 RULES: Registry[UpdateRule] = Registry("rule", UpdateRule)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import math
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ..noise import Direction
 from ..noise.direction import compute_dtype, float32, rewrite
-from .base import RULES, UpdateRule
+from ..noise.reverting import relative, take_back
+from .base import RULES, RuleMove, UpdateRule
 
 
 @RULES.register
@@ -26,6 +28,7 @@ class Momentum(UpdateRule):
     name: ClassVar[str] = "momentum"
     elementwise: ClassVar[bool] = True
     linear: ClassVar[bool] = True
+    undoable: ClassVar[bool] = True
     beta: float = 0.9
 
     def __post_init__(self) -> None:
@@ -38,11 +41,7 @@ class Momentum(UpdateRule):
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
-        if "momentum" not in state:
-            with torch.inference_mode(False):
-                shape, dtype = self.state(theta)["momentum"]
-                state["momentum"] = torch.zeros(shape, dtype=dtype, device=theta.device)
-        momentum = state["momentum"].view(-1)
+        momentum = self._momentum(theta, state)
         beta, rate, decay = float32(self.beta), float32(-lr), float32(1.0 - lr * weight_decay)
 
         def change(weights: Tensor, s: Tensor, start: int, stop: int) -> None:
@@ -52,3 +51,54 @@ class Momentum(UpdateRule):
             weights.add_(m * rate)
 
         rewrite(theta, direction, change)
+
+    def _momentum(self, theta: Tensor, state: MutableMapping[str, Any]) -> Tensor:
+        if "momentum" not in state:
+            with torch.inference_mode(False):
+                shape, dtype = self.state(theta)["momentum"]
+                state["momentum"] = torch.zeros(shape, dtype=dtype, device=theta.device)
+        return state["momentum"].view(-1)
+
+    def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
+        """As for every rule. The momentum is zero afterwards.
+
+        Going back through the momentum itself would divide its rounding errors by beta in each step. But the weights
+        are linear in the estimates: ``theta_n = D theta_0 - sum_i A_i G_i - (what was left of the momentum before)``.
+        The sum is formed in the tensor of the momentum and added back at once. What the momentum of before the first
+        of these moves still moved is not known any more, and is not reverted.
+        """
+        momentum = self._momentum(theta, state).zero_()
+        last = moves[-1][1]
+        if relative(last):
+            total = self._factor(momentum, moves)
+            take_back(theta, last, 1.0, lambda s, start, stop: total[start:stop] - 1.0)
+        else:
+            for (_, direction, _, _), amount in _amounts(moves):
+                for start, stop, s in direction.scaled(-amount).chunks(theta.numel(), theta.device):
+                    momentum[start:stop].add_(s)
+            decay = math.prod(float32(1.0 - lr * weight_decay) for _, _, lr, weight_decay in moves)
+            take_back(theta, last, decay, lambda s, start, stop: momentum[start:stop])
+        momentum.zero_()
+
+    def _factor(self, momentum: Tensor, moves: Sequence[RuleMove]) -> Tensor:
+        """What relative scales were multiplied by, float64; ``momentum`` is overwritten."""
+        total = torch.ones_like(momentum, dtype=torch.float64)
+        for rule, direction, lr, weight_decay in moves:
+            assert isinstance(rule, Momentum)
+            beta, rate, decay = float32(rule.beta), float32(-lr), float32(1.0 - lr * weight_decay)
+            for start, stop, s in direction.chunks(momentum.numel(), momentum.device):
+                m = momentum[start:stop].mul_(beta).add_(s)
+                total[start:stop].mul_((m * rate).double().add_(decay))
+        return total
+
+
+def _amounts(moves: Sequence[RuleMove]) -> Iterator[tuple[RuleMove, float]]:
+    """For each move, the last one first: how much of its ``G`` the weights have lost."""
+    amount, decay, beta = 0.0, 1.0, 0.0
+    for move in reversed(moves):
+        rule, _, lr, weight_decay = move
+        assert isinstance(rule, Momentum)
+        amount = beta * amount + decay * lr
+        decay *= float32(1.0 - lr * weight_decay)
+        beta = float32(rule.beta)
+        yield move, amount

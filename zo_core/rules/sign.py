@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..noise import Direction
 from ..noise.direction import float32, rewrite
-from .base import RULES, UpdateRule
+from ..noise.reverting import take_back
+from .base import RULES, RuleMove, UpdateRule
 
 
 @RULES.register
@@ -21,6 +23,7 @@ class Sign(UpdateRule):
     name: ClassVar[str] = "sign"
     elementwise: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
+    undoable: ClassVar[bool] = True
 
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
@@ -33,3 +36,12 @@ class Sign(UpdateRule):
             weights.add_(s.sign_().mul_(rate))
 
         rewrite(theta, direction, change)
+
+    def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
+        for _, direction, lr, weight_decay in reversed(moves):
+            rate, decay = float32(-lr), float32(1.0 - lr * weight_decay)
+            take_back(theta, direction, decay, partial(_signs, rate))
+
+
+def _signs(rate: float, s: Tensor, start: int, stop: int) -> Tensor:
+    return s.sign_().mul_(rate)

@@ -104,6 +104,12 @@ def summary(log: SeedLog) -> list[str]:
         f"{log.parsed.changes} change-records",
     ]
     lines += [f"note         {note}" for note in (*header["limits"], *header["notes"])]
+    for entry in log.steps:
+        if entry.rollback is not None:
+            lines.append(
+                f"rollback     at step {entry.step}, whose loss was {entry.loss:.4g}, to before step "
+                f"{entry.rollback.to}; learning rates times {entry.rollback.factor:g} from there on"
+            )
     if log.steps:
         rates = [entry.lrs[0] for entry in log.steps]
         lines.append(f"lr           {rates[0]:g} first, {rates[-1]:g} last, {max(rates):g} highest")

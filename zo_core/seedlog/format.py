@@ -24,7 +24,7 @@ from typing import Any
 
 from ..errors import StateError
 from ..noise import NOISES
-from ..records import Probe
+from ..records import Probe, Rollback
 
 MAGIC = b"\x89ZOLOG\r\n"
 #: Logs of normalised steps have version 2: a column more in each step.
@@ -78,6 +78,7 @@ class LoggedStep:
         noise: the noise of the run, as its registry describes it; it derives the seeds of a step.
         merged: whether closing the engine ended low-rank windows before the step.
         normaliser: state of the step normaliser after the step; None without one.
+        rollback: what the brake reverted instead of an update in this step, which is then a skipped one; or None.
     """
 
     step: int
@@ -90,6 +91,7 @@ class LoggedStep:
     noise: Any = field(default="rademacher", repr=False, hash=False)
     merged: bool = False
     normaliser: float | None = None
+    rollback: Rollback | None = None
 
     @property
     def skipped(self) -> bool:
@@ -140,6 +142,8 @@ class Parsed:
         checkpoints: the steps at which the writing of a checkpoint began.
         changes: number of change-records.
         settings, rule, draws, merged, next_step: their values after the last record.
+        rollback: that of the next step. If the log ends here, that step was not done.
+        pending: byte offset of the change-record with ``rollback``.
         end: byte offset of the end of the last good record; anything after it is damaged.
         chain: checksum of the last good record.
         torn: number of bytes after ``end`` if they are an incomplete record.
@@ -159,6 +163,8 @@ class Parsed:
     changes: int = 0
     draws: bool = False
     merged: bool = False
+    rollback: Rollback | None = None
+    pending: int = 0
     torn: int = 0
     corrupt: str | None = None
     followed: bool = False
@@ -257,9 +263,10 @@ def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
                 parsed.header["noise"],
                 parsed.merged,
                 numbers[-1] if parsed.normalised else None,
+                parsed.rollback,
             )
         )
-        parsed.merged = False
+        parsed.merged, parsed.rollback = False, None
         parsed.offsets.append(at)
         parsed.next_step = first + 1
     parsed.end, parsed.chain = at + size, checksum
@@ -275,6 +282,8 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
     parsed.draws = change.get("draws", parsed.draws)
     parsed.merged = change.get("merged", parsed.merged)
     parsed.next_step = change.get("next_step", parsed.next_step)
+    if "rollback" in change:
+        parsed.rollback, parsed.pending = Rollback(**change["rollback"]), parsed.end
     if "checkpoint" in change:
         parsed.checkpoints.append(change["checkpoint"])
 

@@ -156,17 +156,20 @@ def _prefix(engine: ZeroOrder) -> str:
 
 
 def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Settings, tuple[float, ...]]:
-    """Returns the engine's settings and the learning rates of its groups.
+    """The engine's settings and the learning rates of its groups.
 
     Args:
         engine: the engine.
         columns: the column of each group's learning rate so far; it is kept if it still fits.
+
+    Returns:
+        The settings, and the rates as they are applied: as the brake has lowered them.
     """
     groups, of = engine.optimizer.param_groups, engine.optimizer.groups_of(engine.slots)
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(of[slot])] for slot in engine.slots)
     relative = {index[id(group)]: engine.directions.relative_eps(group) for group in of.values()}
-    lrs = tuple(number(group, "lr", 0.0) for group in groups)
+    lrs = tuple(number(group, "lr", 0.0) * engine.optimizer.factor for group in groups)
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):
         distinct = list(dict.fromkeys(lrs))

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..braking import Done
 from ..config import ZOConfig
 from ..engine import ZeroOrder
 from ..errors import ModelError, StateError
@@ -25,15 +27,15 @@ from ..noise import Direction
 from ..noise.direction import piece_size
 from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
-from ..rules import RULES, UpdateRule
+from ..rules import RULES, RuleMove, UpdateRule
 from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
+from ..undoing import undo
 from ..updates import State
 from .format import LoggedStep
 from .header import check_run
 from .log import SeedLog
 
 Advance = Callable[[int], None]
-Move = tuple[UpdateRule, Direction, float, float]
 
 #: Number of directions whose words for one batch fit into the cache of words together.
 CACHED_DIRECTIONS = 48
@@ -76,17 +78,33 @@ def replay(
     if start == log.first_step:
         engine.optimizer.thresholds.clear()  # the thresholds of this run come from the weights at its start
     steps = [entry for entry in log.steps if start <= entry.step < end]
+    before = [entry for entry in log.steps if entry.step < start]
     if not log.header.get("windows", True):
         engine.updaters.wait_no_more(engine.rule)
-    apply_steps(engine, list(log.header["base"]["slots"]), steps, progress=progress)
-    if engine.normaliser is not None:
-        for entry in steps:
-            if entry.normaliser is not None and not entry.skipped:
-                engine.normaliser.repeat(entry.step, entry.normaliser)
+    apply_steps(engine, list(log.header["base"]["slots"]), steps, before=before, progress=progress)
+    _follow_normaliser(engine, log, end)
     engine.at(end, steps[-1].settings.seed if steps else None)
     if steps:
         engine.rule = _rule(steps[-1], engine, RULES.describe(engine.rule))
+    for entry in steps:
+        if entry.rollback is not None:
+            engine.optimizer.factor = entry.rollback.factor
     return end
+
+
+def _follow_normaliser(engine: ZeroOrder, log: SeedLog, end: int) -> None:
+    """Gives the engine's normaliser the state after the steps before ``end``."""
+    state = log.header.get("normaliser")
+    if engine.normaliser is None or state is None:
+        return
+    engine.normaliser.load(state)
+    before: list[tuple[int, dict[str, Any]]] = []
+    for entry in (entry for entry in log.steps if entry.step < end):
+        while entry.rollback is not None and before and before[-1][0] >= entry.rollback.to:
+            engine.normaliser.load(before.pop()[1])
+        if entry.normaliser is not None and not entry.skipped:
+            before.append((entry.step, engine.normaliser.saved()))
+            engine.normaliser.repeat(entry.step, entry.normaliser)
 
 
 def _end(log: SeedLog, start: int, until: int | None) -> int:
@@ -169,31 +187,59 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep], *, progress: bool = False) -> None:
+@dataclass(frozen=True)
+class Part:
+    """Consecutive steps that moved the weights.
+
+    Attributes:
+        merged: whether low-rank windows ended before them.
+        undone: steps that were reverted before them, oldest first.
+        steps: the steps.
+    """
+
+    merged: bool
+    undone: tuple[Done, ...]
+    steps: list[LoggedStep] = field(default_factory=list)
+
+
+def apply_steps(
+    engine: ZeroOrder,
+    keys: list[str],
+    steps: Sequence[LoggedStep],
+    *,
+    before: Sequence[LoggedStep] = (),
+    progress: bool = False,
+) -> None:
     """Applies steps to the slots of an engine.
 
     Args:
         engine: the engine, at the first of the steps.
         keys: keys of the slots, in the order of ``Settings.group_of``.
         steps: the steps, in order.
+        before: earlier steps of the run, which these may revert.
         progress: show a progress bar.
     """
-    parts, steps = _parts(steps), [entry for entry in steps if not entry.skipped]
+    parts = _parts(engine, before, steps)
     position = {key: index for index, key in enumerate(keys)}
-    bar = Bar(len(steps) * sum(slot.tensor.numel() for slot in engine.slots)) if progress else None
+    count = sum(len(part.steps) for part in parts)
+    bar = Bar(count * sum(slot.tensor.numel() for slot in engine.slots)) if progress else None
     advance: Advance = (lambda amount: None) if bar is None else bar.advance
     with torch.no_grad(), engine.hidden():
         for slot in engine.slots:
+            index = position[slot.key]
             updater = engine.updaters.of[slot]
-            if updater.windowed:
-                for merged, part in parts:
-                    if merged:
-                        updater.settle()
-                    for move in _moves(engine, slot, position[slot.key], part, advance):
+            for part in parts:
+                if part.merged or part.undone:
+                    updater.settle()
+                if part.undone:
+                    undo(engine, slot, steps[0].settings.group_of[index], part.undone)
+                if updater.windowed:
+                    for move in _moves(engine, slot, index, part.steps, advance):
                         updater.update(*move)
                         advance(slot.tensor.numel())
-            else:
-                engine.places.move(slot, partial(_advance_slot, engine, slot, position[slot.key], steps, advance))
+                elif part.steps:
+                    work = partial(_advance_slot, engine, slot, index, part.steps, advance)
+                    engine.places.move(slot, work)
         engine.flush()
     engine.noise.forget(())
     torch.clear_autocast_cache()
@@ -201,15 +247,34 @@ def apply_steps(engine: ZeroOrder, keys: list[str], steps: Sequence[LoggedStep],
         bar.close()
 
 
-def _parts(steps: Iterable[LoggedStep]) -> list[tuple[bool, list[LoggedStep]]]:
-    """Splits the steps at the ends of windows, without skipped ones; the flag is whether windows end before a part."""
-    parts: list[tuple[bool, list[LoggedStep]]] = [(False, [])]
+def _parts(engine: ZeroOrder, before: Iterable[LoggedStep], steps: Iterable[LoggedStep]) -> list[Part]:
+    """Splits the steps at the ends of windows and where earlier steps are reverted, without skipped ones."""
+    parts, kept = [Part(False, ())], list[LoggedStep]()
+    for entry in before:
+        _revert(entry, kept)
     for entry in steps:
-        if entry.merged:
-            parts.append((True, []))
+        undone = _revert(entry, kept)
+        if entry.merged or undone:
+            rules = RULES.describe(engine.rule)
+            parts.append(Part(entry.merged, tuple(_done(step, _rule(step, engine, rules)) for step in undone)))
         if not entry.skipped:
-            parts[-1][1].append(entry)
+            parts[-1].steps.append(entry)
     return parts
+
+
+def _revert(entry: LoggedStep, kept: list[LoggedStep]) -> list[LoggedStep]:
+    """Adds a step to those that count, or removes from these what it reverts; returns the latter, oldest first."""
+    undone = []
+    while entry.rollback is not None and kept and kept[-1].step >= entry.rollback.to:
+        undone.append(kept.pop())
+    if not entry.skipped:
+        kept.append(entry)
+    return undone[::-1]
+
+
+def _done(entry: LoggedStep, rule: UpdateRule) -> Done:
+    settings = entry.settings
+    return Done(entry.step, entry.probes, entry.lrs, settings.eps, settings.weight_decay, rule)
 
 
 def _advance_slot(
@@ -221,7 +286,7 @@ def _advance_slot(
     theta: Tensor,
     state: State,
 ) -> None:
-    """Applies all steps to one slot."""
+    """Applies steps to one slot."""
     moves = _moves(engine, slot, index, steps, advance)
     plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
     eager = theta.device.type == "cpu" and engine.backend == "eager"
@@ -234,9 +299,9 @@ def _advance_slot(
         advance(theta.numel())
 
 
-def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep], advance: Advance) -> list[Move]:
+def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep], advance: Advance) -> list[RuleMove]:
     """Returns the moves of a slot; steps that do not move it only advance the progress."""
-    moves: list[Move] = []
+    moves: list[RuleMove] = []
     own = RULES.describe(engine.rule)
     for entry in steps:
         group = entry.settings.group_of[index]
@@ -255,7 +320,7 @@ def _rule(entry: LoggedStep, engine: ZeroOrder, own: str | dict[str, Any]) -> Up
     return engine.rule if entry.rule == own else RULES.resolve(entry.rule)
 
 
-def _advance_pieces(engine: ZeroOrder, moves: list[Move], advance: Advance, theta: Tensor, state: State) -> None:
+def _advance_pieces(engine: ZeroOrder, moves: list[RuleMove], advance: Advance, theta: Tensor, state: State) -> None:
     """Applies a group of steps to each piece while it is in the cache; words are hashed once for all pieces."""
     flat = theta.reshape(-1)
     noise = moves[0][1].noise

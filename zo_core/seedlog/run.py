@@ -88,6 +88,9 @@ class RunLog:
         if start == "follow":
             held = self._held
             engine.continuity.ahead = held.step if held is not None and held.engine is engine else 0
+            if engine.continuity.ahead:  # it repeats the run from its beginning, when the brake had done nothing
+                engine.braking.reset()
+                engine.optimizer.factor = 1.0
         return SeedLogWriter.attach(engine, self.path, follow=start == "follow")
 
     def logged(self, engine: ZeroOrder) -> LoggedStep | None:

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class SeedLogWriter:
         self._logged = {entry.step: entry for entry in parsed.steps if entry.step >= engine.step_count}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._drew = False
+        engine.braking.logged_from = parsed.header["first_step"]
         engine.listeners.append(self._on_step)
         engine.followers.append(self._begin_again)
 
@@ -62,6 +64,7 @@ class SeedLogWriter:
         self.next_step, self.chain, self._logged = parsed.next_step, parsed.chain, {}
         self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.engine.braking.logged_from = parsed.header["first_step"]
 
     @classmethod
     def attach(cls, engine: ZeroOrder, path: str | os.PathLike[str], *, follow: bool = False) -> SeedLogWriter:
@@ -142,10 +145,11 @@ class SeedLogWriter:
         coefficients = tuple(probe.coefficient for probe in record.probes)
         if record.step < self.next_step:
             entry = self._logged.pop(record.step, None)
-            if entry is None or entry.coefficients != coefficients:
+            if entry is None or (entry.coefficients, entry.rollback) != (coefficients, record.rollback):
                 then = "before this log was opened" if entry is None else f"with the coefficients {entry.coefficients}"
+                back = "" if entry is None or entry.rollback is None else f" and {entry.rollback}"
                 raise StateError(
-                    f"{self.path} has step {record.step} {then}, and now it was done with {coefficients}; "
+                    f"{self.path} has step {record.step} {then}{back}, and now it was done with {coefficients}; "
                     "a run that goes back needs a new log"
                 )
             return
@@ -162,6 +166,8 @@ class SeedLogWriter:
             changes["merged"] = True
         if record.step != self.next_step:
             changes["next_step"] = record.step
+        if record.rollback is not None:
+            changes["rollback"] = asdict(record.rollback)
         if changes:
             self.note(changes)
         self.settings, self.rule, self.draws, self._drew = settings, rule, self._drew, False
@@ -221,6 +227,9 @@ def _continued(engine: ZeroOrder, path: Path) -> Parsed:
             logger.warning("%s ends in %d bytes of a record that was not finished; they are dropped", path, damaged)
             os.truncate(path, parsed.end)
         parsed.corrupt = None
+        if parsed.rollback is not None:  # the run was killed before the step itself, which will do it again
+            os.truncate(path, parsed.pending)
+            parsed = SeedLog.read(path).parsed
     log = SeedLog(path, parsed)
     log.corrupt = parsed.corrupt
     log.since(engine.step_count)

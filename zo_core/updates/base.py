@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..noise import Direction
-from ..rules import Torch, UpdateRule
+from ..rules import RuleMove, Torch, UpdateRule
 from ..targets import Slot
 from .places import Places, State
 
@@ -31,6 +33,14 @@ class Updater:
             direction: the estimate ``G`` of the gradient; it is not `Direction.still`.
             lr: learning rate of the slot's group.
             weight_decay: decoupled weight decay of the slot's group.
+        """
+        raise NotImplementedError
+
+    def undo(self, moves: Callable[[], Sequence[RuleMove]]) -> None:
+        """Reverts updates of this slot, the last one first; see `UpdateRule.undo`.
+
+        Args:
+            moves: returns the updates, oldest first; called when the weights are at hand. Nothing may be pending.
         """
         raise NotImplementedError
 
@@ -57,11 +67,24 @@ class AtOnce(Updater):
     def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
         self.places.move(self.slot, partial(_by_rule, rule, direction, lr, weight_decay))
 
+    def undo(self, moves: Callable[[], Sequence[RuleMove]]) -> None:
+        self.places.move(self.slot, partial(_undo, moves))
+
 
 def _by_rule(
     rule: UpdateRule, direction: Direction, lr: float, weight_decay: float, theta: Tensor, state: State
 ) -> None:
     rule.update(theta, state, direction, lr, weight_decay)
+
+
+def _undo(moves: Callable[[], Sequence[RuleMove]], theta: Tensor, state: State) -> None:
+    for part in backwards(moves()):
+        part[-1][0].undo(theta, state, part)
+
+
+def backwards(moves: Sequence[RuleMove]) -> list[list[RuleMove]]:
+    """Runs of moves by rules of one class, the last one first; within each, the oldest move is the first."""
+    return [list(part) for _, part in groupby(moves, key=lambda move: type(move[0]))][::-1]
 
 
 class TorchStep:

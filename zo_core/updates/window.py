@@ -11,7 +11,7 @@ section 4.2).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from ..noise import Direction, FactorDirection, LowRank, LowRankDirection
 from ..noise.direction import float32, float64
 from ..noise.low_rank import SIGNS, basis
-from ..rules import UpdateRule
+from ..noise.reverting import take_back
+from ..rules import RuleMove, UpdateRule
 from ..targets import Slot
-from .base import AtOnce, Updater, copies
+from .base import AtOnce, Updater, backwards, copies
 from .places import Places, State
 
 #: Prefix of the names of the rule's state in a checkpoint, next to the factor.
@@ -78,6 +79,18 @@ class Window(Updater):
         self.moved = self.moved or self.decay != 1.0 or any(c for _, c in direction.terms)
         left = FactorDirection(SIGNS, self.slot.key, direction.terms, factors_of=self.noise, shape=self.shape)
         rule.update(factor, self.state, left, lr, weight_decay)
+
+    def undo(self, moves: Callable[[], Sequence[RuleMove]]) -> None:
+        def work(theta: Tensor, state: State) -> None:
+            for part in backwards(moves()):
+                if not part[-1][0].linear:
+                    part[-1][0].undo(theta, state, part)
+                    continue
+                again = Repeated(self.slot, self.noise, self.places, stochastic=self.stochastic)
+                for sum_ in reversed(again.sums(part)):
+                    take_back(theta, sum_, float32(sum_.decay))
+
+        self.places.move(self.slot, work)
 
     def _turn(self, bases: tuple[int, ...], rounding: int | None) -> Tensor:
         """Starts the next window: merges the sum into the weights, and projects the rule's state to the new bases."""
@@ -160,6 +173,21 @@ class Window(Updater):
         self.factor, self.bases, self.decay = factors.pop("factor"), tuple(kept["bases"]), kept["decay"]
         self.state = {name.removeprefix(PREFIX): value for name, value in factors.items()}
         self.moved = True
+
+
+class Repeated(Window):
+    """Repeats the updates of a window in the factor alone, and keeps the sums instead of adding them to the weights."""
+
+    def sums(self, moves: Sequence[RuleMove]) -> list[LowRankDirection]:
+        """What the moves have added to the weights, window by window; momentum from before them is not included."""
+        self.done: list[LowRankDirection] = []
+        for rule, direction, lr, weight_decay in moves:
+            self.update(rule, direction, lr, weight_decay)
+        self.settle()
+        return self.done
+
+    def _write(self, waiting: LowRankDirection) -> None:
+        self.done.append(waiting)
 
 
 def projected(momentum: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:

@@ -1,0 +1,224 @@
+"""The brake of an engine: what it has seen, what it does about it, and the updates that it can revert."""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from .brake import Alarm, Brake, in_float32
+from .records import Probe
+from .rules import RULES, UpdateRule
+
+logger = logging.getLogger(__name__)
+
+#: Number of updates that are kept; the brake does not go back further.
+KEPT = 20_000
+#: Number of steps without any difference between the losses of their probes after which there is a warning.
+AGREEING = 32
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that moved weights, with everything needed to revert it; the tuples have one value per parameter group.
+
+    Attributes:
+        step: index of the step.
+        probes: its probes.
+        lrs: the learning rates, as they were applied.
+        eps: eps in units of the step's eps.
+        weight_decay: the weight decays.
+        rule: the update rule.
+        normaliser: running mean and count of the step normaliser before the step; None without one.
+    """
+
+    step: int
+    probes: tuple[Probe, ...]
+    lrs: tuple[float, ...]
+    eps: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    rule: UpdateRule
+    normaliser: tuple[float, int] | None = None
+
+
+@lru_cache(maxsize=64)
+def _layout(probes: int, groups: int) -> struct.Struct:
+    return struct.Struct(f"<qI{probes}f{3 * groups + 1}dq")
+
+
+class History:
+    """The latest updates, packed: some 50 bytes for a step with one direction and one group.
+
+    Attributes:
+        floor: the first step from which on all updates are known.
+    """
+
+    def __init__(self, floor: int = 0):
+        self.forget(floor)
+
+    def forget(self, floor: int) -> None:
+        """Drops all updates; ``floor`` is the next step."""
+        self.floor = floor
+        self.sizes = (0, 0)
+        self.packed: deque[bytes] = deque()
+        #: Seed of the run and rule. A step has the number of its frame; ``first_frame`` is that of the first one here.
+        self.frames: deque[tuple[int, UpdateRule]] = deque()
+        self.first_frame = 0
+
+    def add(self, done: Done, seed: int) -> None:
+        """Adds an update; ``seed`` is the seed of the run."""
+        sizes = len(done.probes), len(done.lrs)
+        if sizes != self.sizes:
+            self.forget(done.step)
+            self.sizes = sizes
+        frame = seed, done.rule
+        if not self.frames or self.frames[-1] != frame:
+            self.frames.append(frame)
+        coefficients = [probe.coefficient for probe in done.probes]
+        values = *done.lrs, *done.eps, *done.weight_decay, *(done.normaliser or (0.0, -1))
+        number = self.first_frame + len(self.frames) - 1
+        self.packed.append(_layout(*sizes).pack(done.step, number, *coefficients, *values))
+        if len(self.packed) > KEPT:
+            self.drop_before(_step(self.packed[1]))
+
+    def drop_before(self, step: int) -> None:
+        """Drops the updates before a step."""
+        while self.packed and _step(self.packed[0]) < step:
+            self.packed.popleft()
+        self.floor = max(self.floor, step)
+        while self.packed and self.first_frame < int.from_bytes(self.packed[0][8:12], "little"):
+            self.frames.popleft()
+            self.first_frame += 1
+
+    def pop(self, step: int, seed_of: Callable[[int, int, int], int]) -> list[Done]:
+        """Removes the updates from a step on, and returns them, oldest first.
+
+        Args:
+            step: the first of them.
+            seed_of: gives the seed of a direction from the seed of the run, the step and the direction.
+        """
+        probes, groups = self.sizes
+        layout, found = _layout(probes, groups), []
+        while self.packed and _step(self.packed[-1]) >= step:
+            at, frame, *values, mean, count = layout.unpack(self.packed.pop())
+            seed, rule = self.frames[frame - self.first_frame]
+            directions = tuple(Probe(seed_of(seed, at, i), c) for i, c in enumerate(values[:probes]))
+            lrs, eps, weight_decay = (tuple(values[probes + i * groups :][:groups]) for i in range(3))
+            normaliser = (mean, count) if count >= 0 else None
+            found.append(Done(at, directions, lrs, eps, weight_decay, rule, normaliser))
+        return found[::-1]
+
+    def saved(self) -> dict[str, Any]:
+        """The updates as plain values; packed ones as a string, which every checkpoint can hold."""
+        data = b"".join(self.packed).decode("latin-1")
+        frames = [[seed, RULES.describe(rule)] for seed, rule in self.frames]
+        first = {"floor": self.floor, "first_frame": self.first_frame}
+        return {**first, "sizes": list(self.sizes), "frames": frames, "packed": data}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restores what `saved` returned."""
+        self.forget(saved["floor"])
+        self.first_frame, self.sizes = saved["first_frame"], tuple(saved["sizes"])
+        self.frames.extend((seed, RULES.resolve(rule)) for seed, rule in saved["frames"])
+        data, size = saved["packed"].encode("latin-1"), _layout(*self.sizes).size
+        self.packed.extend(data[at : at + size] for at in range(0, len(data), size))
+
+
+def _step(packed: bytes) -> int:
+    return int.from_bytes(packed[:8], "little")
+
+
+class Braking:
+    """The brake of one engine.
+
+    Args:
+        mode: "rollback", "warn" or None, as the setting ``brake``.
+
+    Attributes:
+        brake: the test for losses that have risen.
+        history: the updates since the best block, if the brake may have to revert them.
+        next_step: the step that `see` expects; None before the first one.
+        normaliser: state of the step normaliser before the step in progress, as in `Done`.
+        logged_from: first step of the seed log; updates before it are not reverted, as a replay could not do so.
+    """
+
+    def __init__(self, mode: str | None):
+        self.mode = mode
+        self.logged_from = 0
+        self.alarms = self.agreeing = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything; the next step begins the statistics."""
+        self.next_step: int | None = None
+        self.normaliser: tuple[float, int] | None = None
+        self.brake, self.history = Brake(), History()
+
+    def see(self, step: int, loss: float) -> Alarm | None:
+        """Takes the loss of a step; returns an alarm if it has risen.
+
+        Every step of a run comes here once, repeated and skipped ones included, so that a resumed run has the
+        statistics of the run that it continues. After a jump in the steps they begin anew.
+        """
+        if step != self.next_step:
+            self.brake, self.history = Brake(step), History(step)
+        self.next_step = step + 1
+        if self.mode is None:
+            return None
+        alarm = self.brake.see(step, in_float32(loss))
+        if alarm is None:
+            self.history.drop_before(self.brake.earliest())
+        return alarm
+
+    def goal(self, alarm: Alarm) -> int:
+        """The step to go back to, given an alarm."""
+        return max(alarm.step, self.history.floor, self.logged_from)
+
+    def noted(self, losses: Sequence[float]) -> None:
+        """Warns if the losses of all probes have agreed for many steps; takes the losses of a step."""
+        agree = len(losses) > 1 and math.isfinite(losses[0]) and len(set(losses)) == 1
+        self.agreeing = self.agreeing + 1 if agree and self.mode is not None else 0
+        if self.agreeing >= AGREEING and self.agreeing & (self.agreeing - 1) == 0:
+            logger.warning(
+                "the losses of all probes have agreed exactly for %d steps (%.7g in the last one): no direction "
+                "changes the loss, so nothing is learnt. The model has collapsed or is saturated, which too high a "
+                "learning rate does, or the loss does not depend on the weights that move",
+                self.agreeing,
+                losses[0],
+            )
+
+    def warn(self, step: int, alarm: Alarm, advice: str) -> None:
+        """Warns of a rise that is left alone: of the first one, the second, the fourth, ..."""
+        self.alarms += 1
+        if self.alarms & (self.alarms - 1) == 0:
+            often = f" (rise number {self.alarms} of this run)" if self.alarms > 1 else ""
+            logger.warning("%s%s; %s", rise(step, alarm), often, advice)
+
+    # Checkpoints
+
+    def saved(self) -> dict[str, Any]:
+        """The state, as plain values; empty before the first step."""
+        if self.next_step is None:
+            return {}
+        return {"next_step": self.next_step, "brake": self.brake.saved(), "history": self.history.saved()}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restores what `saved` returned."""
+        self.reset()
+        if saved:
+            self.next_step = saved["next_step"]
+            self.brake.load(saved["brake"])
+            self.history.load(saved["history"])
+
+
+def rise(step: int, alarm: Alarm) -> str:
+    """Describes an alarm at a step."""
+    return (
+        f"step {step}: the loss has risen to {alarm.loss:.4g} ({alarm.reason}), and it was {alarm.best:.4g} around "
+        f"step {alarm.step}"
+    )

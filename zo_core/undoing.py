@@ -1,0 +1,145 @@
+"""Going back: what an engine does when its brake raises an alarm, or when the log of a run says that it did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from .brake import Alarm
+from .braking import Done, rise
+from .directions import Directions
+from .errors import StateError
+from .optimizer import number
+from .records import Probe, Rollback
+from .rules import RuleMove
+from .running import Running
+from .targets import Slot
+
+logger = logging.getLogger(__name__)
+
+
+class Reverting(Running, Protocol):
+    """An engine whose updates can be reverted."""
+
+    directions: Directions
+
+
+def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback | None:
+    """Passes the loss of the step that was measured to the brake, and goes back if it has risen.
+
+    Args:
+        engine: the engine, before the update of the step.
+        loss: mean loss of the step.
+        losses: losses of its probes.
+
+    Returns:
+        What was done; None if the step is to be applied.
+    """
+    braking, step, said = engine.braking, engine.step_count, engine.continuity.front.said
+    braking.noted(losses)
+    alarm = _see(engine, loss)
+    if alarm is None:
+        return None
+    if braking.mode == "warn":
+        braking.warn(step, alarm, f"take a lower learning rate; {said({'brake': 'rollback'})} goes back and halves it")
+        return None
+    if not engine.rule.undoable:
+        braking.warn(step, alarm, f"the updates of the rule {engine.rule.name!r} cannot be reverted: take a lower rate")
+        return None
+    rollback = Rollback(braking.goal(alarm), engine.optimizer.factor / 2)
+    logger.warning(
+        "%s; the weights go back to those before step %d, and from here on the learning rate is %.4g of what is set",
+        rise(step, alarm),
+        rollback.to,
+        rollback.factor,
+    )
+    roll_back(engine, rollback)
+    return rollback
+
+
+def repeated(engine: Reverting, loss: float, rollback: Rollback | None) -> None:
+    """Does for a step of the log what `braked` did when it was measured; for a skipped step, too.
+
+    Raises:
+        StateError: the step went back, and the updates since then are not known.
+    """
+    alarm = _see(engine, loss)
+    if rollback is None:
+        return
+    if alarm is None:
+        engine.braking.brake.restart(engine.step_count + 1)
+    roll_back(engine, rollback)
+
+
+def _see(engine: Reverting, loss: float) -> Alarm | None:
+    normaliser, braking = engine.normaliser, engine.braking
+    braking.normaliser = None if normaliser is None else (normaliser.mean_square, normaliser.count)
+    return braking.see(engine.step_count, loss)
+
+
+def roll_back(engine: Reverting, rollback: Rollback) -> None:
+    """Reverts the updates since a step, in the weights unless these are already those of a later step.
+
+    The step normaliser also goes back: what it has seen of an explosion would make all later steps tiny.
+    """
+    history = engine.braking.history
+    if rollback.to < history.floor:
+        raise StateError(
+            f"step {engine.step_count} of the run went back to step {rollback.to}, and the updates are known from step "
+            f"{history.floor} on; resume from an earlier checkpoint, or from the beginning of the log"
+        )
+    steps = history.pop(rollback.to, engine.noise.seed)
+    if steps and steps[0].normaliser is not None and engine.normaliser is not None:
+        engine.normaliser.mean_square, engine.normaliser.count = steps[0].normaliser
+    if engine.step_count < engine.continuity.ahead:
+        return
+    engine.merged = engine.updaters.settle() or engine.merged
+    groups = engine.optimizer.param_groups
+    index = {id(group): place for place, group in enumerate(groups)}
+    with torch.no_grad(), engine.hidden():
+        for slot, group in engine.optimizer.groups_of(engine.slots).items():
+            undo(engine, slot, index[id(group)], steps)
+    torch.clear_autocast_cache()
+
+
+def undo(engine: Reverting, slot: Slot, group: int, steps: Sequence[Done]) -> None:
+    """Reverts steps in one slot, whose windows have ended.
+
+    Args:
+        engine: the engine.
+        slot: one of its slots.
+        group: index of the slot's group in the steps.
+        steps: oldest first.
+    """
+    if steps:
+        engine.updaters.of[slot].undo(partial(moves_of, engine.directions, slot, group, steps))
+
+
+def moves_of(directions: Directions, slot: Slot, group: int, steps: Sequence[Done]) -> list[RuleMove]:
+    """The updates of a slot in some steps, without those that did not move it."""
+    moves: list[RuleMove] = []
+    for done in steps:
+        how = done.eps[group], done.lrs[group], done.weight_decay[group]
+        _, direction, lr, weight_decay = directions.move(slot, done.probes, *how)
+        if not direction.still:
+            moves.append((done.rule, direction, lr, weight_decay))
+    return moves
+
+
+def note(engine: Reverting, probes: tuple[Probe, ...]) -> None:
+    """Called at the end of every step: keeps its update, so that it can be reverted."""
+    history, step = engine.braking.history, engine.step_count
+    if not probes:
+        return
+    if not engine.rule.undoable:
+        history.forget(step + 1)
+        return
+    groups, factor = engine.optimizer.param_groups, engine.optimizer.factor
+    lrs = tuple(number(group, "lr", 0.0) * factor for group in groups)
+    eps = tuple(engine.directions.relative_eps(group) for group in groups)
+    weight_decay = tuple(number(group, "weight_decay", 0.0) for group in groups)
+    history.add(Done(step, probes, lrs, eps, weight_decay, engine.rule, engine.braking.normaliser), engine.seed)
