@@ -395,9 +395,11 @@ class ZeroOrder(TrainedModel):
 
     # The learning rate
 
-    def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
+    def suggest_lr(
+        self, closures: Sequence[Callable[[], Any]], forwards: int | None = None, steps: int | None = None
+    ) -> LrSuggestion:
         """Suggests a learning rate by trial runs, all of which are undone; see `zo_core.suggest_lr`."""
-        return range_test(self, closures, steps)
+        return range_test(self, closures, forwards, steps)
 
     @property
     def wants_lr(self) -> bool:

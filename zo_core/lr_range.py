@@ -1,4 +1,4 @@
-"""A learning-rate range test: short trial runs at increasing rates, all of which are undone.
+"""A learning-rate range test: short trial runs at several rates, all of which are undone.
 
 It drives an engine through its ordinary steps, so it works with every estimator, rule and model, and
 knows nothing about what they compute.
@@ -7,51 +7,29 @@ knows nothing about what they compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .errors import ConfigError, LossError
-from .modes import set_rng_state
-from .records import Point
+from .errors import ConfigError, LossError, ShortRunError
+from .lr_trials import Trial, Trials, mean
 from .running import Running
-from .snapshot import Snapshot
 
-Closure = Callable[[], Any]
-
-#: The first step index of trial runs, whose directions are far from those of any training run.
-FIRST_STEP = 1 << 30
-#: Forwards of a trial run, and its minimum number of steps.
-FORWARDS, LEAST_STEPS = 128, 16
-#: The search for an upper bound: steps of a trial, and the factor between rates. The first rate moves an
-#: element by this fraction of eps.
-SCOUT_STEPS, SCOUT_FACTOR, SCOUT_START = 8, 8.0, 1e-3
+#: Forwards of the search, the part of the run's forwards that it may take, and the fewest that are of any use.
+FORWARDS, SHARE, LEAST = 512, 0.1, 48
+#: If the length of the run is not known, it is taken to be this many times that of a trial.
+LONGER = 20
+#: Steps of the run with a rising rate, its first rate (by which a step moves an element by this fraction of eps),
+#: and the factor by which the first trial stays below the rate at which that run broke, per square root of steps.
+RISING_STEPS, HARMLESS = 48, 0.125
+#: A rate is good if a trial achieves this fraction of the largest decrease.
+ENOUGH = 0.75
+#: Parts of the search: number of trials that it should have room for, and the share of forwards kept for the last run.
+TRIALS, LAST = 4, 0.0
 #: What schedulers keep in a group besides its rate.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr")
-#: After this many trials, a search is given up.
-TRIALS = 32
-#: A trial has blown up if the loss has grown by this fraction of itself.
-BLOWN = 0.1
-#: A rate is good if it achieves this fraction of the largest decrease.
-ENOUGH = 0.9
-#: Factors by which the suggestion stays below the median of the good rates, and below the first harmful one.
-MARGIN, LIMIT_MARGIN = 2.0, 4.0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The result of a trial run.
-
-    Attributes:
-        lr: its learning rate.
-        change: change of the mean loss over all batches, from before the run to after it; infinite if the
-            run was stopped because the loss had blown up.
-    """
-
-    lr: float
-    change: float
 
 
 @dataclass(frozen=True)
@@ -62,8 +40,8 @@ class LrSuggestion:
         lr: the suggested learning rate.
         loss: mean loss over the batches before the trials.
         curve: the trial runs, by increasing learning rate.
-        limit: the lowest rate at which a trial run raised the loss; infinite if none did.
-        steps: length of a trial run.
+        limit: the lowest rate at which a trial run did worse than at a lower one; infinite if none did.
+        steps: length of the run that the rate is for.
         forwards: total number of closure calls.
     """
 
@@ -80,17 +58,19 @@ class LrSuggestion:
     def table(self) -> str:
         """The curve as text, with a bar for the decrease at each rate."""
         largest = max(-trial.change for trial in self.curve)
-        lines = [f"{'lr':>9}  {'loss change':>11}  after {self.steps} steps, from a loss of {self.loss:.4g}"]
+        lines = [f"{'lr':>9}  {'loss change':>11}  from a loss of {self.loss:.4g}"]
         for trial in self.curve:
             bar = "#" * max(0, round(30 * -trial.change / largest)) if math.isfinite(trial.change) else "blown up"
             lines.append(f"{trial.lr:>9.2e}  {trial.change:>+11.4g}  {bar}".rstrip())
-        return "\n".join([*lines, f"{self.lr:>9.2e}  suggested"])
+        return "\n".join([*lines, f"{self.lr:>9.2e}  suggested for {self.steps} steps"])
 
     def __str__(self) -> str:
         return self.table()
 
 
-def range_test(engine: Running, closures: Sequence[Closure], steps: int | None = None) -> LrSuggestion:
+def range_test(
+    engine: Running, closures: Sequence[Callable[[], Any]], forwards: int | None = None, steps: int | None = None
+) -> LrSuggestion:
     """Finds a rate by trial runs from the engine's current state; see `zo_core.suggest_lr`.
 
     Afterwards weights, rule state, learning rates, random generators and the step count are restored
@@ -99,10 +79,12 @@ def range_test(engine: Running, closures: Sequence[Closure], steps: int | None =
     Args:
         engine: must have measured nothing since its last step. The rates of its groups keep their proportions.
         closures: one per batch, each returning the loss of its batch.
-        steps: length of a trial run; None takes 128 forwards, and at least 16 steps.
+        forwards: how many calls of closures it may take; None takes 512, or a tenth of the run's if that is less.
+        steps: length of the run that the rate is for; None if it is not known.
 
     Raises:
-        ConfigError: trained weights are streamed, or no rate lowers the loss.
+        ConfigError: no rate lowers the loss.
+        ShortRunError: so few forwards are of no use.
         LossError: ``closures`` are not functions, or the loss is not finite before any step.
     """
     if not closures or not all(callable(closure) for closure in closures):
@@ -110,14 +92,26 @@ def range_test(engine: Running, closures: Sequence[Closure], steps: int | None =
             f"closure={closures!r} must be a function that returns the loss, or a list of such functions, one for "
             "each batch: [lambda: model(**batch).loss for ...] needs batch=batch as a default argument of each lambda"
         )
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ConfigError([f"steps={steps!r} must be a whole number of at least 1, or None"])
+    for name, value in (("forwards", forwards), ("steps", steps)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError([f"{name}={value!r} must be a whole number of at least 1, or None"])
+    points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
+    budget = forwards or (FORWARDS if steps is None else min(FORWARDS, int(SHARE * steps * points)))
+    if budget < LEAST:
+        raise ShortRunError(
+            [
+                f"{budget} forwards are too few to search a learning rate, which takes {LEAST} or more; pass forwards={LEAST} "
+                "or more, or write a number for the learning rate"
+            ]
+        )
+    base = base_rates(engine.optimizer)
+    proportions = [rate / base[0] if base[0] else 1.0 for rate in base]
     with engine.hidden():
-        test = _Test(engine, closures, steps)
+        trials = Trials(engine, closures[: max(2, budget // 24)], budget, proportions)
         try:
-            return test.run()
+            return _Search(trials, steps).run(budget)
         finally:
-            test.before.restore()
+            trials.close()
 
 
 def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -172,99 +166,89 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any
                 setattr(scheduler, name, [rate * factor for rate in rates])
 
 
-class _Test:
-    """One range test, made of trials that all start from the same snapshot."""
+class _Search:
+    """One search.
 
-    def __init__(self, engine: Running, closures: Sequence[Closure], steps: int | None):
-        self.engine, self.closures, self.before = engine, closures, Snapshot(engine)
-        self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
-        self.steps = steps or max(LEAST_STEPS, round(FORWARDS / self.points))
-        self.forwards = 0
-        base = base_rates(engine.optimizer)
-        self.proportions = [rate / base[0] if base[0] else 1.0 for rate in base]
-        self.start: list[float] = []
-        self.scale = 0.0
+    A step moves the weights mostly in a random direction. After k steps at rate r they are about ``r sqrt(k)`` away
+    from where they would be without noise, so a run of T steps at r goes as far as one of k steps at ``r sqrt(T / k)``.
+    That is how short trials tell which rate a long run endures.
+    """
 
-    def run(self) -> LrSuggestion:
-        engine = self.engine
-        engine.listeners, engine.first_steps = [], None
-        self.start = self._losses()
-        self.scale = _mean(map(abs, self.start))
-        if not math.isfinite(self.scale):
-            raise LossError(f"the loss is not finite before any step ({self.start}), so no learning rate can be tested")
-        trials = self._curve(self._blown_rate())
-        best = min(trial.change for trial in trials)
-        good = [trial.lr for trial in trials if trial.change <= ENOUGH * best]
-        enough = good[(len(good) - 1) // 2]  # several rates may learn all that can be learnt quickly
-        limit = next((trial.lr for trial in trials if trial.lr > enough and trial.change > 0.0), math.inf)
-        lr = min(enough / MARGIN, limit / LIMIT_MARGIN)
-        return LrSuggestion(lr, _mean(self.start), tuple(trials), limit, self.steps, self.forwards)
+    def __init__(self, trials: Trials, steps: int | None):
+        self.trials, self.steps = trials, steps
+        self.done: dict[float, Trial] = {}
 
-    def _curve(self, lr: float) -> list[Trial]:
-        """Trials at decreasing rates, until two in a row achieve less than the best; by increasing rate."""
-        trials: list[Trial] = []
-        worse, best = 0, 0.0
-        while worse < 2:
-            if len(trials) == TRIALS:
-                raise ConfigError(
-                    [
-                        "no learning rate lowers the loss: it does not depend on the weights that move, or the batches "
-                        f"differ too much for trials of {self.steps} steps; pass more batches, or a larger steps="
-                    ]
-                )
-            lr /= 2.0
-            trials.append(Trial(lr, self._trial(lr, self.steps)))
-            worse = worse + 1 if best < 0.0 and trials[-1].change > ENOUGH * best else 0
-            best = min(best, trials[-1].change)
-        return trials[::-1]
+    def run(self, budget: int) -> LrSuggestion:
+        trials = self.trials
+        trials.begin()
+        lr = HARMLESS * trials.engine.eps / max(trials.size(), 1e-30)
+        rates = trials.rising(lr, min(RISING_STEPS, budget // 3 // trials.points))
+        kept = round(LAST * budget)
+        length = max(4, ((trials.left - kept) // (TRIALS if budget >= 256 else 3) - len(trials.closures)) // trials.points)
+        self.length = length
+        steps = self.steps or LONGER * length
+        self._explore(rates[-1] / math.sqrt(length), kept)
+        lr, limit = self.choose(steps)
+        lr = self._confirmed(lr, steps)
+        curve = tuple(self.done[rate] for rate in sorted(self.done))
+        return LrSuggestion(lr, mean(trials.start), curve, limit, steps, budget - trials.left)
 
-    def _blown_rate(self) -> float:
-        """A rate that does harm within a few steps, found by trials at increasing rates."""
-        lr = SCOUT_START * self.engine.eps / max(1.0, self._size())
-        for _ in range(TRIALS):
-            if self._trial(lr, SCOUT_STEPS) > BLOWN * self.scale:
+    def _try(self, lr: float, steps: int) -> Trial:
+        self.done[lr] = self.trials.run(lr, steps)
+        return self.done[lr]
+
+    def _room(self, kept: int) -> bool:
+        return self.trials.left - kept >= self.trials.cost(self.length)
+
+    def _explore(self, lr: float, kept: int) -> None:
+        """Trials at rates a factor of 2 apart, upwards while they achieve more, else downwards."""
+        trial = self._try(lr, self.length)
+        factor = 4.0
+        while not trial.learnt and self._room(0 if not self._good() else kept):
+            lr /= factor
+            trial = self._try(lr, self.length)
+        if not trial.learnt:
+            raise ConfigError(
+                [
+                    "no learning rate lowers the loss by more than the differences between batches: it does not depend "
+                    "on the weights that move, or the batches differ too much; pass more batches, or more forwards="
+                ]
+            )
+        while self._room(kept):
+            above = next((rate for rate in sorted(self.done) if rate > lr), math.inf)
+            if above <= 2.9 * lr:
                 break
-            lr *= SCOUT_FACTOR
-        return lr
+            up = min(2.0 * lr, math.sqrt(lr * above))
+            trial = self._try(up, self.length)
+            if trial.learnt and trial.change <= ENOUGH * min(t.change for t in self._good()):
+                lr = up
+        while self._room(kept):
+            lowest = min(self._good(), key=lambda t: t.lr)
+            if lowest.change > ENOUGH * min(t.change for t in self._good()):
+                break
+            if lowest.lr > self.choose((self.steps or LONGER * self.length))[0]:
+                break
+            self._try(lowest.lr / 2.0, self.length)
 
-    def _size(self) -> float:
-        """How far a step of plain descent at rate 1 moves an element: root mean square, on the first batch."""
-        self._begin(0.0)
-        self._measure(0)
-        return math.sqrt(math.fsum(probe.coefficient**2 for probe in self.engine.apply().probes))
+    def _good(self) -> list[Trial]:
+        return [trial for trial in self.done.values() if trial.learnt]
 
-    def _begin(self, lr: float) -> None:
-        self.before.rewind()
-        self.engine.at(FIRST_STEP)
-        for group, proportion in zip(self.engine.optimizer.param_groups, self.proportions, strict=True):
-            group["lr"] = lr * proportion
+    def choose(self, steps: int) -> tuple[float, float]:
+        good = self._good()
+        best = min(trial.change for trial in good)
+        enough = [trial.lr for trial in good if trial.change <= ENOUGH * best]
+        limit = min((rate for rate in self.done if rate > max(enough)), default=math.inf)
+        endured = math.sqrt(max(enough) * min(limit, 2.0 * max(enough)))
+        return min(min(enough), endured * math.sqrt(min(1.0, self.length / steps))), limit
 
-    def _trial(self, lr: float, steps: int) -> float:
-        """The change of the mean loss by a run of ``steps`` steps; infinite if it blew up."""
-        self._begin(lr)
-        for step in range(steps):
-            index = step % len(self.closures)
-            loss = self._measure(index)
-            if not loss - self.start[index] <= self.scale:  # or it is NaN
-                return math.inf
-            self.engine.apply()
-        change = _mean(self._losses()) - _mean(self.start)
-        return change if math.isfinite(change) else math.inf
-
-    def _measure(self, index: int) -> float:
-        """Measures a batch for the step in progress; the mean loss over the probes."""
-        found = self.engine.losses([self.closures[index]])[0]
-        self.engine.add(found)
-        self.forwards += self.points
-        return float(torch.stack(found).mean().to(torch.float32))
-
-    def _losses(self) -> list[float]:
-        """The loss on every batch at the current weights, with the same random numbers (dropout) each time."""
-        set_rng_state(self.before.random)
-        self.forwards += len(self.closures)
-        return [float(self.engine.oracle.losses([Point(0, 0.0)], closure)[0]) for closure in self.closures]
-
-
-def _mean(values: Iterable[float]) -> float:
-    kept = list(values)
-    return math.fsum(kept) / len(kept) if all(map(math.isfinite, kept)) else math.nan
+    def _confirmed(self, lr: float, steps: int) -> float:
+        """The rate after a last run, which is as long as what is left allows, at the rate that goes as far as the whole run."""
+        length = self.trials.left // self.trials.points - 4
+        if length < self.length:
+            return lr
+        raised = lr * math.sqrt(max(1.0, steps / length))
+        trial = self.trials.run(raised, length)
+        self.last = (raised, length, trial)
+        if math.isfinite(trial.change) and trial.learnt:
+            return lr
+        return lr / 2.0

@@ -26,6 +26,7 @@ def suggest_lr(
     config: ZOConfig | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    forwards: int | None = None,
     steps: int | None = None,
     **overrides: Any,
 ) -> LrSuggestion:
@@ -67,7 +68,7 @@ def suggest_lr(
     closures = [closure] if callable(closure) else list(closure)
     engine = None if optimizer is None else getattr(optimizer, "engine", None)
     if engine is not None and engine.model is model and config is None and not overrides:
-        return engine.suggest_lr(closures, steps)
+        return engine.suggest_lr(closures, forwards, steps)
     settings = (config or ZOConfig()).replace(**{**overrides, "lr": None})
     settings = settings.replace(normalise=bool(settings.normalise))  # for a rate that will be given as a number
     streaming = Streaming.of(model)
@@ -78,7 +79,7 @@ def suggest_lr(
             windows.enter_context(live.kept())
         zo = ZeroOrder(model, settings, optimizer=optimizer)
         try:
-            return zo.suggest_lr(closures, steps)
+            return zo.suggest_lr(closures, forwards, steps)
         finally:
             zo.close() if streaming is None else zo.stop()
             if engine is not None:
