@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -17,17 +17,17 @@ from .errors import ConfigError, LossError, ShortRunError
 from .lr_trials import Trial, Trials, mean
 from .running import Running
 
-#: Forwards of the search, the part of the run's forwards that it may take, and the fewest that are of any use.
-FORWARDS, SHARE, LEAST = 512, 0.1, 48
+#: Forwards of the search, and the part of the run's forwards that it may take. Fewer than these forwards or steps
+#: are of no use.
+FORWARDS, SHARE, LEAST, LEAST_STEPS = 512, 0.1, 128, 24
 #: If the length of the run is not known, it is taken to be this many times that of a trial.
 LONGER = 20
-#: Steps of the run with a rising rate, its first rate (by which a step moves an element by this fraction of eps),
-#: and the factor by which the first trial stays below the rate at which that run broke, per square root of steps.
-RISING_STEPS, HARMLESS = 48, 0.125
+#: Most steps of the run with a rising rate, and its first rate: a step moves an element by this fraction of eps.
+RISING_STEPS, HARMLESS, TINY = 48, 0.125, 1e-30
 #: A rate is good if a trial achieves this fraction of the largest decrease.
 ENOUGH = 0.75
-#: Parts of the search: number of trials that it should have room for, and the share of forwards kept for the last run.
-TRIALS, LAST = 4, 0.0
+#: A trial is so long that there are forwards for this many, or for one less with few forwards.
+TRIALS, FEW = 4, 256
 #: What schedulers keep in a group besides its rate.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr")
 
@@ -64,6 +64,14 @@ class LrSuggestion:
             lines.append(f"{trial.lr:>9.2e}  {trial.change:>+11.4g}  {bar}".rstrip())
         return "\n".join([*lines, f"{self.lr:>9.2e}  suggested for {self.steps} steps"])
 
+    def summary(self) -> str:
+        """One line: the rate, what it took to find it, and what it achieved."""
+        best = min(self.curve, key=lambda trial: trial.change)
+        return (
+            f"learning rate {self.lr:.2g}, found by {self.forwards} forwards for a run of {self.steps} steps: "
+            f"a trial of {best.steps} steps lowered the loss from {self.loss:.4g} by {-best.change:.2g}"
+        )
+
     def __str__(self) -> str:
         return self.table()
 
@@ -97,11 +105,13 @@ def range_test(
             raise ConfigError([f"{name}={value!r} must be a whole number of at least 1, or None"])
     points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
     budget = forwards or (FORWARDS if steps is None else min(FORWARDS, int(SHARE * steps * points)))
-    if budget < LEAST:
+    least = max(LEAST, LEAST_STEPS * points)
+    if budget < least:
+        share = "" if forwards else f", a tenth of what {steps} steps take,"
         raise ShortRunError(
             [
-                f"{budget} forwards are too few to search a learning rate, which takes {LEAST} or more; pass forwards={LEAST} "
-                "or more, or write a number for the learning rate"
+                f"{budget} forwards{share} are too few to search a learning rate with; pass forwards={least} or more "
+                "to suggest_lr, or write a number for the learning rate"
             ]
         )
     base = base_rates(engine.optimizer)
@@ -169,86 +179,112 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any
 class _Search:
     """One search.
 
-    A step moves the weights mostly in a random direction. After k steps at rate r they are about ``r sqrt(k)`` away
-    from where they would be without noise, so a run of T steps at r goes as far as one of k steps at ``r sqrt(T / k)``.
-    That is how short trials tell which rate a long run endures.
+    The noise of a step moves the weights in a random direction. After k steps at rate r it has moved them about
+    ``r sqrt(k)`` away, so a run of T steps at r goes as far as one of k steps at ``r sqrt(T / k)``. That is how short
+    trials tell which rate a long run endures.
     """
 
     def __init__(self, trials: Trials, steps: int | None):
         self.trials, self.steps = trials, steps
         self.done: dict[float, Trial] = {}
+        self.length = 0
 
     def run(self, budget: int) -> LrSuggestion:
         trials = self.trials
         trials.begin()
-        lr = HARMLESS * trials.engine.eps / max(trials.size(), 1e-30)
-        rates = trials.rising(lr, min(RISING_STEPS, budget // 3 // trials.points))
-        kept = round(LAST * budget)
-        length = max(4, ((trials.left - kept) // (TRIALS if budget >= 256 else 3) - len(trials.closures)) // trials.points)
-        self.length = length
-        steps = self.steps or LONGER * length
-        self._explore(rates[-1] / math.sqrt(length), kept)
-        lr, limit = self.choose(steps)
-        lr = self._confirmed(lr, steps)
+        first = HARMLESS * trials.engine.eps / max(trials.size(), TINY)
+        edge = trials.rising(first, min(RISING_STEPS, budget // 3 // trials.points))
+        room = trials.left // (TRIALS if budget > FEW else TRIALS - 1) - len(trials.closures)
+        self.length = max(4, room // trials.points)
+        steps = self.steps or LONGER * self.length
+        self._descend(edge / math.sqrt(self.length))
+        if not self._good():
+            self._give_up(budget)
+        self._ascend(self._good()[-1].lr)
+        self._find_smaller(steps)
+        lr = self._confirmed(self._endured(steps), steps)
         curve = tuple(self.done[rate] for rate in sorted(self.done))
-        return LrSuggestion(lr, mean(trials.start), curve, limit, steps, budget - trials.left)
+        return LrSuggestion(lr, mean(trials.start), curve, self._limit(), steps, budget - trials.left)
 
     def _try(self, lr: float, steps: int) -> Trial:
         self.done[lr] = self.trials.run(lr, steps)
         return self.done[lr]
 
-    def _room(self, kept: int) -> bool:
-        return self.trials.left - kept >= self.trials.cost(self.length)
-
-    def _explore(self, lr: float, kept: int) -> None:
-        """Trials at rates a factor of 2 apart, upwards while they achieve more, else downwards."""
-        trial = self._try(lr, self.length)
-        factor = 4.0
-        while not trial.learnt and self._room(0 if not self._good() else kept):
-            lr /= factor
-            trial = self._try(lr, self.length)
-        if not trial.learnt:
-            raise ConfigError(
-                [
-                    "no learning rate lowers the loss by more than the differences between batches: it does not depend "
-                    "on the weights that move, or the batches differ too much; pass more batches, or more forwards="
-                ]
-            )
-        while self._room(kept):
-            above = next((rate for rate in sorted(self.done) if rate > lr), math.inf)
-            if above <= 2.9 * lr:
-                break
-            up = min(2.0 * lr, math.sqrt(lr * above))
-            trial = self._try(up, self.length)
-            if trial.learnt and trial.change <= ENOUGH * min(t.change for t in self._good()):
-                lr = up
-        while self._room(kept):
-            lowest = min(self._good(), key=lambda t: t.lr)
-            if lowest.change > ENOUGH * min(t.change for t in self._good()):
-                break
-            if lowest.lr > self.choose((self.steps or LONGER * self.length))[0]:
-                break
-            self._try(lowest.lr / 2.0, self.length)
+    @property
+    def _room(self) -> bool:
+        """Whether there are enough forwards left for another trial."""
+        return self.trials.left >= self.trials.cost(self.length)
 
     def _good(self) -> list[Trial]:
-        return [trial for trial in self.done.values() if trial.learnt]
+        """Trials that lowered the loss, by increasing rate."""
+        return sorted((trial for trial in self.done.values() if trial.learnt), key=lambda trial: trial.lr)
 
-    def choose(self, steps: int) -> tuple[float, float]:
-        good = self._good()
-        best = min(trial.change for trial in good)
-        enough = [trial.lr for trial in good if trial.change <= ENOUGH * best]
-        limit = min((rate for rate in self.done if rate > max(enough)), default=math.inf)
-        endured = math.sqrt(max(enough) * min(limit, 2.0 * max(enough)))
-        return min(min(enough), endured * math.sqrt(min(1.0, self.length / steps))), limit
+    def _enough(self) -> list[Trial]:
+        """Those that achieve most of the largest decrease."""
+        best = min(trial.change for trial in self._good())
+        return [trial for trial in self._good() if trial.change <= ENOUGH * best]
+
+    def _limit(self) -> float:
+        """The lowest rate that is too high."""
+        return min((lr for lr in self.done if lr > self._enough()[-1].lr), default=math.inf)
+
+    def _endured(self, steps: int) -> float:
+        """The smallest rate that achieves most of the decrease, but none that so many steps would not endure."""
+        enough = self._enough()
+        top = enough[-1]
+        between = math.sqrt(top.lr * min(self._limit(), 2.0 * top.lr))
+        return min(enough[0].lr, between * math.sqrt(min(1.0, top.steps / steps)))
+
+    def _descend(self, lr: float) -> None:
+        """Trials at decreasing rates, until one lowers the loss."""
+        unclear = 0
+        while self._room:
+            trial = self._try(lr, self.length)
+            unclear += math.isfinite(trial.change) and not trial.flat
+            if trial.learnt:
+                return
+            if unclear == 2:
+                break
+            lr /= 4.0
+        # Decrease and noise both shrink with the rate, so a smaller one would not be clearer, but a longer trial is.
+        longest = (self.trials.left - len(self.trials.closures)) // self.trials.points
+        if unclear and longest > self.length:
+            self._try(lr, longest)
+
+    def _ascend(self, lr: float) -> None:
+        """Trials at increasing rates, until one is too high."""
+        while self._room:
+            above = min((rate for rate in self.done if rate > lr), default=math.inf)
+            if above < 3.0 * lr:
+                break
+            lr = min(2.0 * lr, math.sqrt(lr * above))
+            if self._try(lr, self.length) not in self._enough():
+                break
+
+    def _find_smaller(self, steps: int) -> None:
+        """Trials at decreasing rates, as long as they achieve as much, down to what the run endures in any case."""
+        while self._room and (lowest := self._good()[0]) in self._enough() and lowest.lr <= self._endured(steps):
+            self._try(lowest.lr / 2.0, self.length)
 
     def _confirmed(self, lr: float, steps: int) -> float:
-        """The rate after a last run, which is as long as what is left allows, at the rate that goes as far as the whole run."""
-        length = self.trials.left // self.trials.points - 4
-        if length < self.length:
+        """The rate after a last run, as long as the forwards allow, which goes as far as the whole run at this rate."""
+        length = (self.trials.left - len(self.trials.closures)) // self.trials.points
+        if length <= self.length:
             return lr
-        raised = lr * math.sqrt(max(1.0, steps / length))
-        trial = self.trials.run(raised, length)
-        self.last = (raised, length, trial)
-        if math.isfinite(trial.change) and trial.learnt:
-            return lr
-        return lr / 2.0
+        last = self.trials.run(lr * math.sqrt(max(1.0, steps / length)), length)
+        return lr if last.learnt else lr / 2.0
+
+    def _give_up(self, budget: int) -> NoReturn:
+        if budget < FORWARDS:
+            raise ShortRunError(
+                [
+                    f"{budget} forwards, {self.trials.spent} of them used, have shown no learning rate that lowers the "
+                    "loss by more than the batches differ; pass more forwards=, or write a number for the learning rate"
+                ]
+            )
+        raise ConfigError(
+            [
+                "no learning rate lowers the loss by more than the batches differ: it does not depend on the weights "
+                "that move, or there is too much noise; pass more batches, or more forwards="
+            ]
+        )

@@ -58,7 +58,7 @@ class Trials:
         forwards: how many calls of closures all runs may take together.
 
     Attributes:
-        left: how many calls are left.
+        left, spent: how many calls are left, and how many there were.
         points: forwards of a step.
         start: the loss on each batch before any step.
         changes: of the steps of the last run, each the difference between the loss and that of its batch at the start.
@@ -66,7 +66,7 @@ class Trials:
     """
 
     def __init__(self, engine: Running, closures: Sequence[Callable[[], Any]], forwards: int, proportions: list[float]):
-        self.engine, self.left, self.proportions = engine, forwards, proportions
+        self.engine, self.left, self.spent, self.proportions = engine, forwards, 0, proportions
         self.closures = [self._counted(closure) for closure in closures]
         self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
         self.bar = Bar(forwards, "learning rate")
@@ -82,6 +82,7 @@ class Trials:
     def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def counted() -> Any:
             self.left -= 1
+            self.spent += 1
             self.bar.advance(1)
             return closure()
 
@@ -128,25 +129,23 @@ class Trials:
         spread = changes if len(changes) > 2 else [*changes, *self.changes[-(len(self.changes) // 2) :]]
         return Trial(lr, change, standard_error(spread), steps, self._is_flat(losses))
 
-    def rising(self, lr: float, steps: int) -> list[float]:
+    def rising(self, lr: float, steps: int) -> float:
         """Trains at a rate that doubles in every step, until the loss has risen or does not change any more.
 
         Returns:
-            The rates.
+            The last rate before that.
         """
         stride = len(self.closures) * -(-7 // len(self.closures))
-        rates: list[float] = []
         losses: list[float] = []
         for step in self._steps(lambda step: lr * 2.0**step, steps):
-            rates.append(lr * 2.0**step)
             index = step % len(self.closures)
             losses.append(self.start[index] + self.changes[-1])
             if broken(self.changes, self.scale):
-                break
+                return lr * 2.0 ** (step - 1)
             if self._is_level(losses, stride) and self._is_level(losses[:-1], stride):
                 self.plateau = {(step - back) % len(self.closures): losses[step - back] for back in range(stride)}
-                return rates[: -stride - 1]
-        return rates
+                return lr * 2.0 ** (step - stride - 2)
+        return lr * 2.0 ** (len(losses) - 1)
 
     def _is_worse(self) -> bool:
         """Whether the last round over the batches has higher losses than before the run, by more than chance."""
