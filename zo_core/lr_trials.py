@@ -168,7 +168,7 @@ class Trials:
             return False
         away = [abs(losses[index] - level) for index, level in self.plateau.items()]
         moved = [abs(self.start[index] - level) for index, level in self.plateau.items()]
-        return mean(away) <= 0.1 * mean(moved)
+        return mean(away) <= 0.25 * mean(moved)
 
     def _steps(self, rate: Callable[[int], float], steps: int) -> Iterable[int]:
         """Takes steps; yields after each measurement, before the step is applied."""
