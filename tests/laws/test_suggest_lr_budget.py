@@ -88,7 +88,9 @@ def test_one_line_says_what_was_found(caplog: pytest.LogCaptureFixture, capfd: p
     found = zo.suggestion
     assert found is not None
     (line,) = caplog.messages
-    assert line.startswith(f"learning rate {found.lr:.2g}, found by {found.forwards} forwards for a run of {found.steps} ")
+    assert line.startswith(
+        f"learning rate {found.lr:.2g}, found by {found.forwards} forwards for a run of {found.steps} "
+    )
     assert f"from a loss of {found.loss:.4g}" in str(found)
     assert capfd.readouterr().err == ""  # the bar is for terminals
 
