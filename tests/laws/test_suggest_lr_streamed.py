@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hf_helpers import differing, weights
 from models import closure, tiny
 from torch import nn
