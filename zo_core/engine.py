@@ -416,7 +416,7 @@ class ZeroOrder(TrainedModel):
     ) -> None:
         """Sets the rate that `suggest_lr` finds; does nothing without ``lr="auto"`` or after the first step.
 
-        If the run is too short for a search, the groups keep their rates, and that is logged.
+        If the run is too short for a search, it takes the default rate (that of a torch optimizer stays) and says so.
 
         Args:
             batches: returns a context for the test, which yields one closure per batch; only called if needed.
@@ -433,7 +433,9 @@ class ZeroOrder(TrainedModel):
             with batches() as closures:
                 self.suggestion = self.suggest_lr(closures, steps=steps)
         except ShortRunError as error:
-            logger.warning("the learning rate stays %.2g: %s", base_rates(self.optimizer)[0], error)
+            if not isinstance(self.optimizer, TorchOptimizerFace):
+                set_lr(self.optimizer, self._default_lr(self.slots), schedulers)
+            logger.warning("the learning rate is %.2g: %s", base_rates(self.optimizer)[0], error)
         else:
             set_lr(self.optimizer, self.suggestion.lr, schedulers)
             how = "" if self.normaliser is None else f"; to write it down: normalise={self.normaliser.name!r}"

@@ -59,7 +59,7 @@ class Trials:
 
     Attributes:
         left, spent: how many calls are left, and how many there were.
-        points: forwards of a step.
+        points: forwards of a first step; later ones may take fewer.
         start: the loss on each batch before any step.
         changes: of the steps of the last run, each the difference between the loss and that of its batch at the start.
         bar: shows the calls.
@@ -68,7 +68,7 @@ class Trials:
     def __init__(self, engine: Running, closures: Sequence[Callable[[], Any]], forwards: int, proportions: list[float]):
         self.engine, self.left, self.spent, self.proportions = engine, forwards, 0, proportions
         self.closures = [self._counted(closure) for closure in closures]
-        self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
+        self.points = engine.point_count
         self.bar = Bar(forwards, "learning rate")
         self.before = Snapshot(engine)
         self.start: list[float] = []
@@ -175,7 +175,7 @@ class Trials:
         self._rewind()
         self.changes = []
         for step in range(steps):
-            if self.left < self.points:
+            if self.left < self.engine.point_count:
                 return
             index = step % len(self.closures)
             self._set(rate(step))

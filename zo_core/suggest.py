@@ -69,7 +69,7 @@ def suggest_lr(
     if engine is not None and engine.model is model and config is None and not overrides:
         return engine.suggest_lr(closures, forwards, steps)
     settings = (config or ZOConfig()).replace(**{**overrides, "lr": None})
-    settings = settings.replace(normalise=bool(settings.normalise))  # for a rate that will be given as a number
+    settings = settings.replace(normalise=settings.normalise or False)  # for a rate that will be given as a number
     streaming = Streaming.of(model)
     if streaming is not None:  # before another engine is made, which would start with rule state of its own
         check_no_state(streaming, _moving(model, settings, optimizer))
