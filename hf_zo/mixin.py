@@ -269,7 +269,7 @@ class ZOTrainerMixin(_Trainer):
         step = partial(super().training_step, num_items_in_batch=num_items_in_batch)
         zo = self._zo_at_step(model)
         batches = partial(self._lr_batches, partial(super().training_step, model), inputs, num_items_in_batch)
-        zo.find_lr(batches, schedulers(self))
+        zo.find_lr(batches, schedulers(self), self.state.max_steps)
         log = self._zo_journal
         entry = None if log is None else log.logged(zo)
         if entry is not None:

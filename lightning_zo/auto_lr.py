@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
@@ -37,6 +38,12 @@ def batches(trainer: Trainer) -> list[Any]:
         set_rng_state(random)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def length(trainer: Trainer) -> int | None:
+    """Number of steps of the run; None if it has no limit, or only one that is not known in advance."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if steps != math.inf else None
 
 
 def _placed(trainer: Trainer, batch: Any) -> Any:

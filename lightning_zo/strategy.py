@@ -29,7 +29,7 @@ from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
 from zo_core.targets import check_values, keep_codes_plain
 
-from .auto_lr import batches
+from .auto_lr import batches, length
 from .closure import StepGuard, not_executed
 from .engine import FRONT_END, build, check, settings
 from .journal import Asked, Journal, log_path
@@ -233,7 +233,7 @@ class ZOStrategy(SingleDeviceStrategy):
         zo = self._at_step(module.trainer.global_step)
         self._runs += 1
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
-        zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers)
+        zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers, length(module.trainer))
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1

@@ -6,10 +6,11 @@ It knows torch and nothing of any trainer.
 from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
-from .errors import ConfigError, LossError, ModelError, StateError, ZOError
+from .errors import ConfigError, LossError, ModelError, ShortRunError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
-from .lr_range import LrSuggestion, Trial
+from .lr_range import LrSuggestion
+from .lr_trials import Trial
 from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
@@ -49,6 +50,7 @@ __all__ = [
     "SeedLog",
     "SeedLogWriter",
     "Sgd",
+    "ShortRunError",
     "Sign",
     "Slot",
     "Sparse",

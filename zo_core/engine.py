@@ -17,13 +17,13 @@ from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import default_eps, default_lr, moving, said_default
 from .directions import Directions
-from .errors import LossError, ModelError, StateError
+from .errors import LossError, ModelError, ShortRunError, StateError
 from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
 from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
-from .lr_range import LrSuggestion, check_replaceable, range_test, set_lr
+from .lr_range import LrSuggestion, base_rates, check_replaceable, range_test, set_lr
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
@@ -67,7 +67,8 @@ class ZeroOrder(TrainedModel):
         braking: what goes back when the loss has risen; see the setting ``brake``.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
-        suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise.
+        suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
+            is too short for one.
 
     Raises:
         ConfigError: some settings are not valid; all of them are listed.
@@ -92,6 +93,7 @@ class ZeroOrder(TrainedModel):
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
+        self._searched = False
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
         self.braking = Braking("warn" if self.config.brake == AUTO else self.config.brake)
@@ -391,7 +393,7 @@ class ZeroOrder(TrainedModel):
         """A copy of what steps change: weights, rule state, rates, generators and counters; `restore` puts it back.
 
         Raises:
-            ConfigError: trained weights are streamed.
+            StateError: a copy of streamed weights could not be written to temporary files.
         """
         return Snapshot(self)
 
@@ -415,25 +417,31 @@ class ZeroOrder(TrainedModel):
 
     # The learning rate
 
-    def suggest_lr(self, closures: Sequence[Callable[[], Any]], steps: int | None = None) -> LrSuggestion:
+    def suggest_lr(
+        self, closures: Sequence[Callable[[], Any]], forwards: int | None = None, steps: int | None = None
+    ) -> LrSuggestion:
         """Suggests a learning rate by trial runs, all of which are undone; see `zo_core.suggest_lr`."""
-        return range_test(self, closures, steps)
+        return range_test(self, closures, forwards, steps)
 
     @property
     def wants_lr(self) -> bool:
         """Whether the learning rate still has to be found; a run that continues from a checkpoint has one."""
-        return self.config.lr == AUTO and self.suggestion is None and self.step_count == 0 and self._plan is None
+        return self.config.lr == AUTO and not self._searched and self.step_count == 0 and self._plan is None
 
     def find_lr(
         self,
         batches: Callable[[], AbstractContextManager[Sequence[Callable[[], Any]]]],
         schedulers: Sequence[Any] = (),
+        steps: int | None = None,
     ) -> None:
         """Sets the rate that `suggest_lr` finds; does nothing without ``lr="auto"`` or after the first step.
+
+        If the run is too short for a search, it takes the default rate (that of a torch optimizer stays) and says so.
 
         Args:
             batches: returns a context for the test, which yields one closure per batch; only called if needed.
             schedulers: schedulers of the optimizer; the rates that they have computed are scaled to the new one.
+            steps: length of the run; None if it is not known.
         """
         if self._left and self.step_count == 0 and self._plan is None:
             self._left = False
@@ -441,11 +449,18 @@ class ZeroOrder(TrainedModel):
         if not self.wants_lr:
             return
         check_replaceable(self.optimizer, schedulers)
-        with batches() as closures:
-            self.suggestion = self.suggest_lr(closures)
-        set_lr(self.optimizer, self.suggestion.lr, schedulers)
-        again = f"lr={self.suggestion.lr:.4g}" + ("" if self.normaliser is None else ", normalise=True")
-        logger.warning("learning rate found by a range test of %d forwards: %s", self.suggestion.forwards, again)
+        try:
+            with batches() as closures:
+                self.suggestion = self.suggest_lr(closures, steps=steps)
+        except ShortRunError as error:
+            if not isinstance(self.optimizer, TorchOptimizerFace):
+                set_lr(self.optimizer, self._default_lr(self.slots), schedulers)
+            logger.warning("the learning rate is %.2g: %s", base_rates(self.optimizer)[0], error)
+        else:
+            set_lr(self.optimizer, self.suggestion.lr, schedulers)
+            how = "" if self.normaliser is None else f"; to write it down: normalise={self.normaliser.name!r}"
+            logger.warning("%s%s", self.suggestion.summary(), how)
+        self._searched = True
 
     # Checkpoints
 

@@ -23,6 +23,10 @@ class ConfigError(ZOError, ValueError):
         super().__init__(message)
 
 
+class ShortRunError(ConfigError):
+    """The run is too short to spend a part of it on the search for a learning rate."""
+
+
 class ModelError(ZOError, ValueError):
     """The model, as it stands, cannot be trained this way."""
 

@@ -1,4 +1,4 @@
-"""A learning-rate range test: short trial runs at increasing rates, all of which are undone.
+"""A learning-rate range test: short trial runs at several rates, all of which are undone.
 
 It drives an engine through its ordinary steps, so it works with every estimator, rule and model, and
 knows nothing about what they compute.
@@ -7,52 +7,29 @@ knows nothing about what they compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from .braking import Braking
-from .errors import ConfigError, LossError
-from .modes import set_rng_state
-from .records import Point
+from .errors import ConfigError, LossError, ShortRunError
+from .lr_trials import Trial, Trials, mean
 from .running import Running
-from .snapshot import Snapshot
 
-Closure = Callable[[], Any]
-
-#: The first step index of trial runs, whose directions are far from those of any training run.
-FIRST_STEP = 1 << 30
-#: Forwards of a trial run, and its minimum number of steps.
-FORWARDS, LEAST_STEPS = 128, 16
-#: The search for an upper bound: steps of a trial, and the factor between rates. The first rate moves an
-#: element by this fraction of eps.
-SCOUT_STEPS, SCOUT_FACTOR, SCOUT_START = 8, 8.0, 1e-3
+#: Forwards of the search, and the part of the run's forwards that it may take. Fewer than these forwards or steps
+#: are of no use.
+FORWARDS, SHARE, LEAST, LEAST_STEPS = 512, 0.1, 128, 24
+#: If the length of the run is not known, it is taken to be this many times that of a trial.
+LONGER = 20
+#: Most steps of the run with a rising rate, and its first rate: a step moves an element by this fraction of eps.
+RISING_STEPS, HARMLESS, TINY = 48, 0.125, 1e-30
+#: A rate is good if a trial achieves this fraction of the largest decrease.
+ENOUGH = 0.75
+#: A trial is so long that there are forwards for this many, or for one less with few forwards.
+TRIALS, FEW = 4, 256
 #: What schedulers keep in a group besides its rate.
 SCHEDULED = ("initial_lr", "max_lr", "min_lr")
-#: After this many trials, a search is given up.
-TRIALS = 32
-#: A trial has blown up if the loss has grown by this fraction of itself.
-BLOWN = 0.1
-#: A rate is good if it achieves this fraction of the largest decrease.
-ENOUGH = 0.9
-#: Factors by which the suggestion stays below the median of the good rates, and below the first harmful one.
-MARGIN, LIMIT_MARGIN = 2.0, 4.0
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The result of a trial run.
-
-    Attributes:
-        lr: its learning rate.
-        change: change of the mean loss over all batches, from before the run to after it; infinite if the
-            run was stopped because the loss had blown up.
-    """
-
-    lr: float
-    change: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +40,8 @@ class LrSuggestion:
         lr: the suggested learning rate.
         loss: mean loss over the batches before the trials.
         curve: the trial runs, by increasing learning rate.
-        limit: the lowest rate at which a trial run raised the loss; infinite if none did.
-        steps: length of a trial run.
+        limit: the lowest rate at which a trial run did worse than at a lower one; infinite if none did.
+        steps: length of the run that the rate is for.
         forwards: total number of closure calls.
     """
 
@@ -81,17 +58,27 @@ class LrSuggestion:
     def table(self) -> str:
         """The curve as text, with a bar for the decrease at each rate."""
         largest = max(-trial.change for trial in self.curve)
-        lines = [f"{'lr':>9}  {'loss change':>11}  after {self.steps} steps, from a loss of {self.loss:.4g}"]
+        lines = [f"{'lr':>9}  {'loss change':>11}  from a loss of {self.loss:.4g}"]
         for trial in self.curve:
             bar = "#" * max(0, round(30 * -trial.change / largest)) if math.isfinite(trial.change) else "blown up"
             lines.append(f"{trial.lr:>9.2e}  {trial.change:>+11.4g}  {bar}".rstrip())
-        return "\n".join([*lines, f"{self.lr:>9.2e}  suggested"])
+        return "\n".join([*lines, f"{self.lr:>9.2e}  suggested for {self.steps} steps"])
+
+    def summary(self) -> str:
+        """One line: the rate, what it took to find it, and what it achieved."""
+        best = min(self.curve, key=lambda trial: trial.change)
+        return (
+            f"learning rate {self.lr:.2g}, found by {self.forwards} forwards for a run of {self.steps} steps: "
+            f"a trial of {best.steps} steps lowered the loss from {self.loss:.4g} by {-best.change:.2g}"
+        )
 
     def __str__(self) -> str:
         return self.table()
 
 
-def range_test(engine: Running, closures: Sequence[Closure], steps: int | None = None) -> LrSuggestion:
+def range_test(
+    engine: Running, closures: Sequence[Callable[[], Any]], forwards: int | None = None, steps: int | None = None
+) -> LrSuggestion:
     """Finds a rate by trial runs from the engine's current state; see `zo_core.suggest_lr`.
 
     Afterwards weights, rule state, learning rates, random generators and the step count are restored
@@ -100,10 +87,12 @@ def range_test(engine: Running, closures: Sequence[Closure], steps: int | None =
     Args:
         engine: must have measured nothing since its last step. The rates of its groups keep their proportions.
         closures: one per batch, each returning the loss of its batch.
-        steps: length of a trial run; None takes 128 forwards, and at least 16 steps.
+        forwards: how many calls of closures it may take; None takes 512, or a tenth of the run's if that is less.
+        steps: length of the run that the rate is for; None if it is not known.
 
     Raises:
-        ConfigError: trained weights are streamed, or no rate lowers the loss.
+        ConfigError: no rate lowers the loss.
+        ShortRunError: so few forwards are of no use.
         LossError: ``closures`` are not functions, or the loss is not finite before any step.
     """
     if not closures or not all(callable(closure) for closure in closures):
@@ -111,14 +100,28 @@ def range_test(engine: Running, closures: Sequence[Closure], steps: int | None =
             f"closure={closures!r} must be a function that returns the loss, or a list of such functions, one for "
             "each batch: [lambda: model(**batch).loss for ...] needs batch=batch as a default argument of each lambda"
         )
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ConfigError([f"steps={steps!r} must be a whole number of at least 1, or None"])
+    for name, value in (("forwards", forwards), ("steps", steps)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError([f"{name}={value!r} must be a whole number of at least 1, or None"])
+    points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
+    budget = forwards or (FORWARDS if steps is None else min(FORWARDS, int(SHARE * steps * points)))
+    least = max(LEAST, LEAST_STEPS * points)
+    if budget < least:
+        share = "" if forwards else f", a tenth of what {steps} steps take,"
+        raise ShortRunError(
+            [
+                f"{budget} forwards{share} are too few to search a learning rate with; pass forwards={least} or more "
+                "to suggest_lr, or write a number for the learning rate"
+            ]
+        )
+    base = base_rates(engine.optimizer)
+    proportions = [rate / base[0] if base[0] else 1.0 for rate in base]
     with engine.hidden():
-        test = _Test(engine, closures, steps)
+        trials = Trials(engine, closures[: max(2, budget // 24)], budget, proportions)
         try:
-            return test.run()
+            return _Search(trials, steps).run(budget)
         finally:
-            test.before.restore()
+            trials.close()
 
 
 def rate_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -173,100 +176,115 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, schedulers: Sequence[Any
                 setattr(scheduler, name, [rate * factor for rate in rates])
 
 
-class _Test:
-    """One range test, made of trials that all start from the same snapshot."""
+class _Search:
+    """One search.
 
-    def __init__(self, engine: Running, closures: Sequence[Closure], steps: int | None):
-        self.engine, self.closures, self.before = engine, closures, Snapshot(engine)
-        self.points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
-        self.steps = steps or max(LEAST_STEPS, round(FORWARDS / self.points))
-        self.forwards = 0
-        base = base_rates(engine.optimizer)
-        self.proportions = [rate / base[0] if base[0] else 1.0 for rate in base]
-        self.start: list[float] = []
-        self.scale = 0.0
+    The noise of a step moves the weights in a random direction. After k steps at rate r it has moved them about
+    ``r sqrt(k)`` away, so a run of T steps at r goes as far as one of k steps at ``r sqrt(T / k)``. That is how short
+    trials tell which rate a long run endures.
+    """
 
-    def run(self) -> LrSuggestion:
-        engine = self.engine
-        engine.listeners, engine.first_steps, engine.braking = [], None, Braking(None)
-        engine.optimizer.factor = 1.0
-        self.start = self._losses()
-        self.scale = _mean(map(abs, self.start))
-        if not math.isfinite(self.scale):
-            raise LossError(f"the loss is not finite before any step ({self.start}), so no learning rate can be tested")
-        trials = self._curve(self._blown_rate())
-        best = min(trial.change for trial in trials)
-        good = [trial.lr for trial in trials if trial.change <= ENOUGH * best]
-        enough = good[(len(good) - 1) // 2]  # several rates may learn all that can be learnt quickly
-        limit = next((trial.lr for trial in trials if trial.lr > enough and trial.change > 0.0), math.inf)
-        lr = min(enough / MARGIN, limit / LIMIT_MARGIN)
-        return LrSuggestion(lr, _mean(self.start), tuple(trials), limit, self.steps, self.forwards)
+    def __init__(self, trials: Trials, steps: int | None):
+        self.trials, self.steps = trials, steps
+        self.done: dict[float, Trial] = {}
+        self.length = 0
 
-    def _curve(self, lr: float) -> list[Trial]:
-        """Trials at decreasing rates, until two in a row achieve less than the best; by increasing rate."""
-        trials: list[Trial] = []
-        worse, best = 0, 0.0
-        while worse < 2:
-            if len(trials) == TRIALS:
-                raise ConfigError(
-                    [
-                        "no learning rate lowers the loss: it does not depend on the weights that move, or the batches "
-                        f"differ too much for trials of {self.steps} steps; pass more batches, or a larger steps="
-                    ]
-                )
-            lr /= 2.0
-            trials.append(Trial(lr, self._trial(lr, self.steps)))
-            worse = worse + 1 if best < 0.0 and trials[-1].change > ENOUGH * best else 0
-            best = min(best, trials[-1].change)
-        return trials[::-1]
+    def run(self, budget: int) -> LrSuggestion:
+        trials = self.trials
+        trials.begin()
+        first = HARMLESS * trials.engine.eps / max(trials.size(), TINY)
+        edge = trials.rising(first, min(RISING_STEPS, budget // 3 // trials.points))
+        room = trials.left // (TRIALS if budget > FEW else TRIALS - 1) - len(trials.closures)
+        self.length = max(4, room // trials.points)
+        steps = self.steps or LONGER * self.length
+        self._descend(edge / math.sqrt(self.length))
+        if not self._good():
+            self._give_up(budget)
+        self._ascend(self._good()[-1].lr)
+        self._find_smaller(steps)
+        lr = self._confirmed(self._endured(steps), steps)
+        curve = tuple(self.done[rate] for rate in sorted(self.done))
+        return LrSuggestion(lr, mean(trials.start), curve, self._limit(), steps, budget - trials.left)
 
-    def _blown_rate(self) -> float:
-        """A rate that does harm within a few steps, found by trials at increasing rates."""
-        lr = SCOUT_START * self.engine.eps / max(1.0, self._size())
-        for _ in range(TRIALS):
-            if self._trial(lr, SCOUT_STEPS) > BLOWN * self.scale:
+    def _try(self, lr: float, steps: int) -> Trial:
+        self.done[lr] = self.trials.run(lr, steps)
+        return self.done[lr]
+
+    @property
+    def _room(self) -> bool:
+        """Whether there are enough forwards left for another trial."""
+        return self.trials.left >= self.trials.cost(self.length)
+
+    def _good(self) -> list[Trial]:
+        """Trials that lowered the loss, by increasing rate."""
+        return sorted((trial for trial in self.done.values() if trial.learnt), key=lambda trial: trial.lr)
+
+    def _enough(self) -> list[Trial]:
+        """Those that achieve most of the largest decrease."""
+        best = min(trial.change for trial in self._good())
+        return [trial for trial in self._good() if trial.change <= ENOUGH * best]
+
+    def _limit(self) -> float:
+        """The lowest rate that is too high."""
+        return min((lr for lr in self.done if lr > self._enough()[-1].lr), default=math.inf)
+
+    def _endured(self, steps: int) -> float:
+        """The smallest rate that achieves most of the decrease, but none that so many steps would not endure."""
+        enough = self._enough()
+        top = enough[-1]
+        between = math.sqrt(top.lr * min(self._limit(), 2.0 * top.lr))
+        return min(enough[0].lr, between * math.sqrt(min(1.0, top.steps / steps)))
+
+    def _descend(self, lr: float) -> None:
+        """Trials at decreasing rates, until one lowers the loss."""
+        unclear = 0
+        while self._room:
+            trial = self._try(lr, self.length)
+            unclear += math.isfinite(trial.change) and not trial.flat
+            if trial.learnt:
+                return
+            if unclear == 2:
                 break
-            lr *= SCOUT_FACTOR
-        return lr
+            lr /= 4.0
+        # Decrease and noise both shrink with the rate, so a smaller one would not be clearer, but a longer trial is.
+        longest = (self.trials.left - len(self.trials.closures)) // self.trials.points
+        if unclear and longest > self.length:
+            self._try(lr, longest)
 
-    def _size(self) -> float:
-        """How far a step of plain descent at rate 1 moves an element: root mean square, on the first batch."""
-        self._begin(0.0)
-        self._measure(0)
-        return math.sqrt(math.fsum(probe.coefficient**2 for probe in self.engine.apply().probes))
+    def _ascend(self, lr: float) -> None:
+        """Trials at increasing rates, until one is too high."""
+        while self._room:
+            above = min((rate for rate in self.done if rate > lr), default=math.inf)
+            if above < 3.0 * lr:
+                break
+            lr = min(2.0 * lr, math.sqrt(lr * above))
+            if self._try(lr, self.length) not in self._enough():
+                break
 
-    def _begin(self, lr: float) -> None:
-        self.before.rewind()
-        self.engine.at(FIRST_STEP)
-        for group, proportion in zip(self.engine.optimizer.param_groups, self.proportions, strict=True):
-            group["lr"] = lr * proportion
+    def _find_smaller(self, steps: int) -> None:
+        """Trials at decreasing rates, as long as they achieve as much, down to what the run endures in any case."""
+        while self._room and (lowest := self._good()[0]) in self._enough() and lowest.lr <= self._endured(steps):
+            self._try(lowest.lr / 2.0, self.length)
 
-    def _trial(self, lr: float, steps: int) -> float:
-        """The change of the mean loss by a run of ``steps`` steps; infinite if it blew up."""
-        self._begin(lr)
-        for step in range(steps):
-            index = step % len(self.closures)
-            loss = self._measure(index)
-            if not loss - self.start[index] <= self.scale:  # or it is NaN
-                return math.inf
-            self.engine.apply()
-        change = _mean(self._losses()) - _mean(self.start)
-        return change if math.isfinite(change) else math.inf
+    def _confirmed(self, lr: float, steps: int) -> float:
+        """The rate after a last run, as long as the forwards allow, which goes as far as the whole run at this rate."""
+        length = (self.trials.left - len(self.trials.closures)) // self.trials.points
+        if length <= self.length:
+            return lr
+        last = self.trials.run(lr * math.sqrt(max(1.0, steps / length)), length)
+        return lr if last.learnt else lr / 2.0
 
-    def _measure(self, index: int) -> float:
-        """Measures a batch for the step in progress; the mean loss over the probes."""
-        found = self.engine.losses([self.closures[index]])[0]
-        self.engine.add(found)
-        self.forwards += self.points
-        return float(torch.stack(found).mean().to(torch.float32))
-
-    def _losses(self) -> list[float]:
-        """The loss on every batch at the current weights, with the same random numbers (dropout) each time."""
-        set_rng_state(self.before.random)
-        self.forwards += len(self.closures)
-        return [float(self.engine.oracle.losses([Point(0, 0.0)], closure)[0]) for closure in self.closures]
-
-
-def _mean(values: Iterable[float]) -> float:
-    kept = list(values)
-    return math.fsum(kept) / len(kept) if all(map(math.isfinite, kept)) else math.nan
+    def _give_up(self, budget: int) -> NoReturn:
+        if budget < FORWARDS:
+            raise ShortRunError(
+                [
+                    f"{budget} forwards, {self.trials.spent} of them used, have shown no learning rate that lowers the "
+                    "loss by more than the batches differ; pass more forwards=, or write a number for the learning rate"
+                ]
+            )
+        raise ConfigError(
+            [
+                "no learning rate lowers the loss by more than the batches differ: it does not depend on the weights "
+                "that move, or there is too much noise; pass more batches, or more forwards="
+            ]
+        )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from .config import ZOConfig
 from .first_steps import FirstSteps
 from .noise import Direction
 from .normaliser import Normaliser
@@ -22,6 +23,7 @@ class Running(Driver, Protocol):
     """An engine, while it runs; see `ZeroOrder` for its attributes."""
 
     model: nn.Module
+    config: ZOConfig
     slots: list[Slot]
     trainable: list[nn.Parameter]
     oracle: ResidentOracle | LockstepOracle
@@ -35,6 +37,9 @@ class Running(Driver, Protocol):
 
     @property
     def target(self) -> Target: ...
+
+    @property
+    def point_count(self) -> int: ...
 
     @property
     def streaming(self) -> Streaming | None: ...

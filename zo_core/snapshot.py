@@ -2,79 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .errors import ConfigError
+from .errors import StateError
+from .forward_state import ForwardState
 from .modes import rng_state, set_rng_state
-from .offload import Streaming
+from .offload import Block, DiskStore, Streaming
 from .running import Running
-from .targets import Slot
+from .sizes import human
 from .updates.base import copies
+
+logger = logging.getLogger(__name__)
+
+#: Attributes of an engine that steps change, besides its step count. What is new in an engine and changed by steps
+#: belongs here; values are copied.
+CHANGED_BY_STEPS = ("merged", "normaliser")
+#: Attributes that a test of the engine sets for its own steps.
+SET_BY_TESTS = ("listeners", "first_steps")
 
 
 class Snapshot:
-    """A copy of what an engine's steps change: weights, rule state, rates, random generators, counters.
+    """A copy of what an engine's steps change: weights, rule state, rates, random generators, counters, buffers.
 
-    It takes as much memory as the trained weights and the rule state.
+    It takes as much memory as the resident trained weights and the rule's state. Those that are streamed are kept in
+    temporary files, in ``offload_dir`` if that is set, until the object is deleted.
 
     Raises:
-        ConfigError: trained weights are streamed.
+        StateError: the files could not be written; nothing has changed.
     """
 
     def __init__(self, engine: Running):
-        check_resident(engine.streaming, engine.slots)
         engine.flush()
         self.engine = engine
-        self.weights = [slot.tensor.data.clone() for slot in engine.slots]
-        self.state = {tensor: copies(held) for tensor, held in engine.optimizer.state.items()}
-        self.windows = {key: copies(kept) for key, kept in engine.updaters.saved().items()}
+        places = engine.places
+        names = places.streamed(engine.slots)
+        self.streamed = None
+        if engine.streaming is not None and names:
+            self.streamed = _Files(engine.streaming, names, engine.config.offload_dir)
+        with engine.hidden():
+            self.weights = [(slot, slot.tensor.data.clone()) for slot in engine.slots if places.home(slot) is None]
+        self.state = {t: dict(h) if places.streams_state(t) else copies(h) for t, h in engine.optimizer.state.items()}
+        self.windows = {
+            key: copies({name: value for name, value in kept.items() if name != "weights"})
+            for key, kept in engine.updaters.saved().items()
+        }
         self.thresholds = dict(engine.optimizer.thresholds)
         self.rates = [group["lr"] for group in engine.optimizer.param_groups]
-        self.step, self.listeners, self.random = engine.step_count, engine.listeners, rng_state()
-        self.first_steps, self.merged = engine.first_steps, engine.merged
-        self.normaliser = None if engine.normaliser is None else engine.normaliser.saved()
         self.braking, self.brake, self.factor = engine.braking, engine.braking.saved(), engine.optimizer.factor
+        self.step, self.whole, self.random = engine.step_count, engine.continuity.whole, rng_state()
+        self.changed = {name: copy.deepcopy(getattr(engine, name)) for name in CHANGED_BY_STEPS}
+        self.others = {name: getattr(engine, name) for name in SET_BY_TESTS}
+        state = engine.oracle.state
+        self.forward = ForwardState(engine.model, state.moving, state.carried)
+        with engine.hidden():
+            self.forward.begin()
 
     def rewind(self) -> None:
-        """Restores weights, rule state and random generators."""
+        """Restores weights, rule state, random generators, and what else decides the next steps.
+
+        Raises:
+            StateError: a streamed block could not be read or written.
+        """
         engine = self.engine
         engine.discard()
-        engine.updaters.load(self.windows)
-        for slot, kept in zip(engine.slots, self.weights, strict=True):
-            slot.tensor.data.copy_(kept)
+        with torch.no_grad(), engine.hidden():
+            if self.streamed is not None:
+                self.streamed.restore()
+            for slot, kept in self.weights:
+                slot.tensor.data.copy_(kept)
+            engine.updaters.load_windows(self.windows)
+            self.forward.rewind()
         state = engine.optimizer.state
         for tensor in [tensor for tensor in state if tensor not in self.state]:
             del state[tensor]
         for tensor, held in self.state.items():
-            state[tensor] = copies(held)
+            state[tensor] = dict(held) if engine.places.streams_state(tensor) else copies(held)
         engine.optimizer.thresholds.clear()
         engine.optimizer.thresholds.update(self.thresholds)
-        if engine.normaliser is not None and self.normaliser is not None:
-            engine.normaliser.load(self.normaliser)
+        for name, value in self.changed.items():
+            setattr(engine, name, copy.deepcopy(value))
         set_rng_state(self.random)
         torch.clear_autocast_cache()
 
     def restore(self) -> None:
-        """Restores everything."""
+        """Restores everything.
+
+        Raises:
+            StateError: a streamed block could not be read or written.
+        """
         self.rewind()
         engine = self.engine
         engine.at(self.step)
-        engine.listeners, engine.first_steps, engine.merged = self.listeners, self.first_steps, self.merged
+        for name, value in self.others.items():
+            setattr(engine, name, value)
         engine.braking, engine.optimizer.factor = self.braking, self.factor
         engine.braking.load(self.brake)
         for group, rate in zip(engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate
+        engine.flush()
+        engine.continuity.whole = self.whole
 
 
-def check_resident(streaming: Streaming | None, slots: Iterable[Slot]) -> None:
-    """Raises `ConfigError` if weights that move are streamed."""
-    if streaming is not None and any(streaming.home(slot.tensors) is not None for slot in slots):
-        raise ConfigError(
-            [
-                "the range test for the learning rate keeps a copy of the weights that move, and those of this "
-                "model are streamed, which is not supported; write a number for the learning rate, or train "
-                "adapters, which stay resident on a streamed base"
-            ]
-        )
+class _Files:
+    """Tensors of streamed blocks in files, one per block.
+
+    Args:
+        streaming: streams the blocks; nothing is pending.
+        names: the tensors to keep of each block.
+        folder: for the files; None takes the system's folder for temporary files.
+
+    Raises:
+        StateError: they could not be written; none is left.
+    """
+
+    def __init__(self, streaming: Streaming, names: Mapping[Block, Sequence[str]], folder: str | None):
+        self.streaming = streaming
+        specs = [block.specs[name] for block, kept in names.items() for name in kept]
+        size = sum(shape.numel() * dtype.itemsize for shape, dtype in specs)
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="zo-snapshot-", dir=folder))
+        except OSError as error:
+            raise _no_room(size, folder, error) from error
+        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.kept = DiskStore(self.folder)
+        try:
+            for block, kept in names.items():
+                stored = streaming.stored(block)
+                self.kept.put(block.name, {name: stored[name] for name in kept})
+        except StateError as error:
+            self.remove()
+            raise _no_room(size, folder, error) from error
+        logger.info("%s of streamed weights are kept in %s meanwhile", human(size), self.folder)
+
+    def restore(self) -> None:
+        """Puts the tensors back into the store of their blocks."""
+        for block in self.streaming.blocks:
+            if block.name in self.kept.pieces:
+                block.pending.clear()  # it would change what is overwritten
+                values: dict[str, Tensor | None] = dict(self.kept.mapped(block.name))
+                self.streaming.load_state(block, values)
+
+
+def _no_room(size: int, folder: str | None, error: Exception) -> StateError:
+    return StateError(
+        f"a copy of the streamed weights, {human(size)}, could not be written to {folder or tempfile.gettempdir()}: "
+        f"{error}; the weights are as before. Free some space, or set offload_dir to a folder on another disk"
+    )

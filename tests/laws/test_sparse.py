@@ -121,7 +121,7 @@ def test_a_measurement_fixes_no_threshold() -> None:
 def test_a_range_test_of_the_learning_rate_leaves_the_thresholds_of_the_start() -> None:
     models = tiny("mlp"), tiny("mlp")
     plain, tested = (engine(model, **ALL) for model in models)
-    tested.suggest_lr([closure("mlp", models[1], index) for index in range(2)], steps=4)
+    tested.suggest_lr([closure("mlp", models[1], index) for index in range(2)])
     for zo in (plain, tested):
         run(zo, 3, "mlp")
     assert same_bits(weights(models[0]), weights(models[1]))

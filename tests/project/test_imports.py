@@ -24,6 +24,7 @@ RANKS = {
     "cache": 0,
     "stand_ins": 0,
     "modes": 0,
+    "progress": 0,
     "sizes": 0,
     "version": 0,
     "writers": 0,
@@ -54,13 +55,14 @@ RANKS = {
     "following": 10,
     "gradient_check": 10,
     "advice": 10,
-    "lr_range": 11,
+    "lr_trials": 11,
     "trained_model": 11,
-    "engine": 12,
-    "adapter": 13,
-    "seedlog": 13,
-    "suggest": 13,
-    "__init__": 14,
+    "lr_range": 12,
+    "engine": 13,
+    "adapter": 14,
+    "seedlog": 14,
+    "suggest": 14,
+    "__init__": 15,
 }
 THIRD_PARTY = {"torch", "numpy", "safetensors", "triton", "matplotlib"}  # the last two at use, if they are there
 

@@ -179,8 +179,12 @@ class Streaming:
         Raises:
             StateError: an earlier read or write of the block has failed.
         """
+        return self.stored(block)[key]
+
+    def stored(self, block: Block) -> Tensors:
+        """All stored tensors of a block by name, as from `state`."""
         self._finish(block)
-        return self.store.mapped(block.name)[key]
+        return self.store.mapped(block.name)
 
     def load_state(self, block: Block, values: dict[str, Tensor | None]) -> None:
         """Stores new values for some tensors of a block, after applying its pending updates.

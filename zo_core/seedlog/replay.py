@@ -8,7 +8,6 @@ A streamed block is read and written once for any number of steps.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from ..noise import Direction
 from ..noise.direction import piece_size
 from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
+from ..progress import Bar
 from ..rules import RULES, RuleMove, UpdateRule
 from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
 from ..undoing import undo
@@ -222,7 +222,7 @@ def apply_steps(
     parts = _parts(engine, before, steps)
     position = {key: index for index, key in enumerate(keys)}
     count = sum(len(part.steps) for part in parts)
-    bar = Bar(count * sum(slot.tensor.numel() for slot in engine.slots)) if progress else None
+    bar = Bar(count * sum(slot.tensor.numel() for slot in engine.slots), "replay") if progress else None
     advance: Advance = (lambda amount: None) if bar is None else bar.advance
     with torch.no_grad(), engine.hidden():
         for slot in engine.slots:
@@ -341,29 +341,3 @@ def _advance_pieces(engine: ZeroOrder, moves: list[RuleMove], advance: Advance, 
         state.update({name: value.view(theta.shape) for name, value in whole.items()})
     if flat.data_ptr() != theta.data_ptr():
         theta.copy_(flat.view(theta.shape))
-
-
-class Bar:
-    """A progress bar on the error stream; it shows nothing if the stream is not a terminal.
-
-    Args:
-        total: the sum of all amounts given to `advance`.
-    """
-
-    WIDTH = 40
-
-    def __init__(self, total: int):
-        self.total, self.done, self.shown = max(1, total), 0, -1
-        self.visible = sys.stderr.isatty()
-
-    def advance(self, amount: int) -> None:
-        self.done += amount
-        percent = 100 * self.done // self.total
-        if self.visible and percent != self.shown:
-            self.shown = percent
-            filled = "█" * (percent * self.WIDTH // 100)
-            print(f"\rreplay {filled:<{self.WIDTH}} {percent:3d} %", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.visible:
-            print(file=sys.stderr)

@@ -106,6 +106,15 @@ class Places:
 
         block.pending.append(((name, *keys.values()), update))
 
+    def streamed(self, slots: Iterable[Slot]) -> dict[Block, list[str]]:
+        """The names within their blocks of those of ``slots`` that are streamed, and of the rule's state of them."""
+        names: dict[Block, list[str]] = {}
+        for slot in slots:
+            home = self.home(slot)
+            if home is not None:
+                names.setdefault(home[0], []).extend([home[1], *(key for key, _ in self._kept.get(slot, {}).values())])
+        return names
+
     def flush(self) -> None:
         """Applies the pending updates of streamed blocks.
 

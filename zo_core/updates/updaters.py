@@ -113,9 +113,13 @@ class Updaters:
     def load(self, kept: Mapping[int, Mapping[str, Any]]) -> None:
         """Restores what was `saved`, and the rule's state that the optimizer has loaded."""
         with torch.no_grad(), self.windows.hidden():
-            for slot, window in self.windows.of.items():
-                window.load(kept.get(id(slot.tensor), {}))
+            self.load_windows(kept)
             self.places.store()
+
+    def load_windows(self, kept: Mapping[int, Mapping[str, Any]]) -> None:
+        """Restores the pending updates that were `saved`, and of the weights those that are in ``kept``."""
+        for slot, window in self.windows.of.items():
+            window.load(kept.get(id(slot.tensor), {}))
 
 
 def can_wait(noise: Noise, slot: Slot) -> bool:

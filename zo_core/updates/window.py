@@ -161,12 +161,13 @@ class Window(Updater):
         return all(value.shape == shape for name, value in kept.items() if name.startswith("factor"))
 
     def load(self, kept: Mapping[str, Any]) -> None:
-        """Restores what `saved` has returned; nothing is pending if that is empty."""
+        """Restores what `saved` has returned, the weights if they are in it; nothing is pending if it is empty."""
         self.forget()
         if not kept:
             return
         device = self.places.device(self.slot)
-        self.places.load(self.slot, kept["weights"])
+        if "weights" in kept:
+            self.places.load(self.slot, kept["weights"])
         factors = {name: value for name, value in kept.items() if name.startswith("factor")}
         with torch.inference_mode(False):
             factors = copies({name: value.detach().to(device) for name, value in factors.items()})
