@@ -99,5 +99,5 @@ def take_over(engine: Running, before: Running) -> None:
     engine.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, engine.slots)
     engine.optimizer.factor = before.optimizer.factor
     engine.braking = before.braking
-    engine.braking.history.forget(engine.step_count)
+    engine.braking.history.forget(before.step_count)
     engine.store_state()
