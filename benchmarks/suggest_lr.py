@@ -52,10 +52,13 @@ def train(task: Task, settings: ZOConfig, lr: float, forwards: int, seed: int = 
     return held_out(task, model)
 
 
-def suggested(task: Task, settings: ZOConfig) -> LrSuggestion:
-    """The suggestion from eight batches that no run uses."""
+def suggested(task: Task, settings: ZOConfig, forwards: int = FORWARDS) -> LrSuggestion:
+    """The suggestion for a run of so many forwards, from eight batches that no run uses and with the full budget."""
     pairs = [task.data(10_000_000 + index) for index in range(8)]
-    return suggest_lr(task.model, [lambda pair=pair: task.loss(task.model, pair) for pair in pairs], settings)
+    known = settings.resolve()
+    steps = forwards // len(known.estimator.points(tuple(range(known.num_probes)), task.eps))
+    closures = [lambda pair=pair: task.loss(task.model, pair) for pair in pairs]
+    return suggest_lr(task.model, closures, settings, forwards=512, steps=steps)
 
 
 def search(run: Callable[[float], float], near: float) -> dict[float, float]:
@@ -78,7 +81,7 @@ def search(run: Callable[[float], float], near: float) -> dict[float, float]:
 def compare(name: str, method: str, task: Task, forwards: int) -> list[str]:
     """One row: the suggestion compared with the grid."""
     settings = config(task, method)
-    found = suggested(task, settings)
+    found = suggested(task, settings, forwards)
     grid = search(lambda lr: train(task, settings, lr, forwards), found.lr)
     best = min(grid, key=grid.__getitem__)
     reached = train(task, settings, found.lr, forwards)
