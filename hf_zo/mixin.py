@@ -205,7 +205,7 @@ class ZOTrainerMixin(_Trainer):
             return built
         settings = config.resolve()
         slots = settings.target.chosen(root).slots(root)
-        eps = default_eps(settings.estimator, slots) if settings.eps is None else settings.eps
+        eps = default_eps(settings.estimator, root, slots) if settings.eps is None else settings.eps
         made = grouped(slots, built, float(self.args.learning_rate), eps)
         made.left = self._zo_left
         return made

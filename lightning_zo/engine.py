@@ -55,7 +55,7 @@ def build(module: LightningModule, optimizer: torch.optim.Optimizer, config: ZOC
     fused = config.rule == "auto" or not RULES.resolve(config.rule).wants_optimizer
     if is_plain(optimizer) and fused:
         known = config.resolve()
-        eps = default_eps(known.estimator, known.target.slots(module)) if known.eps is None else known.eps
+        eps = default_eps(known.estimator, module, known.target.slots(module)) if known.eps is None else known.eps
         face = SGDFace(optimizer, eps)
         rule = _rule(face.beta, config)
         return ZeroOrder(module, config.replace(rule=rule, eps=None), optimizer=face)

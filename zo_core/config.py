@@ -48,7 +48,7 @@ class ZOConfig:
         default=None,
         metadata={
             "help": "Distance of the probes from the weights, in units of the noise. None takes the estimator's "
-            'default: 1e-3 for "spsa", 1e-4 for "fzoo"; ten times that for LoRA, a hundred times for prefix tuning.'
+            'default: 1e-3 for "spsa", 1e-4 for "fzoo"; 10 times that for LoRA and scales, 100 for prefix tuning.'
         },
     )
     num_probes: int | None = field(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from torch import nn
+
 from .estimators import Estimator
 from .normaliser import CURVATURE, Curvature, Normaliser
 from .rules import Momentum, UpdateRule
@@ -18,6 +20,8 @@ DISTANCE = 0.06
 #: By part of a parameter's name, how much larger than for full weights the distance of the probes is for adapters
 #: (MeZO, arXiv 2305.17333, table 15): LoRA, and the embeddings of prefix and prompt tuning.
 WIDER = {"prompt_encoder": 100.0, "lora_": 10.0}
+#: The same for scales: with a shorter distance the curvature of the loss along them is lost in rounding.
+WIDER_SCALES = 10.0
 
 
 def default_lr(
@@ -56,8 +60,12 @@ def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None
     return f"no learning rate was given: {why}; lr='auto' searches for a better one"
 
 
-def default_eps(estimator: Estimator, slots: Iterable[Slot]) -> float:
-    """The estimator's eps, made wider for adapters."""
-    keys = [slot.key for slot in slots if "eps" not in slot.own]
-    factors = [factor for name, factor in WIDER.items() if any(name in key for key in keys)]
-    return estimator.default_eps * (factors[0] if factors else 1.0)
+def default_eps(estimator: Estimator, model: nn.Module, slots: Iterable[Slot]) -> float:
+    """The estimator's eps, made wider for adapters and for scales that move by a fraction of their value."""
+    kept = [slot for slot in slots if "eps" not in slot.own]
+    own = {id(tensor) for slot in kept for tensor in slot.tensors}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in own]
+    factors = [factor for part, factor in WIDER.items() if any(part in name for name in names)]
+    if any(slot.scaling is not None and slot.scaling.relative for slot in kept):
+        factors.append(WIDER_SCALES)
+    return estimator.default_eps * max(factors, default=1.0)

@@ -108,7 +108,7 @@ class ZeroOrder(TrainedModel):
         self._left = settings.lr is None if optimizer is None else isinstance(optimizer, ZOOptimizer) and optimizer.left
         self._left = self._left and self.config.lr != AUTO
         self.normaliser = normaliser_of(settings.normaliser, moving(slots, self.noise.share))
-        self._default_eps = default_eps(self.estimator, slots) if settings.eps is None else settings.eps
+        self._default_eps = default_eps(self.estimator, model, slots) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
             lr = self._default_lr(slots) if settings.lr is None else settings.lr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -348,7 +349,8 @@ def test_trials_of_learning_rates_do_not_touch_the_brake() -> None:
         zo.step(closure("mlp", model, step))
     before = zo.braking.saved()
     zo.optimizer.factor = 0.25
-    zo.suggest_lr([closure("mlp", model)])
+    with contextlib.suppress(ConfigError):  # whether or not a rate lowers the loss by now
+        zo.suggest_lr([closure("mlp", model)])
     assert zo.braking.saved() == before
     assert zo.optimizer.factor == 0.25
 
