@@ -95,7 +95,8 @@ def run(cell: Cell, folder: Path) -> Outcome:
 
 
 def engine(cell: Cell, model: torch.nn.Module) -> ZeroOrder:
-    config = ZOConfig(**{"seed": cell.seed, **json.loads(cell.settings)})
+    brake = "rollback" if cell.contender in CONTENDERS else None  # as the trainers have it
+    config = ZOConfig(**{"seed": cell.seed, "brake": brake, **json.loads(cell.settings)})
     if cell.contender == "default":
         return ZeroOrder(model, config)
     if cell.contender in CONTENDERS:
