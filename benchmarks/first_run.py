@@ -117,7 +117,8 @@ def train(cell: Cell, task: Task, model: torch.nn.Module, before: float) -> tupl
     try:
         if cell.contender == "auto":
             batches = [task.data(500_000_000 + order + index) for index in range(8)]
-            zo.find_lr(lambda: nullcontext([lambda pair=pair: task.loss(model, pair) for pair in batches]))
+            closures = [lambda pair=pair: task.loss(model, pair) for pair in batches]
+            zo.find_lr(lambda: nullcontext(closures), steps=cell.steps)
         for step in range(cell.steps):
             if rates and cell.schedule == "linear":
                 for group, rate in zip(zo.optimizer.param_groups, rates, strict=True):
