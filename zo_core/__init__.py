@@ -6,7 +6,7 @@ It knows torch and nothing of any trainer.
 from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
-from .errors import ConfigError, LossError, ModelError, ShortRunError, StateError, ZOError
+from .errors import ConfigError, LossError, ModelError, SearchError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .lr_range import LrSuggestion
@@ -47,10 +47,10 @@ __all__ = [
     "Sampled",
     "Scales",
     "Scaling",
+    "SearchError",
     "SeedLog",
     "SeedLogWriter",
     "Sgd",
-    "ShortRunError",
     "Sign",
     "Slot",
     "Sparse",

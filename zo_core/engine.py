@@ -17,7 +17,7 @@ from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import default_eps, default_lr, moving, said_default
 from .directions import Directions
-from .errors import LossError, ModelError, ShortRunError, StateError
+from .errors import LossError, ModelError, SearchError, StateError
 from .exchange import Alone, Exchange
 from .first_steps import FirstSteps
 from .following import follow_model
@@ -166,8 +166,7 @@ class ZeroOrder(TrainedModel):
 
         Raises:
             LossError: a closure is not callable, or returned something that is not one number.
-            ConfigError: a hyperparameter in the optimizer's groups is not a finite number, or ``lr="auto"``
-                found no learning rate.
+            ConfigError: a hyperparameter in the optimizer's groups is not a finite number.
             ModelError: no trainable weight is left.
             StateError: a block of a streamed model could not be read or written.
             Exception: whatever a closure raises; the weights are untouched, and the step's earlier
@@ -436,7 +435,8 @@ class ZeroOrder(TrainedModel):
     ) -> None:
         """Sets the rate that `suggest_lr` finds; does nothing without ``lr="auto"`` or after the first step.
 
-        If the run is too short for a search, it takes the default rate (that of a torch optimizer stays) and says so.
+        If the run is too short for a search, or no rate lowers the loss, it takes the default rate (that of a torch
+        optimizer stays) and says so.
 
         Args:
             batches: returns a context for the test, which yields one closure per batch; only called if needed.
@@ -452,7 +452,7 @@ class ZeroOrder(TrainedModel):
         try:
             with batches() as closures:
                 self.suggestion = self.suggest_lr(closures, steps=steps)
-        except ShortRunError as error:
+        except SearchError as error:
             if not isinstance(self.optimizer, TorchOptimizerFace):
                 set_lr(self.optimizer, self._default_lr(self.slots), schedulers)
             logger.warning("the learning rate is %.2g: %s", base_rates(self.optimizer)[0], error)

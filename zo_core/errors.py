@@ -23,8 +23,8 @@ class ConfigError(ZOError, ValueError):
         super().__init__(message)
 
 
-class ShortRunError(ConfigError):
-    """The run is too short to spend a part of it on the search for a learning rate."""
+class SearchError(ConfigError):
+    """A search for the learning rate would be too short to be of use, or no rate lowers the loss."""
 
 
 class ModelError(ZOError, ValueError):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .errors import ConfigError, LossError, ShortRunError
+from .errors import ConfigError, LossError, SearchError
 from .lr_trials import Trial, Trials, mean
 from .running import Running
 
@@ -91,8 +91,7 @@ def range_test(
         steps: length of the run that the rate is for; None if it is not known.
 
     Raises:
-        ConfigError: no rate lowers the loss.
-        ShortRunError: so few forwards are of no use.
+        SearchError: no rate lowers the loss, or so few forwards are of no use.
         LossError: ``closures`` are not functions, or the loss is not finite before any step.
     """
     if not closures or not all(callable(closure) for closure in closures):
@@ -108,7 +107,7 @@ def range_test(
     least = max(LEAST, LEAST_STEPS * points)
     if budget < least:
         share = "" if forwards else f", a tenth of what {steps} steps take,"
-        raise ShortRunError(
+        raise SearchError(
             [
                 f"{budget} forwards{share} are too few to search a learning rate with; pass forwards={least} or more "
                 "to suggest_lr, or write a number for the learning rate"
@@ -276,13 +275,13 @@ class _Search:
 
     def _give_up(self, budget: int) -> NoReturn:
         if budget < FORWARDS:
-            raise ShortRunError(
+            raise SearchError(
                 [
                     f"{budget} forwards, {self.trials.spent} of them used, have shown no learning rate that lowers the "
                     "loss by more than the batches differ; pass more forwards=, or write a number for the learning rate"
                 ]
             )
-        raise ConfigError(
+        raise SearchError(
             [
                 "no learning rate lowers the loss by more than the batches differ: it does not depend on the weights "
                 "that move, or there is too much noise; pass more batches, or more forwards="

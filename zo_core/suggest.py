@@ -60,7 +60,7 @@ def suggest_lr(
 
     Raises:
         ConfigError: settings are not valid, no rate lowers the loss, or a rule's state is streamed for another engine.
-        ShortRunError: there are too few forwards.
+        SearchError: there are too few forwards.
         StateError: a copy of streamed weights could not be written to temporary files.
         LossError: a closure returns no number, or one that is not finite at the current weights.
     """

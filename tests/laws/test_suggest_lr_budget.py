@@ -13,7 +13,8 @@ import torch
 from models import closure, tiny
 from torch import Tensor, nn
 
-from zo_core import ConfigError, ShortRunError, ZeroOrder, suggest_lr
+from zo_core import ConfigError, SearchError, ZeroOrder, suggest_lr
+from zo_core.defaults import NEWTON
 
 
 def bowl(dimension: int) -> tuple[nn.ParameterList, Tensor]:
@@ -61,7 +62,7 @@ def test_a_longer_run_gets_a_lower_rate() -> None:
 
 def test_too_few_forwards() -> None:
     model, calls = tiny("mlp"), []
-    with pytest.raises(ShortRunError, match=r"99 forwards are too few .* pass forwards=128 or more"):
+    with pytest.raises(SearchError, match=r"99 forwards are too few .* pass forwards=128 or more"):
         suggest_lr(model, counted(closure("mlp", model), calls), forwards=99)
     assert not calls
 
@@ -138,8 +139,17 @@ def test_one_sample_is_no_decrease() -> None:
 def test_too_little_evidence_in_a_short_run() -> None:
     generator = torch.Generator().manual_seed(0)
     model, _ = bowl(10)
-    with pytest.raises(ShortRunError, match=r"150 forwards, .* have shown no learning rate"):
+    with pytest.raises(SearchError, match=r"150 forwards, .* have shown no learning rate"):
         suggest_lr(model, [lambda: 1.0 + 0.1 * torch.randn((), generator=generator)] * 8, forwards=150)
+
+
+def test_a_run_whose_search_finds_nothing_takes_the_default_rate(caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model, _ = bowl(10)
+    zo = ZeroOrder(model, lr="auto")
+    zo.step(lambda: 1.0 + 0.1 * torch.randn((), generator=generator))
+    assert (zo.lr, zo.suggestion) == (NEWTON, None)
+    assert [line for line in caplog.messages if line.startswith("the learning rate is 0.25: ")]
 
 
 # No trace
