@@ -342,6 +342,7 @@ def modules() -> Iterator[Any]:
 PLAIN = {
     "_digest": 300,
     "block_of": 600,
+    "_layout": 1000,
     "step_struct": 1000,
     "_name": 300,
     "_compiled": 1 << 17,
