@@ -64,7 +64,10 @@ class ZOArguments:
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})
     zo_log: bool = field(
-        default=True, metadata={"help": "Write every step to seedlog.zo in the output folder (24 bytes each; 32 if steps are normalised)."}
+        default=True,
+        metadata={
+            "help": "Write every step to seedlog.zo in the output folder (24 bytes each; 32 if steps are normalised)."
+        },
     )
 
     def __post_init__(self) -> None:
