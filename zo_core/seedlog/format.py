@@ -7,8 +7,8 @@
 
 Everything is little-endian. Each checksum starts from the previous one, so a record that is missing,
 repeated or taken from another log is detected. With one direction and one learning rate a step is 24 bytes, and
-32 if it is normalised. Seeds are not stored: they derive from the run's seed, the step and the direction. The coefficients of a
-skipped step are NaN. Settings that change during the run (`Settings`) are in change-records.
+32 if it is normalised. Seeds are not stored: they derive from the run's seed, the step and the direction. The
+coefficients of a skipped step are NaN. Settings that change during the run (`Settings`) are in change-records.
 """
 
 from __future__ import annotations
