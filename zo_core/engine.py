@@ -251,9 +251,10 @@ class ZeroOrder(TrainedModel):
             self.first_steps.see(losses, self.eps)
         own = losses[: len(losses) - plan.extra] if all(map(math.isfinite, losses)) else losses
         estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, own)
-        rollback = braked(self, mean(own), own)
+        loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
+        rollback = braked(self, loss, own)
         if rollback is not None:
-            return self._done(mean(own), math.nan, (), skipped="the loss has risen", rollback=rollback)
+            return self._done(loss, math.nan, (), skipped="the loss has risen", rollback=rollback)
         if estimate.skip is None:
             if self.normaliser is not None:
                 self.normaliser.see(self.step_count, probes, losses, self.eps)
@@ -264,7 +265,7 @@ class ZeroOrder(TrainedModel):
             self._skips.log(self.step_count, estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
-        return self._done(mean(losses), projected_grad, probes, clipped, estimate.skip)
+        return self._done(loss, projected_grad, probes, clipped, estimate.skip)
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
         self.updaters.apply(self.rule, self.directions.moves(self.slots, probes))

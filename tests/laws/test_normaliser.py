@@ -147,6 +147,7 @@ def test_replay_resume_and_repetition_give_the_same_bits(settings: dict[str, Any
         follower.close()
         assert same_bits(weights(start.model), ends)
         assert start.normaliser == whole.normaliser
+        assert start.braking.saved() == whole.braking.saved()
 
     continued = engine(**settings)
     replay(continued, tmp_path / "log")
