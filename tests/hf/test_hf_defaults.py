@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_helpers import arguments, texts
+from hf_helpers import arguments, differing, texts
 from models import tiny
 from peft import LoraConfig, PromptEncoderConfig, get_peft_model
+from traces import weights
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, set_seed
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
@@ -119,3 +121,31 @@ def test_the_default_is_the_one_that_is_documented() -> None:
     zo = ZeroOrder(tiny("llama"))
     assert zo.normaliser is not None
     assert (zo.lr, zo.normaliser.name) == (NEWTON, CURVATURE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_accumulation_steps": 2}, {"zo_offload": "cpu", "gradient_accumulation_steps": 2}],
+    ids=str,
+)
+def test_a_run_without_a_rate_resumes_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
+    """From its checkpoint, and from the steps that only the log has; the loss in the log counts the third point."""
+    run = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, **settings}
+    run |= {"learning_rate": None, "lr_scheduler_type": "linear"}
+    trainers = []
+    for resume in (False, True):
+        args = arguments(tmp_path, ZOTrainingArguments, **run)
+        trainer = ZOTrainer(model=tiny("llama"), args=args, train_dataset=texts(64))
+        if resume:
+            for later in ("checkpoint-6", "checkpoint-8"):  # steps 3 to 7 come from the log
+                shutil.rmtree(tmp_path / "out" / later)
+        trainer.train(resume_from_checkpoint=resume)
+        trainers.append(trainer)
+    whole, resumed = trainers
+    assert whole.zo is not None
+    assert resumed.zo is not None
+    assert not differing(weights(whole.model), weights(resumed.model))
+    assert resumed.zo.normaliser == whole.zo.normaliser
+    assert resumed.zo.braking.saved() == whole.zo.braking.saved()
+    losses = [[line["loss"] for line in trainer.state.log_history if "loss" in line] for trainer in trainers]
+    assert losses[0] == losses[1]
