@@ -14,6 +14,8 @@ from .targets import Slot
 
 #: The rate of steps that are normalised by the curvature, as a fraction of Newton's step along a direction.
 NEWTON = 0.25
+#: What is left of the default rate where trials have shown more noise than decrease.
+NOISY = 0.25
 #: How far other steps move all weights together, for each direction: root mean square of an element times the square
 #: root of their number.
 DISTANCE = 0.06
@@ -57,7 +59,7 @@ def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None
     else:
         count = sum(slot.tensor.numel() for slot in slots)
         why = f"it is {lr:.2g}, a length of step for the {count:,} weights that move"
-    return f"no learning rate was given: {why}; lr='auto' searches for a better one"
+    return f"no learning rate was given: {why}; lr='auto' searches for one by trial runs"
 
 
 def default_eps(estimator: Estimator, model: nn.Module, slots: Iterable[Slot]) -> float:

@@ -15,7 +15,7 @@ from .advice import advise
 from .braking import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
-from .defaults import default_eps, default_lr, moving, said_default
+from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
 from .errors import LossError, ModelError, SearchError, StateError
 from .exchange import Alone, Exchange
@@ -436,8 +436,8 @@ class ZeroOrder(TrainedModel):
     ) -> None:
         """Sets the rate that `suggest_lr` finds; does nothing without ``lr="auto"`` or after the first step.
 
-        If the run is too short for a search, or no rate lowers the loss, it takes the default rate (that of a torch
-        optimizer stays) and says so.
+        If the run is too short for a search, it takes the default rate; if no rate has lowered the loss by more than
+        the batches differ, a quarter of it, since much noise needs small steps. A torch optimizer keeps its rate.
 
         Args:
             batches: returns a context for the test, which yields one closure per batch; only called if needed.
@@ -455,7 +455,8 @@ class ZeroOrder(TrainedModel):
                 self.suggestion = self.suggest_lr(closures, steps=steps)
         except SearchError as error:
             if not isinstance(self.optimizer, TorchOptimizerFace):
-                set_lr(self.optimizer, self._default_lr(self.slots), schedulers)
+                lr = self._default_lr(self.slots)
+                set_lr(self.optimizer, lr * NOISY if error.noisy else lr, schedulers)
             logger.warning("the learning rate is %.2g: %s", base_rates(self.optimizer)[0], error)
         else:
             set_lr(self.optimizer, self.suggestion.lr, schedulers)

@@ -24,7 +24,15 @@ class ConfigError(ZOError, ValueError):
 
 
 class SearchError(ConfigError):
-    """A search for the learning rate would be too short to be of use, or no rate lowers the loss."""
+    """A search for the learning rate would be too short to be of use, or no rate lowers the loss.
+
+    Attributes:
+        noisy: whether there were trials, and none lowered the loss by more than the batches differ.
+    """
+
+    def __init__(self, problems: Iterable[str], *, noisy: bool = False):
+        super().__init__(problems)
+        self.noisy = noisy
 
 
 class ModelError(ZOError, ValueError):

@@ -279,11 +279,13 @@ class _Search:
                 [
                     f"{budget} forwards, {self.trials.spent} of them used, have shown no learning rate that lowers the "
                     "loss by more than the batches differ; pass more forwards=, or write a number for the learning rate"
-                ]
+                ],
+                noisy=True,
             )
         raise SearchError(
             [
                 "no learning rate lowers the loss by more than the batches differ: it does not depend on the weights "
                 "that move, or there is too much noise; pass more batches, or more forwards="
-            ]
+            ],
+            noisy=True,
         )

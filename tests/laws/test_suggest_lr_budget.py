@@ -143,13 +143,15 @@ def test_too_little_evidence_in_a_short_run() -> None:
         suggest_lr(model, [lambda: 1.0 + 0.1 * torch.randn((), generator=generator)] * 8, forwards=150)
 
 
-def test_a_run_whose_search_finds_nothing_takes_the_default_rate(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_whose_search_finds_only_noise_takes_a_quarter_of_the_default_rate(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     model, _ = bowl(10)
     zo = ZeroOrder(model, lr="auto")
     zo.step(lambda: 1.0 + 0.1 * torch.randn((), generator=generator))
-    assert (zo.lr, zo.suggestion) == (NEWTON, None)
-    assert [line for line in caplog.messages if line.startswith("the learning rate is 0.25: ")]
+    assert (zo.lr, zo.suggestion) == (NEWTON / 4, None)
+    assert [line for line in caplog.messages if line.startswith("the learning rate is 0.062: ")]
 
 
 # No trace
