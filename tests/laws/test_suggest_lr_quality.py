@@ -69,7 +69,7 @@ class Contrastive(nn.Module):
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["constant", "linear"])
-@pytest.mark.parametrize("make", [Classifier, Contrastive])
+@pytest.mark.parametrize("make", [Classifier, pytest.param(Contrastive, marks=pytest.mark.slow)])
 def test_the_rate_holds_for_ten_times_a_trial(make: type[Classifier | Contrastive], linear: bool) -> None:
     torch.manual_seed(0)
     model = make()
