@@ -62,7 +62,8 @@ def times(layers: int, repeats: int) -> list[float]:
     """Milliseconds per layer: a plain forward, a resident step, and a streamed step (medians, interleaved)."""
     ids = torch.arange(LENGTH)[None]
     models = [model_of(layers) for _ in range(3)]
-    resident, streamed = ZeroOrder(models[1], lr=1e-9), ZeroOrder(models[2], lr=1e-9, offload="cpu")
+    resident = ZeroOrder(models[1], lr=1e-9, brake=None)
+    streamed = ZeroOrder(models[2], lr=1e-9, brake=None, offload="cpu")
 
     def loss(model: nn.Module) -> Tensor:
         found: Tensor = model(input_ids=ids, labels=ids).loss
