@@ -5,9 +5,31 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def apart(test: str, call: str, folder: Path, preloaded: str = "sys") -> None:
+    """Calls a function of a test's module in a process of its own, with one thread.
+
+    Args:
+        test: the file of the module.
+        call: the call, as code; ``folder`` is an argument.
+        folder: its folder.
+        preloaded: modules to import before, so that children of the process have them.
+    """
+    module = Path(test)
+    code = f"import sys; sys.path[:0] = ['.', 'tests/helpers', {str(module.parent)!r}]; import {preloaded}; "
+    code += f"import {module.stem}; from pathlib import Path; folder = Path(sys.argv[1]); {module.stem}.{call}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def killed(run: Callable[[], object], log: Path, kills: int, steps: int, generator: random.Random, soon: float) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hf_helpers import differing, logged, seedlog_trainer, weights
-from killing import killed
+from killing import apart, killed
 from models import tiny
 from safetensors.torch import load_file, save_model
 from transformers import TrainerCallback
@@ -118,16 +115,8 @@ def kill_at_random(folder: Path, tier: str | None, seed: int) -> None:
 def test_a_run_that_goes_back_and_is_killed_again_and_again_is_the_uninterrupted_one(
     tier: str | None, tmp_path: Path
 ) -> None:
-    def run(call: str, folder: Path) -> None:
-        code = "import sys; sys.path[:0] = ['.', 'tests/helpers', 'tests/hf']; "
-        code += "import test_hf_brake; from pathlib import Path"
-        command = [sys.executable, "-c", f"{code}; test_hf_brake.{call}", str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run(f"train(Path(sys.argv[1]), {tier!r})", tmp_path / "whole")
-    run(f"kill_at_random(Path(sys.argv[1]), {tier!r}, seed=0)", tmp_path / "killed")
+    apart(__file__, f"train(folder, {tier!r})", tmp_path / "whole")
+    apart(__file__, f"kill_at_random(folder, {tier!r}, seed=0)", tmp_path / "killed")
     whole, other = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
     assert [name for name in whole if not torch.equal(whole[name], other[name])] == []
     logs = [SeedLog.read(tmp_path / name / "out" / LOG).steps for name in ("whole", "killed")]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from killing import killed
+from killing import apart, killed
 from safetensors.torch import load_file
 
 from zo_core import SeedLog
@@ -51,16 +48,8 @@ def kill_at_random(folder: Path, tier: str | None, seed: int) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("tier", [None, "disk"])
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(tier: str | None, tmp_path: Path) -> None:
-    def run(call: str, folder: Path) -> None:
-        code = "import sys; sys.path[:0] = ['.', 'tests/helpers', 'tests/laws']; "
-        code += "import hf_helpers, hf_zo, test_crash; from pathlib import Path"
-        command = [sys.executable, "-c", f"{code}; test_crash.{call}", str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run(f"train(Path(sys.argv[1]), {tier!r})", tmp_path / "whole")
-    run(f"kill_at_random(Path(sys.argv[1]), {tier!r}, seed=0)", tmp_path / "killed")
+    apart(__file__, f"train(folder, {tier!r})", tmp_path / "whole", preloaded="hf_helpers, hf_zo")
+    apart(__file__, f"kill_at_random(folder, {tier!r}, seed=0)", tmp_path / "killed", preloaded="hf_helpers, hf_zo")
     whole, killed = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []

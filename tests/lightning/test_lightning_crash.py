@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from killing import killed
+from killing import apart, killed
 from safetensors.torch import load_file
 
 from zo_core import SeedLog
@@ -49,16 +46,8 @@ def kill_at_random(folder: Path, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    def run(call: str, folder: Path) -> None:
-        code = "import sys; sys.path[:0] = ['.', 'tests/helpers', 'tests/lightning']; "
-        code += "import lightning_helpers, test_lightning_crash"
-        command = [sys.executable, "-c", f"{code}; from pathlib import Path; test_lightning_crash.{call}", str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
-    run("train(Path(sys.argv[1]))", tmp_path / "whole")
-    run("kill_at_random(Path(sys.argv[1]), seed=0)", tmp_path / "killed")
+    apart(__file__, "train(folder)", tmp_path / "whole", preloaded="lightning_helpers")
+    apart(__file__, "kill_at_random(folder, seed=0)", tmp_path / "killed", preloaded="lightning_helpers")
     whole, killed = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
