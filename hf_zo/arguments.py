@@ -57,10 +57,7 @@ class ZOArguments:
     zo_blocks: list[str] | None = field(default=None, metadata=_metadata("blocks"))
     learning_rate: float = field(  # None until a user gives one; the type is that of all training arguments
         default=None,  # type: ignore[assignment]
-        metadata={
-            "help": "The initial learning rate. None takes one for normalised steps that depends on the number of "
-            "weights that move."
-        },
+        metadata={"help": "The initial learning rate. None takes the default for normalised steps, see zo_normalise."},
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})
     zo_log: bool = field(

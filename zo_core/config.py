@@ -39,9 +39,8 @@ class ZOConfig:
     lr: float | str | None = field(
         default=None,
         metadata={
-            "help": "Learning rate. None takes the trainer's, and where that is not given either, one for normalised "
-            'steps that depends on the number of weights that move. "auto" finds one by trial runs before the first '
-            "step."
+            "help": "Learning rate. None takes the trainer's, and where that is not given either, the default for "
+            'normalised steps (see normalise). "auto" finds one by trial runs before the first step.'
         },
     )
     eps: float | None = field(
@@ -99,7 +98,9 @@ class ZOConfig:
             'carries over between models, tasks and losses. "gradient", or True, takes the projected gradients (MEAZO, '
             'arXiv 2605.03869): the rate is a length, how far a step moves a weight. "curvature" takes the curvature '
             "along the directions, for one forward more in the first steps and in one of eight later: the rate is a "
-            'fraction of Newton\'s step. None is "curvature" if no learning rate was given, else False.'
+            'fraction of Newton\'s step. None is False if a learning rate was given. Without one it is "curvature" for '
+            '"spsa" with the rules "sgd" and "momentum", False where the scale of the loss cancels anyway ("fzoo", '
+            '"sign"), and else "gradient".'
         },
     )
     clip: float | None = field(
