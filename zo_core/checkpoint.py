@@ -292,15 +292,10 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
     )
     engine.seed = mark.get("drawn", given["seed"])
     engine.merged = mark.get("merged", False)
-    if is_of_run(mark):
-        take_normaliser(engine, mark.get("normaliser"))
+    if mark.get("settings") or (MARK not in state and "normalise" in engine.continuity.open):
+        take_normaliser(engine, mark.get("normaliser"))  # whose rates the checkpoint has
     engine.braking.load(mark.get("brake", {}))
     engine.continuity.ahead, engine.continuity.whole = 0, True
-
-
-def is_of_run(mark: Mapping[str, Any]) -> bool:
-    """Whether a mark is of a run of an engine, not of an optimizer alone."""
-    return bool(mark.get("settings"))
 
 
 def take_normaliser(engine: Run, state: dict[str, float | str] | None) -> None:

@@ -8,6 +8,8 @@ import operator
 from torch import nn
 
 from .checkpoint import next_seed
+from .defaults import moving
+from .normaliser import normaliser_of
 from .running import Running
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def follow_model(engine: Running) -> None:
     engine.optimizer.state.update(kept)
     engine.store_state()
     engine.braking.history.forget(engine.step_count)
+    _normalise_anew(engine)  # what it has measured is of other weights
     after = {id(tensor): slot.key for slot in engine.slots for tensor in slot.tensors}
     outside = [slot.key for slot in slots if not any(id(tensor) in after for tensor in slot.tensors)]
     logger.warning(
@@ -81,8 +84,14 @@ def begin_again(engine: Running) -> None:
     engine.at(0, next_seed(engine.seed))
     engine.braking.reset()
     engine.optimizer.factor = 1.0
+    _normalise_anew(engine)
     continuity.ahead = 0
     engine.merged, continuity.whole = False, True
+
+
+def _normalise_anew(engine: Running) -> None:
+    if engine.normaliser is not None:
+        engine.normaliser = normaliser_of(engine.normaliser.name, moving(engine.slots, engine.noise.share))
 
 
 def take_over(engine: Running, before: Running) -> None:

@@ -141,6 +141,16 @@ def test_keys_of_ones_own_in_the_groups_are_no_other_optimizer() -> None:
     make().optimizer.load_state_dict(state)
 
 
+def test_a_run_of_version_0_1_goes_on_with_plain_steps_at_its_own_rate() -> None:
+    """Where no rate is given now, its rate would otherwise be one of normalised steps, and far too small."""
+    state = trained(lr=1e-6).state_dict()
+    del state["optimizer"]["zo"]
+    zo = ZeroOrder(tiny("mlp"))
+    assert zo.normaliser is not None
+    zo.load_state_dict(state)
+    assert (zo.lr, zo.normaliser) == (1e-6, None)
+
+
 # Other settings
 
 

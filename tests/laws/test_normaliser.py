@@ -224,6 +224,21 @@ def test_a_trial_of_the_range_test_leaves_it_alone(kind: str) -> None:
     assert zo.normaliser.saved() == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_weights_are_measured_anew(kind: str) -> None:
+    """The curvature of a head says nothing of that of the whole model, which may be a hundred times larger."""
+    model = tiny("mlp")
+    model.inner.requires_grad_(False)
+    zo = ZeroOrder(model, lr=LR, normalise=kind)
+    run(zo, 3)
+    model.inner.requires_grad_(True)
+    run(zo, 4)
+    assert zo.normaliser is not None
+    assert zo.normaliser.count == 1
+    if isinstance(zo.normaliser, Curvature):
+        assert zo.normaliser.size == sum(parameter.numel() for parameter in model.parameters())
+
+
 # Where it is on
 
 
