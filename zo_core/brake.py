@@ -16,11 +16,12 @@ Only the losses of the steps are used, in float32, so a log of them reproduces e
 from __future__ import annotations
 
 import math
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from .noise.direction import FLOAT32_MAX, float32
 
 #: Number of losses in a chunk.
 CHUNK = 16
@@ -62,8 +63,6 @@ class Row:
 ROWS = (Row(BURST, 10.0, 2.0), Row(8, 4.0, 0.0))
 #: The number of losses before them that these are compared with, and the smallest such number.
 BEFORE, LEAST_BEFORE = 32, 16
-
-FLOAT32_MAX = 2.0**128 - 2.0**104
 
 
 @dataclass(frozen=True)
@@ -284,7 +283,7 @@ class Brake:
 def in_float32(loss: float) -> float:
     """The loss as a seed log holds it; beyond the range of float32 it is infinite."""
     if not math.isfinite(loss) or abs(loss) <= FLOAT32_MAX:
-        return float(struct.unpack("<f", struct.pack("<f", loss))[0])
+        return float32(loss)
     return math.copysign(math.inf, loss)
 
 

@@ -16,6 +16,7 @@ from .progress import Bar
 from .records import Point
 from .running import Running
 from .snapshot import Snapshot
+from .step import mean
 
 #: The first step index of trial runs, whose directions are far from those of any training run.
 FIRST_STEP = 1 << 30
@@ -103,7 +104,7 @@ class Trials:
         engine = self.engine
         engine.listeners, engine.first_steps, engine.braking, engine.optimizer.factor = [], None, Braking(None), 1.0
         self.start = self.losses()
-        self.scale = mean(map(abs, self.start))
+        self.scale = mean([abs(loss) for loss in self.start])
         if not math.isfinite(self.scale):
             raise LossError(f"the loss is not finite before any step ({self.start}), so no learning rate can be tested")
 
@@ -210,12 +211,6 @@ def broken(changes: Sequence[float], scale: float) -> bool:
     if not changes[-1] <= BROKEN * scale:  # or it is NaN
         return True
     return len(changes) > 1 and min(changes[-2:]) > RISEN * scale
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean of finite numbers, else NaN."""
-    kept = list(values)
-    return math.fsum(kept) / len(kept) if all(map(math.isfinite, kept)) else math.nan
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate, Estimator
-from .noise.direction import float32
+from .noise.direction import FLOAT32_MAX, float32
 from .records import Point, Probe
 from .targets import Slot
 
 logger = logging.getLogger(__name__)
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -59,8 +57,8 @@ class StepPlan:
         return numbers
 
 
-def mean(losses: list[float]) -> float:
-    """The mean of finite losses, else NaN."""
+def mean(losses: Sequence[float]) -> float:
+    """The mean of finite numbers, else NaN."""
     return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else float("nan")
 
 

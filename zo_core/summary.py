@@ -6,9 +6,8 @@ import math
 from collections import deque
 from collections.abc import Iterable
 
-from .noise.direction import float32
+from .noise.direction import FLOAT32_MAX, float32
 from .records import StepRecord
-from .step import FLOAT32_MAX
 
 #: Steps in the running mean of the loss.
 WINDOW = 500

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 #: Each part of zo_core may import from parts of a lower rank, and within itself.
 RANKS = {
-    "brake": 0,
+    "brake": 2,
     "records": 0,
     "errors": 0,
     "files": 0,

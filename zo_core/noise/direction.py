@@ -32,6 +32,10 @@ CPU_CHUNK = 1 << 18
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+#: The largest finite float32.
+FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+
+
 def float32(value: float) -> float:
     """The nearest float32, as a Python float."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
+from ..brake import in_float32
 from ..errors import StateError
 from ..noise import NOISES
 from ..records import Probe, Rollback
@@ -33,7 +34,6 @@ CHANGE = 0xFFFFFFFF
 PREFIX = struct.Struct("<8sII")
 CRC = struct.Struct("<I")
 CHANGE_PREFIX = struct.Struct("<II")
-FLOAT32_MAX = 2.0**128 - 2.0**104
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,7 @@ def encode_header(header: dict[str, Any]) -> bytes:
 
 def encode_step(step: int, coefficients: Sequence[float], loss: float, lrs: Sequence[float], chain: int) -> bytes:
     """Encodes a step-record; ``lrs`` ends in the normaliser's state, if any; ``chain`` is the previous checksum."""
-    if abs(loss) > FLOAT32_MAX:
-        loss = math.copysign(math.inf, loss)
-    body = step_struct(len(coefficients), len(lrs)).pack(step, *coefficients, loss, *lrs)
+    body = step_struct(len(coefficients), len(lrs)).pack(step, *coefficients, in_float32(loss), *lrs)
     return body + CRC.pack(zlib.crc32(body, chain))
 
 
