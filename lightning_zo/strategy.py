@@ -233,7 +233,8 @@ class ZOStrategy(SingleDeviceStrategy):
         zo = self._at_step(module.trainer.global_step)
         self._runs += 1
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
-        zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers, length(module.trainer))
+        steps = length(module.trainer) if zo.wants_lr else None
+        zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers, steps)
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
