@@ -23,7 +23,7 @@ import torch
 from accelerate import cpu_offload
 
 from zo_core import ZeroOrder
-from zo_core.offload import Streaming
+from zo_core.streaming import Streaming
 
 from .offload_memory import llama
 from .report import save

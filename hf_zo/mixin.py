@@ -21,14 +21,14 @@ from zo_core import RULES, ConfigError, Point, Summary, ZeroOrder, ZOConfig, ZOO
 from zo_core.config import AUTO
 from zo_core.defaults import default_eps, default_lr
 from zo_core.following import begin_again
-from zo_core.lr_range import set_lr
+from zo_core.learning_rate import set_lr
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.normaliser import GRADIENT
-from zo_core.offload import LockstepOracle, Streaming, move_streamed
 from zo_core.optimizer import TorchOptimizerFace
-from zo_core.oracle import as_scalar, is_compiled
 from zo_core.placement import offload_model
+from zo_core.probing import as_scalar, is_compiled
 from zo_core.seedlog import LoggedStep
+from zo_core.streaming import LockstepOracle, Streaming, move_streamed
 from zo_core.targets import check_values
 
 from .arguments import ZOArguments, front_end

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zo_core import ConfigError, StateError
-from zo_core.offload import Block, DiskStore, Piece, Streaming, describe, find_blocks, read_header
+from zo_core.streaming import Block, DiskStore, Piece, Streaming, describe, find_blocks, read_header
 
 #: Arguments of ``from_pretrained`` that place the weights; `from_pretrained_offloaded` sets them itself.
 OWN = ("device_map", "offload_folder", "offload_state_dict", "offload_buffers", "max_memory", "state_dict")

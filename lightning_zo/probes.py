@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from zo_core.oracle import each_copy, upcast
+from zo_core.probing import each_copy, upcast
 
 #: The run of the current probe. Those of a streamed model take turns, each in a thread with its own context variables.
 _current: ContextVar[Run] = ContextVar("zo_probe")

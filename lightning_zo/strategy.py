@@ -24,9 +24,9 @@ from torch import Tensor
 
 from zo_core import ConfigError, ModelError, Summary, ZeroOrder, ZOConfig
 from zo_core.following import take_over
-from zo_core.offload import Streaming, move_streamed
 from zo_core.placement import offload_model
 from zo_core.seedlog import LoggedStep
+from zo_core.streaming import Streaming, move_streamed
 from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches, length

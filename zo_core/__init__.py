@@ -9,8 +9,7 @@ from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, SearchError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
-from .lr_range import LrSuggestion
-from .lr_trials import Trial
+from .learning_rate import LrSuggestion, Trial
 from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer

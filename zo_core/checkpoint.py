@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .braking import Braking
+from .brake import Braking
 from .config import ZOConfig
 from .errors import StateError
 from .estimators import ESTIMATORS, Estimator

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .advice import advise
-from .braking import Braking
+from .brake import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
@@ -23,12 +22,11 @@ from .first_steps import FirstSteps
 from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
-from .lr_range import LrSuggestion, base_rates, check_replaceable, range_test, set_lr
+from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_replaceable, range_test, set_lr
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
 from .records import Point, Probe, Rollback, StepRecord
-from .snapshot import Snapshot
 from .step import Skips, StepPlan, mean, probes_from
 from .targets import Slot, keep_codes_plain
 from .trained_model import TrainedModel

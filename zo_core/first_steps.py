@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from .modes import rng_state, set_rng_state
-from .offload import LockstepOracle
-from .oracle import ResidentOracle, difference
+from .probing import ResidentOracle, difference
 from .records import Point
+from .streaming import LockstepOracle
 from .targets import Slot
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from torch import nn
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
 from .noise import NOISES, Direction, Rademacher
-from .offload import Streaming, offload
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import RULES, Torch, UpdateRule
 from .sizes import parse_bytes
+from .streaming import Streaming, offload
 from .targets import TARGETS, Slot
 from .updates import changes_often
 

@@ -12,10 +12,10 @@ from .config import ZOConfig
 from .first_steps import FirstSteps
 from .noise import Direction
 from .normaliser import Normaliser
-from .offload import LockstepOracle, Streaming
 from .optimizer import Driver, ZOOptimizer
-from .oracle import ResidentOracle
+from .probing import ResidentOracle
 from .records import StepRecord
+from .streaming import LockstepOracle, Streaming
 from .targets import Slot, Target
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError
-from .lr_range import LrSuggestion
-from .offload import Streaming
+from .learning_rate import LrSuggestion
 from .optimizer import ZOOptimizer
 from .placement import resolve, slots_of
+from .streaming import Streaming
 from .targets import Slot
 from .updates import Windows
 

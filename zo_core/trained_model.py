@@ -17,12 +17,12 @@ from .following import trainable
 from .forward_state import Carried
 from .live import LiveSettings
 from .noise import Alternatives, Direction, Noise
-from .offload import LockstepOracle, Streaming
 from .optimizer import TorchOptimizerFace
-from .oracle import ResidentOracle, StackedOracle, realisation
 from .placement import check_streamable, offload_model, slots_of
+from .probing import ResidentOracle, StackedOracle, realisation
 from .records import Point
 from .rules import UpdateRule
+from .streaming import LockstepOracle, Streaming
 from .targets import Slot, Target
 from .updates import Places, Updaters
 

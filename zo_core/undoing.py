@@ -9,8 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .brake import Alarm
-from .braking import Done, rise
+from .brake import Alarm, Done, rise
 from .directions import Directions
 from .errors import StateError
 from .optimizer import number

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from zo_core import ConfigError, ModelError, Slot, ZOConfig
 from zo_core.cache import HEAP_BYTES
 from zo_core.noise import noise_bytes
-from zo_core.offload import ARENA_SLOTS, TRIM_BYTES, Block, beyond, plan_blocks, resident_bytes
 from zo_core.sizes import parse_bytes
+from zo_core.streaming import ARENA_SLOTS, TRIM_BYTES, Block, beyond, plan_blocks, resident_bytes
 from zo_core.targets import slot_keys
 
 from .rates import Rates

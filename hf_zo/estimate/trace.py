@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from zo_core import Point, Rademacher, Slot
 from zo_core.modes import eval_mode
 from zo_core.noise import Direction
-from zo_core.oracle import Materialised, ScratchPool
+from zo_core.probing import Materialised, ScratchPool
 
 #: Number of elements and dtype of a perturbed copy, the key of `ScratchPool`; None for all other tensors.
 Kind = tuple[int, torch.dtype] | None

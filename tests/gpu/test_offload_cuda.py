@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_zo import ZOTrainer, from_pretrained_offloaded
 from zo_core import ZeroOrder, ZOConfig
-from zo_core.offload.store import RamStore
+from zo_core.streaming.store import RamStore
 
 pytestmark = [
     pytest.mark.gpu,

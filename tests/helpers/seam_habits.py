@@ -134,7 +134,7 @@ HABITS = [
     Habit("torch:Tensor._version", "zo_core/forward_state.py", "counts writes in place, not through .data", _versions),
     *(
         Habit("torch:UntypedStorage._cdata", f"{file}.py", "tells memory from other memory", _one_storage)
-        for file in ("zo_core/cache", "zo_core/oracle/scratch", "zo_core/offload/streaming", "hf_zo/estimate/trace")
+        for file in ("zo_core/cache", "zo_core/probing/scratch", "zo_core/streaming/streaming", "hf_zo/estimate/trace")
     ),
     *(
         Habit(f"torch.optim.optimizer:{name}", "zo_core/rules/torch_rule.py", "hooks of all optimizers", _global_hooks)
@@ -145,8 +145,8 @@ HABITS = [
     *(
         Habit(f"torch:{name}", f"zo_core/{file}.py", "tells compiled modules", _compiled)
         for name, file in (
-            ("nn.Module._compiled_call_impl", "oracle/materialise"),
-            ("_dynamo.OptimizedModule", "oracle/materialise"),
+            ("nn.Module._compiled_call_impl", "probing/materialise"),
+            ("_dynamo.OptimizedModule", "probing/materialise"),
             ("_orig_mod", "targets/base"),
         )
     ),

@@ -14,7 +14,7 @@ from torch import nn
 from hf_zo import ZOTrainer, from_pretrained_offloaded, low_rank_adapter
 from hf_zo.auto_lr import samples, schedulers, unnoticed
 from zo_core import LowRank, ModelError, ZeroOrder, ZOConfig
-from zo_core.lr_range import set_lr
+from zo_core.learning_rate.search import set_lr
 from zo_core.targets.dispatched import elsewhere
 
 # zo_core

@@ -26,7 +26,7 @@ def of_strategy(attribute: str, why: str, **more: Any) -> Seam:
 
 def functorch(attribute: str) -> Seam:
     why = "stacked probes wrap and unwrap values of all copies without a copy of them, at the level of their own vmap"
-    return Seam(f"torch._C._functorch:{attribute}", "zo_core/oracle/stacked.py", why, runs.stacked)
+    return Seam(f"torch._C._functorch:{attribute}", "zo_core/probing/stacked.py", why, runs.stacked)
 
 
 SEAMS = [
@@ -75,7 +75,7 @@ SEAMS = [
     ),
     Seam(
         "transformers:PreTrainedModel._no_split_modules",
-        "zo_core/offload/blocks.py",
+        "zo_core/streaming/blocks.py",
         "names the layers of a model; without it containers of like modules are looked for",
         runs.streamed,
     ),
@@ -202,7 +202,7 @@ SEAMS = [
                 "tells a probe from a forward of the user's own, which sees updates that wait",
                 runs.windows,
             ),
-            ("offload.lockstep", "function modes are active in the thread of each probe, too", runs.streamed),
+            ("streaming.lockstep", "function modes are active in the thread of each probe, too", runs.streamed),
         )
     ),
     *(
@@ -212,7 +212,7 @@ SEAMS = [
             "or scratch memory is reused while a model still looks at it, or never",
             run,
         )
-        for name, run in (("oracle/scratch", runs.resident), ("offload/streaming", runs.streamed))
+        for name, run in (("probing/scratch", runs.resident), ("streaming/streaming", runs.streamed))
     ),
     *(
         Seam(
@@ -225,7 +225,7 @@ SEAMS = [
     ),
     Seam(
         "torch.optim.lr_scheduler:LRScheduler._last_lr",
-        "zo_core/lr_range.py",
+        "zo_core/learning_rate/search.py",
         "scaled with the rates that were found: or a schedule goes on from the old ones",
         runs.range_test,
     ),

@@ -21,7 +21,7 @@ from hf_zo.estimate.trace import Segment, together
 from hf_zo.estimate.variants import Int4Linear
 from zo_core import ZeroOrder, ZOConfig
 from zo_core.cache import HEAP_BYTES
-from zo_core.offload import plan_blocks
+from zo_core.streaming import plan_blocks
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, from_pretrained_offloaded
 from zo_core import ConfigError, ModelError, StateError, ZeroOrder
-from zo_core.offload import Streaming
+from zo_core.streaming import Streaming
 
 CLASSES = {
     "llama": AutoModelForCausalLM,

@@ -13,9 +13,9 @@ from models import batch, tiny
 from torch import nn
 
 from zo_core import ESTIMATORS, RULES, Momentum, Scaling, ZeroOrder, ZOConfig, ZOOptimizer
-from zo_core.advice import lr_advice, useful_rates
 from zo_core.checkpoint import FrontEnd
 from zo_core.defaults import default_lr
+from zo_core.learning_rate.advice import lr_advice, useful_rates
 from zo_core.normaliser import Curvature, Gradient, normaliser_of
 
 ROOT = Path(__file__).parents[2]

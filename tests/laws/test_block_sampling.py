@@ -33,7 +33,7 @@ from zo_core import (
 )
 from zo_core.noise import Passes
 from zo_core.noise.sampled import block_of
-from zo_core.offload import DiskStore
+from zo_core.streaming import DiskStore
 
 ALL: dict[str, Any] = {"rule": "momentum", "num_probes": 2, "weight_decay": 0.1}
 LOW_RANK = {"name": "sampled", "of": {"name": "low_rank", "rank": 2, "refresh": 3}}

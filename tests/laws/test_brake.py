@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from zo_core.brake import BURST, CHUNK, Alarm, Block, Brake, in_float32, normal_deviate
+from zo_core.brake.statistic import BURST, CHUNK, Alarm, Block, Brake, in_float32, normal_deviate
 
 Losses = Callable[[np.random.Generator, int], np.ndarray]
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_model
 
 from zo_core import LowRank, SeedLogWriter, ZeroOrder, save_adapter, seedlog
 from zo_core.files import replacing, write_whole
-from zo_core.offload.store import DiskStore
 from zo_core.seedlog.__main__ import main as command
+from zo_core.streaming.store import DiskStore
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:

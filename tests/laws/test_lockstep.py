@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zo_core.offload.lockstep import Lockstep
+from zo_core.streaming.lockstep import Lockstep
 
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 

@@ -15,8 +15,8 @@ from traces import left_as_found
 
 from zo_core import LowRank, Point, Rademacher, Spsa, ZeroOrder, ZOConfig, derive_seed
 from zo_core.noise.direction import CPU_CHUNK, FLOAT_DTYPES
-from zo_core.oracle.functional import Sight
-from zo_core.oracle.materialise import Materialised
+from zo_core.probing.functional import Sight
+from zo_core.probing.materialise import Materialised
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size([12, 5, 4])

@@ -25,7 +25,7 @@ from zo_core import NOISES, ZeroOrder
 from zo_core.cache import ENTRY_BYTES, ByteCache, _caches, clear_caches, end_step, kept, workspace
 from zo_core.noise import hashing, low_rank
 from zo_core.noise.hashing import used_once, words
-from zo_core.oracle.scratch import ScratchPool
+from zo_core.probing.scratch import ScratchPool
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import zo_core.targets.torchao as torchao_target
 from zo_core import Int4Scales, SeedLogWriter, ZeroOrder, replay
-from zo_core.offload import move_streamed
 from zo_core.seedlog import fingerprint
+from zo_core.streaming import move_streamed
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "seed": 3}
 

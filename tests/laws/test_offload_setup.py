@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from zo_core import ConfigError, StateError, ZeroOrder
 from zo_core.noise.hashing import sent
-from zo_core.offload import DiskStore, Streaming, budget, build, move_streamed, offload, streaming
-from zo_core.offload.copies import with_index
-from zo_core.offload.store import RamStore
+from zo_core.streaming import DiskStore, Streaming, budget, build, move_streamed, offload, streaming
+from zo_core.streaming.copies import with_index
+from zo_core.streaming.store import RamStore
 
 pytestmark = pytest.mark.usefixtures("no_probe_thread_is_left")
 
@@ -160,7 +160,7 @@ def test_momentum_has_its_part_of_the_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_passes_the_state_of_the_rule_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("zo_core.offload.build.room_for_weights", lambda *given: asked.append(given[2:]))
+    monkeypatch.setattr("zo_core.streaming.build.room_for_weights", lambda *given: asked.append(given[2:]))
     for rule in ("sgd", "momentum"):
         model, _ = deep()
         ZeroOrder(model, lr=1e-3, offload="auto", rule=rule)
@@ -173,7 +173,7 @@ def test_a_model_that_fits_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -
     """The trainer moves the model, and the engine is made later, when less is free."""
     model, _ = deep()
     room = [1 << 40]
-    monkeypatch.setattr("zo_core.offload.build.room_for_weights", lambda *_: room[0])
+    monkeypatch.setattr("zo_core.streaming.build.room_for_weights", lambda *_: room[0])
     assert offload(model, "auto", device=torch.device("cpu")) is None
     room[0] = 0
     zo = ZeroOrder(model, lr=1e-3, offload="auto")

@@ -12,7 +12,7 @@ from models import batch
 from offload_helpers import TIERS, in_memory, make
 
 from zo_core import ZeroOrder
-from zo_core.offload import Streaming, move_streamed
+from zo_core.streaming import Streaming, move_streamed
 
 pytestmark = pytest.mark.usefixtures("no_probe_thread_is_left")
 

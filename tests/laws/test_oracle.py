@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 from traces import left_as_found, same_bits, weights
 
 from zo_core import ZeroOrder
-from zo_core.oracle import as_scalar
+from zo_core.probing import as_scalar
 
 Project = Callable[[Tensor, Tensor], Tensor]
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from traces import same_bits, weights
 
 from zo_core import NOISES, ZeroOrder
-from zo_core.oracle import as_scalar
+from zo_core.probing import as_scalar
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from traces import same_bits, weights
 
 from zo_core import NOISES, RULES, ConfigError, SeedLog, SeedLogWriter, StateError, ZeroOrder, ZOOptimizer, replay
-from zo_core.braking import AGREEING, KEPT, Done, History
+from zo_core.brake.state import AGREEING, KEPT, Done, History
 from zo_core.noise import Passes
 from zo_core.noise.direction import Scaling
 from zo_core.noise.hashing import BATCH_WORDS

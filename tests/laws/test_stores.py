@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zo_core import ConfigError, StateError
-from zo_core.offload import store as stores
-from zo_core.offload import tensor_file
-from zo_core.offload.store import DiskStore, RamStore
+from zo_core.streaming import store as stores
+from zo_core.streaming import tensor_file
+from zo_core.streaming.store import DiskStore, RamStore
 
 
 def block(seed: int) -> dict[str, Tensor]:

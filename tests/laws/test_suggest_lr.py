@@ -26,10 +26,10 @@ pytestmark = QUIET
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few forwards, which short runs may spend: the laws hold for any number."""
-    monkeypatch.setattr("zo_core.lr_range.FORWARDS", 128)
-    monkeypatch.setattr("zo_core.lr_range.SHARE", 100.0)
-    monkeypatch.setattr("zo_core.lr_range.LEAST", 16)
-    monkeypatch.setattr("zo_core.lr_range.LEAST_STEPS", 4)
+    monkeypatch.setattr("zo_core.learning_rate.search.FORWARDS", 128)
+    monkeypatch.setattr("zo_core.learning_rate.search.SHARE", 100.0)
+    monkeypatch.setattr("zo_core.learning_rate.search.LEAST", 16)
+    monkeypatch.setattr("zo_core.learning_rate.search.LEAST_STEPS", 4)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -279,7 +279,7 @@ def test_auto_under_lightning(tmp_path: Path, scheduled: bool, monkeypatch: pyte
 
         return make
 
-    monkeypatch.setattr("zo_core.lr_range.FORWARDS", 512)  # there is little to learn from random tokens
+    monkeypatch.setattr("zo_core.learning_rate.search.FORWARDS", 512)  # there is little to learn from random tokens
     module, strategy = Wrapped(optimizer=optimizer(1e-3)), ZOStrategy(ZOConfig(lr="auto"))
     trainer(tmp_path, strategy).fit(module, shuffled())
     found = strategy.zo.suggestion  # type: ignore[union-attr]

@@ -125,7 +125,7 @@ def test_a_full_disk_is_an_error_that_changes_nothing(
     (tmp_path / "files").mkdir(exist_ok=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "files"))
     with monkeypatch.context() as patch:
-        patch.setattr("zo_core.offload.store.write_file", full)
+        patch.setattr("zo_core.streaming.store.write_file", full)
         with pytest.raises(StateError, match=r"could not be written to .*No space left.*set offload_dir"):
             tested.suggest_lr(closures(tested.model))
     assert not list((tmp_path / "files").glob("zo-snapshot-*"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from zo_core import ZeroOrder, engine
-from zo_core.advice import lr_advice, useful_rates
+from zo_core.learning_rate.advice import lr_advice, useful_rates
 
 FOLDER = Path(__file__).parents[2] / "examples"
 

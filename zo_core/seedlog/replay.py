@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..braking import Done
+from ..brake import Done
 from ..config import ZOConfig
 from ..engine import ZeroOrder
 from ..errors import ModelError, StateError

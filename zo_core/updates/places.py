@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..offload import Block, Streaming
 from ..rules import UpdateRule
+from ..streaming import Block, Streaming
 from ..targets import Slot
 
 State = MutableMapping[str, Any]

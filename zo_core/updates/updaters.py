@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import Direction, LowRank, LowRankDirection, Noise
-from ..oracle.materialise import is_compiled
+from ..probing.materialise import is_compiled
 from ..rules import Torch, UpdateRule
 from ..targets import Slot
 from .base import AtOnce, ByTorchOptimizer, TorchStep, Updater

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ..noise import LowRankDirection
-from ..oracle.function_mode import ProbeMode
-from ..oracle.functional import FunctionalMode, Sight
-from ..oracle.scratch import ScratchPool
+from ..probing.function_mode import ProbeMode
+from ..probing.functional import FunctionalMode, Sight
+from ..probing.scratch import ScratchPool
 from ..stand_ins import ordinary, same_bits, stand_in
 from ..targets import Slot
 from .places import Places

@@ -19,8 +19,8 @@ from ..errors import ConfigError
 from ..forward_state import Carried, ForwardState
 from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
-from ..oracle.materialise import Materialised, Originals, ProbeView, restore
-from ..oracle.resident import Closure, as_scalar
+from ..probing.materialise import Materialised, Originals, ProbeView, restore
+from ..probing.resident import Closure, as_scalar
 from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise.hashing import used_once
-from ..oracle.scratch import ALONE, nan
+from ..probing.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment, check_device, with_index
 from .store import DiskStore, RamStore

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import StateError
-from .forward_state import ForwardState
-from .modes import rng_state, set_rng_state
-from .offload import Block, DiskStore, Streaming
-from .running import Running
-from .sizes import human
-from .updates.base import copies
+from ..errors import StateError
+from ..forward_state import ForwardState
+from ..modes import rng_state, set_rng_state
+from ..running import Running
+from ..sizes import human
+from ..streaming import Block, DiskStore, Streaming
+from ..updates.base import copies
 
 logger = logging.getLogger(__name__)
 

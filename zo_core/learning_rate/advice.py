@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
-from .config import AUTO
-from .normaliser import Curvature
-from .optimizer import number
-from .running import Running
+from ..config import AUTO
+from ..normaliser import Curvature
+from ..optimizer import number
+from ..running import Running
 
 logger = logging.getLogger(__name__)
 

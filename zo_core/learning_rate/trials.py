@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from .braking import Braking
-from .errors import LossError
-from .modes import set_rng_state
-from .progress import Bar
-from .records import Point
-from .running import Running
+from ..brake import Braking
+from ..errors import LossError
+from ..modes import set_rng_state
+from ..progress import Bar
+from ..records import Point
+from ..running import Running
+from ..step import mean
 from .snapshot import Snapshot
-from .step import mean
 
 #: The first step index of trial runs, whose directions are far from those of any training run.
 FIRST_STEP = 1 << 30

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .brake import Alarm, Brake, in_float32
-from .records import Probe
-from .rules import RULES, UpdateRule
+from ..records import Probe
+from ..rules import RULES, UpdateRule
+from .statistic import Alarm, Brake, in_float32
 
 logger = logging.getLogger(__name__)
 

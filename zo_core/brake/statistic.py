@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .noise.direction import FLOAT32_MAX, float32
+from ..noise.direction import FLOAT32_MAX, float32
 
 #: Number of losses in a chunk.
 CHUNK = 16

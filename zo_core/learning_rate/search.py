@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from .errors import ConfigError, LossError, SearchError
-from .lr_trials import Trial, Trials
-from .running import Running
-from .step import mean
+from ..errors import ConfigError, LossError, SearchError
+from ..running import Running
+from ..step import mean
+from .trials import Trial, Trials
 
 #: Forwards of the search, and the part of the run's forwards that it may take. Fewer than these forwards or steps
 #: are of no use.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..oracle.materialise import is_compiled
+from ..probing.materialise import is_compiled
 from ..sizes import human
 from ..targets import check_values, in_several_ways, memory_of, move_scales, plain_parameters
 from .blocks import find_blocks
