@@ -6,7 +6,7 @@ It knows torch and nothing of any trainer.
 from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
-from .errors import ConfigError, LossError, ModelError, SearchError, StateError, ZOError
+from .errors import ConfigError, LossError, ModelError, RanksError, SearchError, StateError, ZOError
 from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .learning_rate import LrSuggestion, Trial
@@ -43,6 +43,7 @@ __all__ = [
     "Point",
     "Probe",
     "Rademacher",
+    "RanksError",
     "Sampled",
     "Scales",
     "Scaling",

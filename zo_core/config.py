@@ -24,6 +24,7 @@ BACKENDS = ("auto", "eager", "compile", "triton")
 #: As a learning rate: it is found before the first step.
 AUTO = "auto"
 BRAKES = (AUTO, "rollback", "warn", None)
+RANKS = ("directions", "data", "points", None)
 OFFLOADS = (None, "cpu", "disk", "auto")
 
 
@@ -112,6 +113,15 @@ class ZOConfig:
     )
     seed: int | None = field(
         default=None, metadata={"help": "Seed of the directions. None takes the trainer's seed, and 0 in a bare loop."}
+    )
+    ranks: str | None = field(
+        default="directions",
+        metadata={
+            "help": "What several processes (torchrun, accelerate launch, Lightning's devices) share of a step. With "
+            '"directions" each measures num_probes directions of its own on its own batches; with "data" all measure '
+            'the same directions, each on its own batches; with "points" the points of a step are dealt out to '
+            "processes that have the same batch. None trains a model of its own in each process."
+        },
     )
     brake: str | None = field(
         default="auto",
@@ -204,6 +214,8 @@ class ZOConfig:
             )
         if self.brake not in BRAKES:
             problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")
+        if self.ranks not in RANKS:
+            problems.append(f"ranks={self.ranks!r} is not known; write one of {', '.join(map(repr, RANKS))}")
         for name in ("dropout", "stochastic_rounding", "stack_probes"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .agreement import agree
 from .brake import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
 from .errors import LossError, ModelError, SearchError, StateError
-from .exchange import Alone, Exchange
+from .exchange import Exchange
 from .first_steps import FirstSteps
 from .following import follow_model
 from .forward_state import Carried
@@ -26,6 +27,7 @@ from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_rep
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
+from .ranks import exchange_of
 from .records import Point, Probe, Rollback, StepRecord
 from .step import Skips, StepPlan, mean, probes_from
 from .targets import Slot, keep_codes_plain
@@ -87,7 +89,8 @@ class ZeroOrder(TrainedModel):
         self.config = (config or ZOConfig()).replace(**overrides)
         settings = self._settings = resolve(self.config, optimizer, model)
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
-        self.num_probes, self.backend = settings.num_probes, settings.backend
+        self.exchange: Exchange = exchange_of(self.config.ranks)
+        self.num_probes, self.backend = self.exchange.directions(settings.num_probes), settings.backend
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None
@@ -115,10 +118,10 @@ class ZeroOrder(TrainedModel):
             set_lr(optimizer, self._default_lr(slots))  # not under a scheduler, which has a rate of its own by now
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
-        self.exchange: Exchange = Alone()
         self.places = Places(self.optimizer)
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
+        self._agreed = False
         self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
@@ -188,13 +191,14 @@ class ZeroOrder(TrainedModel):
         Returns:
             For each closure one float64 tensor of shape ``[]`` per point.
         """
-        self.optimizer.check_numbers()
-        plan = self._plan = self._plan or self._planned()
         try:
+            self.optimizer.check_numbers()
+            plan = self._plan = self._plan or self._planned()
             with self.hidden():
                 return self._at(plan.to_measure, closures)
-        except BaseException:
+        except BaseException as error:
             self.discard()
+            self.exchange.fail(error)
             raise
 
     def _default_lr(self, slots: list[Slot]) -> float:
@@ -210,12 +214,15 @@ class ZeroOrder(TrainedModel):
     def _planned(self) -> StepPlan:
         """What the next step has to measure."""
         follow_model(self)
+        if not self._agreed:
+            agree(self)
+            self._agreed = True
         seeds = self._seeds()
         extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds)
         points = (*self.estimator.points(seeds, self.eps), *extra)
         self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], self._device)
         ratios = self.directions.ratios(self.slots)
-        return StepPlan(self.step_count, seeds, points, self.exchange.share(points), ratios, len(extra))
+        return StepPlan(self.step_count, seeds, points, self.exchange.share(points, seeds), ratios, len(extra))
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
@@ -244,10 +251,12 @@ class ZeroOrder(TrainedModel):
         if self._plan is None:
             raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
         plan, self._plan = self._plan, None
-        losses = self.exchange.gather(plan.losses())
+        rows = self.exchange.gather(plan.points, plan.seeds, plan.step, plan.losses())
+        losses = self.exchange.combine(plan.points, rows)
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
-        own = losses[: len(losses) - plan.extra] if all(map(math.isfinite, losses)) else losses
+        own = self.exchange.combine(plan.points[: len(losses) - plan.extra], rows)
+        own = own if all(map(math.isfinite, losses)) else losses
         estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, own)
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
         rollback = braked(self, loss, own)
@@ -291,6 +300,7 @@ class ZeroOrder(TrainedModel):
             rollback=rollback,
         )
         note(self, probes)
+        self.exchange.done(self.step_count, probes)
         self._forget()
         self.step_count += 1
         for listener in self.listeners:
@@ -419,7 +429,11 @@ class ZeroOrder(TrainedModel):
         self, closures: Sequence[Callable[[], Any]], forwards: int | None = None, steps: int | None = None
     ) -> LrSuggestion:
         """Suggests a learning rate by trial runs, all of which are undone; see `zo_core.suggest_lr`."""
-        return range_test(self, closures, forwards, steps)
+        try:
+            return range_test(self, closures, forwards, steps)
+        except BaseException as error:
+            self.exchange.fail(error)
+            raise
 
     @property
     def wants_lr(self) -> bool:
@@ -481,4 +495,5 @@ class ZeroOrder(TrainedModel):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StateError(f"this checkpoint's optimizer state does not fit the model: {error}") from error
         resume_at(self, state)
+        self._agreed = False
         self.discard()

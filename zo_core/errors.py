@@ -45,3 +45,7 @@ class LossError(ZOError, TypeError):
 
 class StateError(ZOError, RuntimeError):
     """A call was made at the wrong time, or a checkpoint does not belong to this run."""
+
+
+class RanksError(ZOError, RuntimeError):
+    """Another process of the run has failed, has ended, or does something else; raised on every process."""

@@ -24,11 +24,6 @@ logger = logging.getLogger(__name__)
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay"}
 
 
-def is_distributed() -> bool:
-    """Whether a process group exists; a build of torch may lack ``torch.distributed``."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None, model: nn.Module | None = None) -> Resolved:
     """The components of a configuration, checked against the optimizer that comes with it.
 
@@ -38,20 +33,12 @@ def resolve(config: ZOConfig, optimizer: torch.optim.Optimizer | None, model: nn
         model: the model that is trained; if it computes on CUDA, kernels are tried out before they are chosen for it.
 
     Raises:
-        ConfigError: they do not fit together, or there are several processes.
+        ConfigError: they do not fit together.
     """
     check_optimizer(optimizer)
     foreign = optimizer is not None and not isinstance(optimizer, ZOOptimizer)
     rates = config.lr != AUTO and optimizer is not None and not (isinstance(optimizer, ZOOptimizer) and optimizer.left)
     settings = config.resolve(has_optimizer=foreign, has_rates=foreign or rates)
-    ranks = torch.distributed.get_world_size() if is_distributed() else 1
-    if ranks > 1:
-        raise ConfigError(
-            [
-                f"world_size={ranks}: training on several processes is not supported yet and the ranks would "
-                "drift apart; start one process"
-            ]
-        )
     in_groups = () if optimizer is None else ("lr", "weight_decay") if foreign else ("lr", "weight_decay", "eps")
     twice = [name for name in in_groups if getattr(config, name) not in (getattr(ZOConfig, name), AUTO)]
     if twice:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .config import ZOConfig
+from .exchange import Exchange
 from .first_steps import FirstSteps
 from .noise import Direction
 from .normaliser import Normaliser
@@ -34,6 +35,7 @@ class Running(Driver, Protocol):
     regroup: Callable[[list[Slot]], object]
     normaliser: Normaliser | None
     optimizer: ZOOptimizer
+    exchange: Exchange
 
     @property
     def target(self) -> Target: ...

@@ -198,12 +198,16 @@ class Trials:
         """Measures a batch for the step in progress; the mean loss over the probes."""
         found = self.engine.losses([self.closures[index]])[0]
         self.engine.add(found)
-        return float(torch.stack(found).mean().to(torch.float32))
+        return self._shared([float(torch.stack(found).mean().to(torch.float32))])[0]
 
     def losses(self) -> list[float]:
         """The loss on every batch at the current weights, with the same random numbers (dropout) each time."""
         set_rng_state(self.before.random)
-        return [float(self.engine.oracle.losses([Point(0, 0.0)], closure)[0]) for closure in self.closures]
+        return self._shared([float(self.engine.oracle.losses([Point(0, 0.0)], c)[0]) for c in self.closures])
+
+    def _shared(self, losses: list[float]) -> list[float]:
+        """The means over the processes of a run, so that all of them decide alike."""
+        return self.engine.exchange.average(losses)
 
 
 def broken(changes: Sequence[float], scale: float) -> bool:

@@ -1,0 +1,104 @@
+"""What the processes of a run have to have in common before their first step: settings, and weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .digests import digest
+from .errors import ConfigError, StateError
+from .exchange import Alone
+from .ranks import Ranks, world_size
+from .running import Running
+from .version import __version__
+
+logger = logging.getLogger(__name__)
+
+#: Settings that belong to a process: where it computes, and where it keeps blocks.
+OWN = ("device", "offload_dir", "device_memory")
+
+
+def agree(engine: Running) -> None:
+    """Compares the processes of a run, and gives all of them the weights of rank 0; does nothing for one process.
+
+    Raises:
+        ConfigError: they have different settings; on every process, with both sides.
+        StateError: streamed weights differ, or the process group was made after the engine.
+    """
+    exchange = engine.exchange
+    if isinstance(exchange, Alone) and engine.config.ranks is not None and world_size() > 1:
+        raise StateError("the process group was made after ZeroOrder(...); call init_process_group() first")
+    if not isinstance(exchange, Ranks):
+        return
+    facts = exchange.everywhere(_facts(engine))
+    problems = [
+        f"{name}={theirs[name]!r} on rank {rank}, and {name}={facts[0].get(name)!r} on rank 0"
+        for rank, theirs in enumerate(facts)
+        for name in theirs
+        if theirs[name] != facts[0].get(name)
+    ]
+    if problems:
+        raise ConfigError([f"the processes of this run differ: {problem}" for problem in problems[:5]])
+    _same_weights(engine, exchange)
+
+
+def _facts(engine: Running) -> dict[str, Any]:
+    config = engine.config.to_dict()
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, (int, float, bool))}
+        for group in engine.optimizer.param_groups
+    ]
+    return {
+        "version": __version__,
+        **{name: value for name, value in config.items() if name not in OWN},
+        "step": engine.step_count,
+        "seed": engine.seed,
+        "directions": engine.num_probes,
+        "parameter groups": groups,
+        "trained tensors": [(slot.key, tuple(slot.tensor.shape), str(slot.tensor.dtype)) for slot in engine.slots],
+        "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
+    }
+
+
+def _same_weights(engine: Running, exchange: Ranks) -> None:
+    tensors = dict(_resident(engine))
+    streamed = dict(_streamed(engine))
+    found = exchange.everywhere({name: digest(tensor) for name, tensor in (tensors | streamed).items()})
+    other = [name for name in found[0] if any(each.get(name) != found[0][name] for each in found)]
+    if not other:
+        return
+    streamed_too = [name for name in other if name in streamed]
+    if streamed_too:
+        raise StateError(
+            f"the processes hold different weights in {streamed_too[0]!r} and {len(streamed_too) - 1} other streamed "
+            "tensors; load the same checkpoint in every process"
+        )
+    for name in other:
+        exchange.send(tensors[name])
+    logger.warning(
+        "%d tensors (%s …) had other values on some processes, as new heads and adapters have without a common seed; "
+        "all processes start with those of rank 0",
+        len(other),
+        other[0],
+    )
+
+
+def _resident(engine: Running) -> Iterator[tuple[str, Tensor]]:
+    hidden = {id(tensor) for block in _blocks(engine) for held in block.holders.values() for tensor in held}
+    for name, tensor in (*engine.model.named_parameters(), *engine.model.named_buffers()):
+        if id(tensor) not in hidden and tensor.device.type != "meta":
+            yield name, tensor.detach()
+
+
+def _streamed(engine: Running) -> Iterator[tuple[str, Tensor]]:
+    for block in _blocks(engine):
+        assert engine.streaming is not None
+        for name, tensor in engine.streaming.store.whole(block.name).items():
+            yield f"{block.name}.{name}", tensor
+
+
+def _blocks(engine: Running) -> list[Any]:
+    return [] if engine.streaming is None else list(engine.streaming.blocks)

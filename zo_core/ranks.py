@@ -1,0 +1,182 @@
+"""Several processes that train one model: they exchange losses, 8 bytes a point, and never weights or gradients."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ConfigError, RanksError
+from .exchange import Alone, Exchange, Rows, combined, shares
+from .records import Point, Probe
+
+logger = logging.getLogger(__name__)
+
+#: Rank 0 says what there is to say; the others only say errors.
+LOGGERS = ("zo_core", "hf_zo", "lightning_zo")
+#: What is exchanged next, as every process says before it: a failure, the losses of a step, or numbers to average.
+FAILURE, LOSSES, NUMBERS = range(3)
+#: Seconds that the survivors give each other to answer after an exchange has failed.
+ROLL_CALL = 5
+
+
+def world_size() -> int:
+    """Number of processes of the default group; 1 if there is none, or if torch was built without them."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def exchange_of(mode: str | None) -> Exchange:
+    """The exchange between the processes of the default process group, or that of a process alone.
+
+    Args:
+        mode: the setting ``ranks``; None for processes that train models of their own.
+    """
+    return Alone() if mode is None or world_size() == 1 else Ranks(mode)
+
+
+class Ranks:
+    """All processes of the default process group (``torchrun``, ``accelerate launch``, Lightning's ``devices=2``).
+
+    Losses are gathered in float64 and in the order of the ranks, and every process computes the same estimate of
+    them; nothing is reduced by a collective, whose order of summation depends on the topology. They travel over
+    gloo, in a group of their own, also where the model is on GPUs.
+
+    Args:
+        mode: "directions", "data" or "points".
+    """
+
+    def __init__(self, mode: str):
+        self.mode, self.rank, self.size = mode, dist.get_rank(), dist.get_world_size()
+        self.group: Any = dist.new_group(backend="gloo")
+        self._step, self._digest = 0, 0
+        self._told: BaseException | None = None
+        if self.rank:
+            for name in LOGGERS:
+                if logging.getLogger(name).level == logging.NOTSET:
+                    logging.getLogger(name).setLevel(logging.ERROR)
+
+    def directions(self, own: int) -> int:
+        return own * self.size if self.mode == "directions" else own
+
+    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
+        found = shares(self.mode, points, seeds, self.size)
+        if not all(found):
+            raise ConfigError(
+                [
+                    f"ranks='points' deals {len(points)} points a step to {self.size} processes, so some have none; "
+                    "raise num_probes, or write ranks='directions'"
+                ]
+            )
+        return found[self.rank]
+
+    def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
+        found = shares(self.mode, points, seeds, self.size)
+        self._enter(LOSSES, step)
+        own = torch.full((max(map(len, found)),), float("nan"), dtype=torch.float64)
+        own[: len(losses)] = torch.tensor(losses, dtype=torch.float64)
+        rows = [row.tolist() for row in self._gathered(own)]
+        return [dict(zip(indices, row, strict=False)) for indices, row in zip(found, rows, strict=True)]
+
+    def combine(self, points: Sequence[Point], rows: Rows) -> list[float]:
+        return combined(self.mode, points, rows)
+
+    def average(self, values: Sequence[float]) -> list[float]:
+        self._enter(NUMBERS, len(values))
+        columns = zip(*(row.tolist() for row in self._gathered(torch.tensor(values, dtype=torch.float64))), strict=True)
+        return [math.fsum(column) / self.size for column in columns]
+
+    def fail(self, error: BaseException) -> None:
+        if isinstance(error, RanksError) or error is self._told:
+            return
+        self._told = error
+        try:
+            self._headers(FAILURE, 0)
+            self._objects(f"{type(error).__name__}: {error}")
+        except RanksError as lost:
+            logger.warning("the other processes could not be told of this error: %s", lost)
+
+    def done(self, step: int, probes: Sequence[Probe]) -> None:
+        applied = repr([(probe.seed, probe.coefficient) for probe in probes]).encode()
+        self._digest = int.from_bytes(blake2b(applied, digest_size=8).digest(), "little", signed=True)
+        self._step = step + 1
+
+    def everywhere(self, own: Any) -> list[Any]:
+        """What each process passes, in the order of the ranks."""
+        self._enter(NUMBERS, 0)
+        return self._objects(own)
+
+    def send(self, tensor: Tensor) -> None:
+        """Gives a tensor the values that it has on rank 0."""
+        values = tensor.reshape(-1).cpu().contiguous()
+        self._try(lambda: dist.broadcast(values.view(torch.uint8), src=0, group=self.group))
+        tensor.copy_(values.view_as(tensor))
+
+    # What travels
+
+    def _enter(self, kind: int, number: int) -> None:
+        """Finds out whether all processes exchange the same thing next.
+
+        Raises:
+            RanksError: they do not; on every process.
+        """
+        headers = self._headers(kind, number)
+        if any(header[0] == FAILURE for header in headers):
+            texts = self._objects("")
+            failed = ", and ".join(f"rank {rank} raised {text}" for rank, text in enumerate(texts) if text)
+            raise RanksError(f"this step was given up, and the weights are as they were before it: {failed}")
+        for rank, header in enumerate(headers):
+            if header[:2] != headers[0][:2]:
+                raise RanksError(
+                    f"rank {rank} is at {_said(header)}, and rank 0 at {_said(headers[0])}: all processes have to make "
+                    "the same calls, and to continue from the same checkpoint"
+                )
+            if header[2] != headers[0][2]:
+                raise RanksError(
+                    f"rank {rank} and rank 0 applied different updates in the step before this one, so their weights "
+                    "differ; continue from the last checkpoint"
+                )
+
+    def _headers(self, kind: int, number: int) -> list[list[int]]:
+        return [row.tolist() for row in self._gathered(torch.tensor([kind, number, self._digest]))]
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        rows = [torch.empty_like(own) for _ in range(self.size)]
+        self._try(lambda: dist.all_gather(rows, own, group=self.group))
+        return rows
+
+    def _objects(self, own: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        self._try(lambda: dist.all_gather_object(found, own, group=self.group))
+        return found
+
+    def _try(self, exchange: Callable[[], object]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            raise RanksError(
+                f"{self._missing()} at step {self._step} ({str(error).splitlines()[0]}); the weights are as they were "
+                "before the step"
+            ) from error
+
+    def _missing(self) -> str:
+        """Which processes do not answer any more, as far as the store of the process group can tell."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"zo/{self._step}/{self.rank}", "here")
+            time.sleep(ROLL_CALL)
+            gone = [rank for rank in range(self.size) if not store.check([f"zo/{self._step}/{rank}"])]
+        except (RuntimeError, ValueError):
+            return "another process, perhaps rank 0, has ended or does not answer"
+        names = ", ".join(f"rank {rank}" for rank in gone)
+        return f"{names} has ended or does not answer" if gone else "the processes lost their connection"
+
+
+def _said(header: Sequence[int]) -> str:
+    return f"step {header[1]}" if header[0] == LOSSES else "the search for a learning rate"
