@@ -46,7 +46,7 @@ class Ranks:
 
     Losses are gathered in float64 and in the order of the ranks, and every process computes the same estimate of
     them; nothing is reduced by a collective, whose order of summation depends on the topology. They travel over
-    gloo, in a group of their own, also where the model is on GPUs.
+    gloo, also where the model is on GPUs.
 
     Args:
         mode: "directions", "data" or "points".
@@ -54,7 +54,8 @@ class Ranks:
 
     def __init__(self, mode: str):
         self.mode, self.rank, self.size = mode, dist.get_rank(), dist.get_world_size()
-        self.group: Any = dist.new_group(backend="gloo")
+        #: The default group, with the user's timeout, if it takes tensors in host memory.
+        self.group: Any = None if "gloo" in str(dist.get_backend_config()) else dist.new_group(backend="gloo")
         self._step, self._digest = 0, 0
         self._told: BaseException | None = None
         if self.rank:
