@@ -47,6 +47,7 @@ class ZOArguments:
     zo_clip: float | None = field(default=None, metadata=_metadata("clip"))
     zo_seed: int | None = field(default=None, metadata=_metadata("seed"))
     zo_brake: str | None = field(default="auto", metadata=_metadata("brake"))
+    zo_ranks: str | None = field(default="directions", metadata=_metadata("ranks"))
     zo_dropout: bool = field(default=False, metadata=_metadata("dropout"))
     zo_stochastic_rounding: bool = field(default=True, metadata=_metadata("stochastic_rounding"))
     zo_backend: str = field(default="auto", metadata=_metadata("backend"))

@@ -19,15 +19,13 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
         ConfigError: settings cannot work; the message lists all of them.
     """
     problems = []
-    if args.world_size > 1:
-        problems.append(
-            f"world_size={args.world_size}: training on several processes is not supported yet and the ranks would "
-            "drift apart; start one process"
-        )
     if args.n_gpu > 1 and not is_model_parallel:
-        problems.append(
-            f"n_gpu={args.n_gpu}: Trainer would wrap the model in DataParallel; set CUDA_VISIBLE_DEVICES=0 to use one"
+        logger.warning(
+            "this process sees %d GPUs and trains on one of them; torchrun --nproc_per_node %d uses all",
+            args.n_gpu,
+            args.n_gpu,
         )
+        args._n_gpu = 1  # Trainer would wrap the model in DataParallel
     for name in ("deepspeed", "fsdp"):
         if getattr(args, name, None):
             problems.append(f"{name}={getattr(args, name)!r}: sharded models are not supported yet; leave it out")

@@ -39,7 +39,7 @@ from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
 from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
-from .preparing import leave_state
+from .preparing import leave_state, leave_unwrapped
 from .quantised import quantised_training
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class ZOTrainerMixin(_Trainer):
         super().create_accelerator_and_postprocess()
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
         leave_state(self.accelerator)
+        if self.accelerator.num_processes > 1:
+            leave_unwrapped(self.accelerator)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Does nothing: a checkpoint of a run with backpropagation in fp16 has a scaler, and there is none here."""

@@ -1,4 +1,4 @@
-"""What accelerate may do with an optimizer of ours while it prepares a run."""
+"""What accelerate may do with a model and an optimizer of ours while it prepares a run."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def leave_state(accelerator: Any) -> None:
         return prepare(optimizer, device_placement=False if own else device_placement)
 
     accelerator.prepare_optimizer = prepare_optimizer
+
+
+def leave_unwrapped(accelerator: Any) -> None:
+    """Makes an accelerator leave the model unwrapped when there are several processes.
+
+    `DistributedDataParallel` would keep buckets for gradients, as large as the model, and there are none.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`; changed in place.
+    """
+    prepare = accelerator.prepare_model
+
+    def prepare_model(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+        return prepare(model, device_placement=device_placement, evaluation_mode=True)
+
+    accelerator.prepare_model = prepare_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from .records import Point, Probe
 
@@ -47,6 +47,10 @@ class Exchange(Protocol):
         """The mean over the processes of each of a few numbers, the same on every process."""
         ...
 
+    def everywhere(self, own: Any) -> list[Any]:
+        """What each process passes, a value that can be pickled, in the order of the ranks."""
+        ...
+
     def fail(self, error: BaseException) -> None:
         """Tells the other processes that this one cannot measure the step; they raise `RanksError`."""
         ...
@@ -75,6 +79,9 @@ class Alone:
 
     def average(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def everywhere(self, own: Any) -> list[Any]:
+        return [own]
 
     def fail(self, error: BaseException) -> None:
         """Nobody else is there."""

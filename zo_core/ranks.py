@@ -109,7 +109,6 @@ class Ranks:
         self._step = step + 1
 
     def everywhere(self, own: Any) -> list[Any]:
-        """What each process passes, in the order of the ranks."""
         self._enter(NUMBERS, 0)
         return self._objects(own)
 

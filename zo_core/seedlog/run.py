@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +47,7 @@ class RunLog:
         self.summary = Summary()
         self.stopped: Stopped | None = None
         self._held: Stopped | None = None
+        self._received: dict[int, LoggedStep] | None = None
 
     def start(self, engine: ZeroOrder) -> Start:
         """Decides how the run begins.
@@ -99,6 +100,30 @@ class RunLog:
         Raises:
             StateError: the log is of another run, and this run is strict.
         """
+        if engine.exchange.size > 1 and self._received is None:
+            self._received = self._everywhere(engine)
+        if engine.exchange.rank:
+            assert self._received is not None
+            return self._received.get(engine.step_count)
+        try:
+            return self._logged(engine)
+        except BaseException as error:
+            engine.exchange.fail(error)
+            raise
+
+    def _everywhere(self, engine: ZeroOrder) -> dict[int, LoggedStep]:
+        """The steps of the log from the engine's next one on, on every process; only rank 0 has the log."""
+        mine: dict[int, LoggedStep] = {}
+        try:
+            if not engine.exchange.rank:
+                mine = self.open(engine).later
+        except BaseException as error:
+            engine.exchange.fail(error)
+            raise
+        found: dict[int, LoggedStep] = engine.exchange.everywhere(mine)[0]
+        return found
+
+    def _logged(self, engine: ZeroOrder) -> LoggedStep | None:
         log = self.open(engine)
         try:
             entry = log.logged()
@@ -118,8 +143,7 @@ class RunLog:
 
     def watching(self) -> AbstractContextManager[None]:
         """Returns a context for measuring a step that is not in the log."""
-        assert self.log is not None, "logged() comes first"
-        return self.log.watching()
+        return nullcontext() if self.log is None else self.log.watching()
 
     def adopt(self, source: Path) -> None:
         """Starts from a copy of another log; an existing log at the path is kept under another name."""
@@ -140,6 +164,7 @@ class RunLog:
 
     def end(self) -> None:
         """Closes the log; `open` would begin it again."""
+        self._received = None
         if self.log is not None:
             self.log.close()
             self.log = None

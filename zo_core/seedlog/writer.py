@@ -110,6 +110,11 @@ class SeedLogWriter:
             write_whole(path, kept)
         return cls.attach(engine, path, follow=True)
 
+    @property
+    def later(self) -> dict[int, LoggedStep]:
+        """The steps of the log from the engine's next one on, by their index."""
+        return dict(self._logged)
+
     def logged(self) -> LoggedStep | None:
         """Returns the engine's next step from the log; None if the step must be measured.
 

@@ -1,0 +1,97 @@
+"""Runs of ZOTrainer for `torchrun`: this file is the script of each process, and writes what it ends with."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from hf_zo import ZOTrainer, ZOTrainingArguments
+
+STEPS = 6
+
+
+class Ordered(ZOTrainer):
+    """Takes its rows in order, so that two processes see what one sees that accumulates."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class Interrupted(Exception):
+    """An error of the user's own code."""
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == STEPS - 1:
+            raise Interrupted
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+def rows() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [4 + index % 5 for index in range(48)]
+    ids = [torch.randint(0, 64, (length,), generator=generator) for length in lengths]
+    padded = [torch.nn.functional.pad(each, (0, 8 - len(each))) for each in ids]
+    labels = [torch.nn.functional.pad(each, (0, 8 - len(each)), value=-100) for each in ids]
+    return [{"input_ids": i, "labels": t} for i, t in zip(padded, labels, strict=True)]
+
+
+def trainer(
+    folder: Path, mode: str = "directions", accumulate: int = 1, callbacks: Any = (), **settings: Any
+) -> Ordered:
+    args = ZOTrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulate,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        logging_steps=2,
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=3,
+        zo_ranks=mode,
+        **{"learning_rate": 1e-3, **settings},
+    )
+    return Ordered(model(), args, train_dataset=rows(), eval_dataset=rows()[:16], callbacks=list(callbacks))
+
+
+def train(folder: Path, *args: Any, resume: bool = False, **kwargs: Any) -> dict[str, Any]:
+    run = trainer(folder, *args, **kwargs)
+    run.train(resume_from_checkpoint=resume)
+    assert run.model is not None
+    wrapped = type(run.model_wrapped).__name__
+    return {"state": run.model.state_dict(), "log": run.state.log_history, "wrapped": wrapped}
+
+
+def main(folder: Path) -> None:
+    found = {
+        "directions": train(folder / "directions"),
+        "data": train(folder / "data", "data"),
+        "accumulated": train(folder / "accumulated", "directions", 2),
+        "normalised": train(folder / "normalised", learning_rate=None, zo_num_probes=2),
+        "streamed": train(folder / "streamed", zo_offload="cpu"),
+    }
+    with suppress(Interrupted):
+        train(folder / "resumed", callbacks=[Interrupt()])
+    found["resumed"] = train(folder / "resumed", resume=True)
+    torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,79 @@
+"""Laws of ZOTrainer under torchrun: the processes hold the same bits, those that one process computes from the log."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_ranks
+import pytest
+import torch
+
+from zo_core.seedlog import SeedLog, replay
+
+Found = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found, Found]:
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(hf_ranks.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    root = str(script.parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    return folder, first, second
+
+
+def equal(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+NAMES = ["directions", "data", "accumulated", "normalised", "streamed", "resumed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_hold_the_same_bits(runs: tuple[Path, Found, Found], name: str) -> None:
+    _, first, second = runs
+    assert equal(first[name]["state"], second[name]["state"])
+    assert not equal(first[name]["state"], hf_ranks.model().state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_one_log_replays_on_one_process(runs: tuple[Path, Found, Found], name: str) -> None:
+    folder, first, _ = runs
+    model = hf_ranks.model()
+    replay(model, folder / name / "seedlog.zo")
+    assert equal(first[name]["state"], model.state_dict())
+
+
+def test_each_process_has_directions_of_its_own(runs: tuple[Path, Found, Found]) -> None:
+    folder = runs[0]
+    assert {len(step.probes) for step in SeedLog.read(folder / "directions" / "seedlog.zo").steps} == {2}
+    assert {len(step.probes) for step in SeedLog.read(folder / "data" / "seedlog.zo").steps} == {1}
+    assert {len(step.probes) for step in SeedLog.read(folder / "normalised" / "seedlog.zo").steps} == {4}
+
+
+def test_the_model_is_not_wrapped(runs: tuple[Path, Found, Found]) -> None:
+    assert runs[1]["directions"]["wrapped"] == "LlamaForCausalLM"
+
+
+def test_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
+    alone = hf_ranks.train(tmp_path, accumulate=2)
+    assert equal(runs[1]["data"]["state"], alone["state"])
+    evaluated = [entry["eval_loss"] for entry in runs[1]["data"]["log"] if "eval_loss" in entry]
+    assert evaluated == pytest.approx([entry["eval_loss"] for entry in alone["log"] if "eval_loss" in entry], rel=1e-5)
+
+
+def test_streamed_processes_are_resident_ones(runs: tuple[Path, Found, Found]) -> None:
+    assert equal(runs[1]["streamed"]["state"], runs[1]["directions"]["state"])
+
+
+def test_a_resumed_run_is_an_uninterrupted_one(runs: tuple[Path, Found, Found]) -> None:
+    assert equal(runs[1]["resumed"]["state"], runs[1]["directions"]["state"])
+    assert len(SeedLog.read(runs[0] / "resumed" / "seedlog.zo").steps) == hf_ranks.STEPS
