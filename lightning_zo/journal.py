@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,6 @@ logger = logging.getLogger("lightning_zo")
 
 #: The type of the strategy's ``log``: whether to write a log, or its path.
 Where = bool | str | os.PathLike[str]
-
-
-class Asked:
-    """A launcher that only records the ``ckpt_path`` of `fit`: if there is no checkpoint yet, Lightning replaces "last"
-    by None afterwards.
-    """
-
-    is_interactive_compatible = True
-
-    def __init__(self) -> None:
-        self.ckpt_path: Any = None
-
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        self.ckpt_path = inspect.signature(function).bind(*args, **kwargs).arguments.get("ckpt_path")
-        return function(*args, **kwargs)
-
-    def kill(self, signum: int) -> None:
-        """Does nothing: there are no other processes."""
 
 
 class Journal(RunLog):

@@ -8,6 +8,7 @@ measurements.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -32,15 +33,16 @@ from zo_core.targets import check_values, keep_codes_plain
 from .auto_lr import batches, length
 from .closure import StepGuard, not_executed
 from .engine import FRONT_END, build, check, settings
-from .journal import Asked, Journal, log_path
+from .journal import Journal, log_path
 from .logs import log_line
 from .probes import Probes
+from .processes import Processes
 from .sgd import SGDFace
 
 logger = logging.getLogger("lightning_zo")
 
 
-class ZOStrategy(SingleDeviceStrategy):
+class ZOStrategy(Processes):
     """Zeroth-order training of an unchanged `LightningModule`:
 
         Trainer(strategy="zo")                                       # or "zo_offload"
@@ -60,18 +62,14 @@ class ZOStrategy(SingleDeviceStrategy):
         log_path: path of the run's seed log, from the start of ``fit`` on; None if it has none.
 
     Raises:
-        ConfigError: settings are not valid, or the run has several devices or optimizers, or manual optimization.
+        ConfigError: settings are not valid, or the run has several optimizers, or manual optimization.
     """
 
     strategy_name = "zo"
-    # These attributes replace the properties with their names.
-    launcher: Any = None
-    root_device: Any = torch.device("cpu")
 
     # dict comes first in the annotation, so that LightningCLI passes on plain YAML: our own check explains mistakes.
     def __init__(self, config: dict[str, Any] | ZOConfig | None = None, log: bool | str | os.PathLike[str] = True):
         super().__init__()
-        self.launcher = Asked()
         if isinstance(config, Mapping):
             config = ZOConfig.from_dict(dict(config))
         elif config is not None and not isinstance(config, ZOConfig):
@@ -90,34 +88,6 @@ class ZOStrategy(SingleDeviceStrategy):
         self._runs = self._losses = 0
         self._partial = self._stepped = False
 
-    # The device: the connector of the Trainer sets these two
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """Empty, so that each Trainer with this strategy sets its own devices; see `root_device`."""
-        return []
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) > 1:
-            raise ConfigError(
-                [
-                    f"devices={len(devices)}: zeroth-order training on several devices is not supported yet; write "
-                    "Trainer(devices=1)"
-                ]
-            )
-        self.root_device = devices[0]
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of nodes of the Trainer: always one."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, count: int) -> None:
-        if count > 1:
-            raise ConfigError([f"num_nodes={count}: training on several nodes is not supported yet; leave it out"])
-
     def connect(self, model: LightningModule) -> None:
         """Connects a module; raises `ModelError` if a parameter has no values."""
         try:
@@ -132,7 +102,8 @@ class ZOStrategy(SingleDeviceStrategy):
         if self.model is not None and Streaming.of(self.model) is not None:
             move_streamed(self.model, self.root_device)
         elif self.config.offload is None or self.root_device.type == "cpu":
-            super().model_to_device()
+            assert self.model is not None
+            self.model.to(self.root_device)
 
     # The run
 
@@ -322,7 +293,11 @@ class ZOStrategy(SingleDeviceStrategy):
         call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
         assert self.zo is not None
-        if self._partial or not self._losses:
+        if (self._partial or not self._losses) and self.zo.exchange.size > 1:
+            with self._guard.stepping(result):  # the other processes have to know: a loss that is not finite does it
+                self.zo.add([torch.tensor(math.nan, dtype=torch.float64)] * self.zo.point_count)
+                self.zo.optimizer.step()
+        elif self._partial or not self._losses:
             which = "some probes" if self._partial else "every probe"
             logger.warning(
                 "step %d skipped, weights untouched: training_step returned None in %s", self.zo.step_count, which

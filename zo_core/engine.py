@@ -206,10 +206,14 @@ class ZeroOrder(TrainedModel):
 
     @property
     def point_count(self) -> int:
-        """Number of points that the next step measures."""
+        """Number of points at which this process measures the next step, or the step in progress."""
+        return len(self.exchange.share(*self._points()[:2]))
+
+    def _points(self) -> tuple[tuple[Point, ...], tuple[int, ...], int]:
+        """The points of the next step, the seeds of its directions, and how many of the points are the normaliser's."""
         seeds = self._seeds()
         extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds)
-        return len(self.estimator.points(seeds, self.eps)) + len(extra)
+        return (*self.estimator.points(seeds, self.eps), *extra), seeds, len(extra)
 
     def _planned(self) -> StepPlan:
         """What the next step has to measure."""
@@ -217,12 +221,10 @@ class ZeroOrder(TrainedModel):
         if not self._agreed:
             agree(self)
             self._agreed = True
-        seeds = self._seeds()
-        extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds)
-        points = (*self.estimator.points(seeds, self.eps), *extra)
+        points, seeds, extra = self._points()
         self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], self._device)
         ratios = self.directions.ratios(self.slots)
-        return StepPlan(self.step_count, seeds, points, self.exchange.share(points, seeds), ratios, len(extra))
+        return StepPlan(self.step_count, seeds, points, self.exchange.share(points, seeds), ratios, extra)
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])

@@ -265,11 +265,13 @@ def test_what_cannot_work_is_said_before_the_run(
     assert not differing(weights(module), weights(Wrapped()))
 
 
-def test_several_devices_or_nodes_are_an_error_of_the_trainer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"devices=2: .* Trainer\(devices=1\)"):
-        trainer(tmp_path, "zo", devices=2)
-    with pytest.raises(ConfigError, match="num_nodes=2"):
-        trainer(tmp_path, "zo", num_nodes=2)
+def test_a_strategy_takes_the_devices_of_each_trainer(tmp_path: Path) -> None:
+    strategy = ZOStrategy()
+    several = trainer(tmp_path, strategy, devices=2, num_nodes=2)
+    assert (several.num_devices, several.world_size, several.num_nodes) == (2, 4, 2)
+    assert several.distributed_sampler_kwargs == {"num_replicas": 4, "rank": 0}
+    one = trainer(tmp_path, strategy, devices=1)
+    assert (one.num_devices, one.world_size, one.num_nodes) == (1, 1, 1)
 
 
 def test_the_config_is_checked_at_once() -> None:

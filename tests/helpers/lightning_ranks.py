@@ -1,0 +1,102 @@
+"""Runs of the strategies on two devices: Lightning starts this script again for the second process."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_zo  # noqa: F401  registers the strategies
+
+STEPS = 8
+
+
+class Interrupted(Exception):
+    """An error of the user's own code."""
+
+
+class Interrupt(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == STEPS - 2:
+            raise Interrupted
+
+
+class Module(LightningModule):
+    def __init__(self, silent: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)]
+        self.first, self.layers, self.last = nn.Linear(6, 16), nn.ModuleList(layers), nn.Linear(16, 4)
+        self.silent, self.calls = silent, 0
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = self.first(rows)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        found: Tensor = self.last(hidden)
+        return found
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        rows, labels = batch
+        loss = F.cross_entropy(self(rows), labels)
+        self.log("loss", loss, sync_dist=True)
+        self.calls += self.global_step == self.silent
+        return None if self.global_step == self.silent and self.global_rank and self.calls == 2 else loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        rows, labels = batch
+        self.log("val", F.cross_entropy(self(rows), labels), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
+
+
+def loader(*, shuffle: bool) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 6, generator=generator)
+    return DataLoader(TensorDataset(rows, rows.argmax(1) % 4), batch_size=8, shuffle=shuffle)
+
+
+def fit(folder: Path, strategy: str, *callbacks: Callback, resume: str | None = None, **module: Any) -> dict[str, Any]:
+    run = Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=2,
+        max_steps=STEPS,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, save_last=True, every_n_train_steps=3), *callbacks],
+    )
+    trained = Module(**module)
+    with suppress(Interrupted):
+        run.fit(trained, loader(shuffle=True), loader(shuffle=False), ckpt_path=resume)
+    return {
+        "state": trained.state_dict(),
+        "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
+    }
+
+
+def main(folder: Path, which: str) -> None:
+    runs: dict[str, Any] = {
+        "zo": lambda: fit(folder / "zo", "zo"),
+        "zo_offload": lambda: fit(folder / "zo_offload", "zo_offload"),
+        "silent": lambda: fit(folder / "silent", "zo", silent=2),
+        "interrupted": lambda: fit(folder / "resumed", "zo", Interrupt()),
+        "resumed": lambda: fit(folder / "resumed", "zo", resume="last"),
+    }
+    found = runs[which]()
+    torch.save(found, folder / f"{which}{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

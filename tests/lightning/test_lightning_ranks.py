@@ -1,0 +1,67 @@
+"""Laws of the strategies on two devices, as Lightning launches them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning_ranks
+import pytest
+import torch
+
+from zo_core.seedlog import SeedLog, replay
+
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Found, Found]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(lightning_ranks.__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    found = {}
+    for which in ("zo", "zo_offload", "silent", "interrupted", "resumed"):
+        command = [sys.executable, str(script), str(folder), which]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        first, second = (torch.load(folder / f"{which}{rank}.pt", weights_only=False) for rank in range(2))
+        found[which] = first, second
+    return folder, found
+
+
+def equal(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["zo", "zo_offload", "silent", "resumed"])
+def test_processes_hold_the_same_bits_and_the_one_log_replays(runs: Any, name: str) -> None:
+    folder, found = runs
+    first, second = found[name]
+    assert equal(first["state"], second["state"])
+    assert first["metrics"] == second["metrics"]
+    model = lightning_ranks.Module()
+    assert not equal(first["state"], model.state_dict())
+    replay(model, folder / name / "seedlog.zo")
+    assert equal(first["state"], model.state_dict())
+
+
+def test_streamed_processes_are_resident_ones(runs: Any) -> None:
+    assert equal(runs[1]["zo"][0]["state"], runs[1]["zo_offload"][0]["state"])
+
+
+def test_a_resumed_run_is_an_uninterrupted_one(runs: Any) -> None:
+    assert not equal(runs[1]["zo"][0]["state"], runs[1]["interrupted"][0]["state"])
+    assert equal(runs[1]["zo"][0]["state"], runs[1]["resumed"][0]["state"])
+
+
+def test_each_process_has_directions_of_its_own(runs: Any) -> None:
+    steps = SeedLog.read(runs[0] / "zo" / "seedlog.zo").steps
+    assert [len(step.probes) for step in steps] == [2] * lightning_ranks.STEPS
+
+
+def test_a_probe_without_a_loss_on_one_process_is_a_skipped_step_on_all(runs: Any) -> None:
+    steps = SeedLog.read(runs[0] / "silent" / "seedlog.zo").steps
+    assert [step.step for step in steps if step.skipped] == [2]
