@@ -8,7 +8,6 @@ measurements.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -293,11 +292,7 @@ class ZOStrategy(Processes):
         call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
         assert self.zo is not None
-        if (self._partial or not self._losses) and self.zo.exchange.size > 1:
-            with self._guard.stepping(result):  # the other processes have to know: a loss that is not finite does it
-                self.zo.add([torch.tensor(math.nan, dtype=torch.float64)] * self.zo.point_count)
-                self.zo.optimizer.step()
-        elif self._partial or not self._losses:
+        if self._partial or not self._losses:
             which = "some probes" if self._partial else "every probe"
             logger.warning(
                 "step %d skipped, weights untouched: training_step returned None in %s", self.zo.step_count, which
