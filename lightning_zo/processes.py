@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch.distributed.constants import default_pg_timeout
 
 from .launcher import Asked
 
@@ -37,7 +38,7 @@ class Processes(ParallelStrategy, SingleDeviceStrategy):  # Lightning trains com
         self.cluster_environment: ClusterEnvironment | None = None
         self._layer_sync = None
         self.launcher = Asked()
-        self._timeout = DDPStrategy()._timeout
+        self._timeout = default_pg_timeout
         self._process_group_backend: str | None = None
 
     # The devices: the connector of the Trainer sets these two

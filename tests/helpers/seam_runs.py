@@ -6,14 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from hf_helpers import saved_llama, zo_trainer
+from hf_helpers import arguments, saved_llama, texts, zo_trainer
 from models import closure, tiny
 from torch import nn
 
 from hf_zo import ZOTrainer, from_pretrained_offloaded, low_rank_adapter
 from hf_zo.auto_lr import samples, schedulers, unnoticed
-from zo_core import LowRank, ModelError, ZeroOrder, ZOConfig
+from zo_core import LowRank, ModelError, ZeroOrder, ZOConfig, ranks
 from zo_core.learning_rate.search import set_lr
 from zo_core.targets.dispatched import elsewhere
 
@@ -59,6 +60,16 @@ def torch_rule(_: Path) -> None:
     step("mlp", optimizer=torch.optim.SGD)
 
 
+def lost_process(_: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "ROLL_CALL", 0)
+            assert "lost their connection" in ranks.Ranks("data")._missing()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def estimate(path: Path) -> None:
     from hf_zo.estimate import Workload, estimate, skeleton
 
@@ -79,6 +90,12 @@ class OnceNan(ZOTrainer):
 
 def trainer(path: Path) -> None:
     zo_trainer(path, cls=OnceNan, save_strategy="steps", save_steps=2).train()
+
+
+def several_gpus(path: Path) -> None:
+    args = arguments(path, max_steps=1)
+    args._n_gpu = 3
+    ZOTrainer(tiny("llama"), args, train_dataset=texts()).train()
 
 
 def resumed(path: Path) -> None:
@@ -216,3 +233,10 @@ def two_optimizers(path: Path) -> bool:
     except ConfigError as error:
         return "several optimizers" in str(error)
     return False
+
+
+def two_devices(path: Path) -> None:
+    from lightning.pytorch import Trainer
+
+    run = Trainer(strategy="zo", accelerator="cpu", devices=2, default_root_dir=path, logger=False)
+    assert run.world_size == 2

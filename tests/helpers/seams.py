@@ -12,6 +12,7 @@ import seam_runs as runs
 from seam_watch import Seam
 
 MIXIN, STRATEGY = "hf_zo/mixin.py", "lightning_zo/strategy.py"
+PROCESSES = "lightning_zo/processes.py"
 HF, PL = "transformers:Trainer", "lightning.pytorch.strategies:SingleDeviceStrategy"
 
 
@@ -79,7 +80,21 @@ SEAMS = [
         "names the layers of a model; without it containers of like modules are looked for",
         runs.streamed,
     ),
+    Seam(
+        "transformers:TrainingArguments._n_gpu",
+        "hf_zo/checks.py",
+        "set to 1: or a process that sees several GPUs wraps the model in DataParallel",
+        runs.several_gpus,
+        reader="transformers",
+    ),
     # accelerate
+    Seam(
+        "accelerate:Accelerator.prepare_model",
+        "hf_zo/preparing.py",
+        "replaced on the object: or several processes wrap the model in DistributedDataParallel",
+        runs.trainer,
+        reader="accelerate",
+    ),
     Seam(
         "accelerate:Accelerator.prepare_optimizer",
         "hf_zo/preparing.py",
@@ -149,7 +164,30 @@ SEAMS = [
     # Lightning
     of_strategy("launcher", "sees what fit was called with: or a resumed run begins a new log"),
     of_strategy("root_device", "is the device that the Trainer has chosen"),
-    of_strategy("parallel_devices", "set by the Trainer: or the strategy stays on the CPU", anew=True),
+    Seam(
+        f"{PL}.parallel_devices",
+        PROCESSES,
+        "set by the Trainer: or the strategy stays on the CPU",
+        runs.two_devices,
+        ours="lightning_zo.strategy:ZOStrategy",
+        reader="lightning",
+        anew=True,
+    ),
+    Seam(
+        "lightning.pytorch.strategies:ParallelStrategy._configure_launcher",
+        PROCESSES,
+        "or no second process is started",
+        runs.two_devices,
+        ours="lightning_zo.strategy:ZOStrategy",
+        reader="lightning",
+    ),
+    Seam(
+        "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher",
+        PROCESSES,
+        "starts the other processes",
+        runs.two_devices,
+        ours="lightning_zo.processes:",
+    ),
     of_strategy("_lightning_module", "emptied when a module is refused: or teardown fails", ours=None),
     Seam(
         "lightning.pytorch.loops.fit_loop:_FitLoop._skip_backward",
@@ -186,6 +224,12 @@ SEAMS = [
         )
     ),
     # torch
+    Seam(
+        "torch.distributed.distributed_c10d:_get_default_store",
+        "zo_core/ranks.py",
+        "tells which process does not answer any more",
+        runs.lost_process,
+    ),
     *map(functorch, ("maybe_current_level", "_add_batch_dim", "is_batchedtensor", "maybe_get_level")),
     *map(functorch, ("get_unwrapped", "maybe_get_bdim")),
     *(
