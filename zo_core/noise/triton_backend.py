@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .changes import Pass, flat, flat_target
-from .direction import float32
+from .changes import Change, Pass, flat, flat_target
+from .direction import Direction, float32
 from .gaussian import Gaussian, table
 from .hashing import sent
 from .rademacher import Rademacher, float_bits
@@ -102,6 +102,13 @@ def run(passes: Sequence[Pass]) -> None:
         for work in group:
             if work.target.data_ptr() != work.done.out.data_ptr():
                 work.done.out.copy_(work.target.view(work.done.out.shape))
+
+
+def try_out(device: torch.device) -> None:
+    """Compiles a kernel and runs it; raises whatever prevents that."""
+    zeros = torch.zeros(32, device=device)
+    work = Work(Pass(zeros, Direction(Rademacher(), "trial", ((0, 1.0),)), Change(), zeros), zeros, zeros)
+    _launch(_variant(work), [work])
 
 
 def _first_line(error: Exception) -> str:
