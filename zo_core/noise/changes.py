@@ -8,13 +8,10 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .direction import Direction
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,10 @@ class Change:
 
 
 class Pass(NamedTuple):
-    """One pass over a slot's weights, as from `Direction.apply`."""
+    """One pass over a slot's weights, as from `Direction.apply`; ``direction`` is a `Direction`."""
 
     theta: Tensor
-    direction: Direction
+    direction: Any
     change: Change
     out: Tensor
 

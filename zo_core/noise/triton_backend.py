@@ -115,6 +115,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _variant(work: Work) -> Variant:
+    direction: Direction
     theta, direction, change, _ = work.done
     dtype, scaling = theta.dtype, direction.scaling
     used = [work.source, work.target, *([] if change.momentum is None else [change.momentum])]
@@ -151,7 +152,8 @@ def _common(variant: Variant) -> dict[str, Any]:
 
 
 def _launch_one(variant: Variant, work: Work) -> None:
-    direction, count = work.done.direction, work.source.numel()
+    direction: Direction = work.done.direction
+    count = work.source.numel()
     ((key, c),) = direction.keys()
     rounding = direction.rounding_key(variant.dtype) or (0, 0)
     raw = variant.dtype == torch.bfloat16
@@ -192,6 +194,7 @@ def _launch_table(variant: Variant, group: Sequence[Work]) -> None:
 
 def _row(work: Work) -> list[int]:
     """A row of the table; see the columns of `triton_kernels`."""
+    direction: Direction
     theta, direction, change, _ = work.done
     row = [
         work.source.data_ptr(),
