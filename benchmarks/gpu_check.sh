@@ -37,10 +37,10 @@ export python dry
 
 if [ "$dry" ]; then
     steps=(--sizes tiny --tokens 16 --rounds 1) overhead=(--tokens 8 --rounds 1 --backends eager) megabytes=1
-    big=(tiny) short=(--tokens 16 --rounds 1)
+    big=(tiny) short=(--tokens 16 --rounds 1) passes=(--elements 4096 --small 2 --rounds 1)
 else
     steps=(--sizes 1.3b 6.7b --profile --save) overhead=(--backends eager triton --rounds 5 --save) megabytes=512
-    big=(13b) short=(--rounds 3 --save)
+    big=(13b) short=(--rounds 3 --save) passes=(--save)
     part device 20 nvidia-smi
 fi
 part versions 60 $python -c "
@@ -50,6 +50,7 @@ part tests-kernels 150 bash -c 'tests -n 8 tests/gpu/test_triton.py' &
 part tests-offload 150 bash -c 'tests tests/gpu/test_offload_cuda.py'
 wait
 part link 30 $python -m benchmarks.link --megabytes $megabytes
+part passes 60 $python -m benchmarks.passes "${passes[@]}"
 part overhead-float32 60 $python -m benchmarks.step_overhead --dtype float32 "${overhead[@]}"
 part overhead-bfloat16 60 $python -m benchmarks.step_overhead --dtype bfloat16 "${overhead[@]}"
 part opt 120 $python -m benchmarks.opt_streamed "${steps[@]}"

@@ -101,11 +101,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--backends", nargs="+", default=["eager"])
+    parser.add_argument("--backends", nargs="+", help='default: "eager", and on CUDA "auto", which is Triton')
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
     args = parser.parse_args()
     device = torch.device(args.device)
-    seconds = measure(getattr(torch, args.dtype), device, args.tokens, args.rounds, args.backends)
+    backends = args.backends or (["eager", "auto"] if device.type == "cuda" else ["eager"])
+    seconds = measure(getattr(torch, args.dtype), device, args.tokens, args.rounds, backends)
     base = seconds["two forwards"]
     rows = [[name, f"{value:.3f}", f"{value / base:.2f}"] for name, value in seconds.items()]
     save(

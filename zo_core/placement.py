@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
-from .noise import NOISES, Direction, Rademacher
+from .noise import NOISES
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import RULES, Torch, UpdateRule
 from .sizes import parse_bytes
@@ -71,7 +71,7 @@ def triton_works(device: torch.device) -> bool:
     The package alone is not enough: it calls a C compiler and needs the headers of Python.
     """
     try:
-        Direction(Rademacher(), "trial", ((0, 1.0),), backend="triton").add_to(torch.zeros(32, device=device))
+        _try_kernel(device)
     except Exception as error:
         logger.warning(
             "Triton cannot run a kernel on %s (%s: %s), so eager torch computes the noise, with the same bits, in more "
@@ -82,6 +82,12 @@ def triton_works(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def _try_kernel(device: torch.device) -> None:
+    from .noise.triton_backend import try_out
+
+    try_out(device)
 
 
 def check_streamable(config: ZOConfig, rule: UpdateRule) -> None:

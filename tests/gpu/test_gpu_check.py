@@ -19,7 +19,7 @@ def test_dry_run(tmp_path: Path) -> None:
     run = subprocess.run([SCRIPT, tmp_path, "--dry-run"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     ended = (tmp_path / "summary").read_text().splitlines()
-    assert len(ended) == 9
+    assert len(ended) == 10
     assert all(line.endswith("right") for line in ended)
     assert "zo step, streamed" in (tmp_path / "opt.log").read_text()
 
@@ -29,5 +29,5 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None
     run = subprocess.run([SCRIPT, tmp_path, "--dry-run"], env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     ended = (tmp_path / "summary").read_text().splitlines()
-    assert len(ended) == 9
+    assert len(ended) == 10
     assert all(line.endswith("exit status 1") for line in ended)

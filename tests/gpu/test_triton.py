@@ -1,43 +1,55 @@
-"""The Triton kernel gives the bits of the eager passes.
+"""Laws: Triton's kernels give the bits of the eager passes, one at a time or many in one launch.
 
-Without a GPU the kernel runs in Triton's interpreter, in a process of its own, because
-TRITON_INTERPRET must be set before Triton is imported. That process runs this file and prints one
-line of JSON. The interpreter computes with numpy: what it cannot show (the compiler, fused
-multiply-add, subnormals on the device, launches) is left to the tests marked ``gpu``.
+On a GPU the laws run under the mark ``gpu``. Without one, `test_interpreter.py` runs this file in Triton's interpreter,
+in a process of its own, because TRITON_INTERPRET must be set before Triton is imported. The interpreter computes
+with numpy: what it cannot show (the compiler, fused multiply-add, subnormals on the device, launches) is left to
+the GPU.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import batch, tiny
 from torch import Tensor
 
-from zo_core.noise import Direction, Gaussian, Rademacher
-from zo_core.noise.direction import float32
+from zo_core import ZeroOrder
+from zo_core.noise import Direction, Gaussian, Rademacher, changes
+from zo_core.noise.changes import Change, Pass, flush, together
+from zo_core.noise.direction import Scaling, float32
 from zo_core.noise.hashing import rounding_bits, words
+from zo_core.noise.sparse import SparseDirection
+from zo_core.rules import Momentum, Sgd, Sign
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from zo_core.noise import triton_backend  # noqa: E402  (it imports triton)
+from zo_core.noise import triton_backend, triton_kernels  # noqa: E402  (they import triton)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device: none is available"),
+]
+real = pytest.mark.skipif(INTERPRETED, reason="what the interpreter cannot show")
 
 NOISES = {"rademacher": Rademacher(), "gaussian": Gaussian()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TERMS = {1: ((9, 3e-6),), 3: ((9, 3e-6), (2**62 + 5, -5e-4), (11, 2e-2))}
-OPTIONS = list(itertools.product(TERMS, (None, 5), (1.0, 0.999)))
-SIZES = (0, 1, 31, 32, 33, 1000, 5000)
-GPU_SIZES = (1, 33, 1000, 4096, (1 << 18) + 7, 5_000_000)
+SCALINGS = [None, Scaling(relative=True, floor=1e-3), Scaling(relative=False, floor=1e-3)]
+#: Sizes on both sides of a word's and of a program's elements.
+SIZES = [1, 15, 31, 32, 33, 1000, 1024, 1040, 2500]
+LARGE = [(1 << 18) + 7, 5_000_000]
 #: Parts of 40 x 66 values, by name: with any strides, of one dimension or more.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed columns": lambda t: t.view(40, 66)[:, 1:-1].t(),
@@ -48,7 +60,27 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 HIGH = (0, (1 << 18) - 64, 1 << 18, 1 << 31, (1 << 32) - 64, 1 << 32, 3 << 33)
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none is available")
+
+@pytest.fixture(autouse=True)
+def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels do the passes with backend "triton", on the CPU too, and none of them is replaced by the eager pass."""
+    triton_backend._failed.clear()
+    if INTERPRETED:
+        found = changes.fused_backend
+        monkeypatch.setattr(
+            changes, "fused_backend", lambda name, theta: triton_backend if name == "triton" else found(name, theta)
+        )
+    yield
+    assert triton_backend._failed == set()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of passes in every launch."""
+    seen: list[int] = []
+    launch = triton_backend._launch
+    monkeypatch.setattr(triton_backend, "_launch", lambda v, group: (seen.append(len(group)), launch(v, group)))
+    return seen
 
 
 def weights(dtype: torch.dtype, size: int) -> Tensor:
@@ -62,202 +94,345 @@ def weights(dtype: torch.dtype, size: int) -> Tensor:
     return theta
 
 
-def direction(noise: str, terms: int, rounding: int | None, backend: str = "eager") -> Direction:
-    return Direction(NOISES[noise], "layer.weight", TERMS[terms], rounding, backend)
-
-
-def ties(dtype: torch.dtype, noise: str) -> tuple[Tensor, Direction]:
-    """Weights and signs that end half-way between two values of ``dtype``."""
-    step = torch.finfo(dtype).eps
-    theta = 1 + torch.arange(1000, dtype=torch.float64).remainder(100) * step
-    return theta.to(dtype), Direction(NOISES[noise], "layer.weight", ((3, step / 2),))
+def scales(dtype: torch.dtype, size: int) -> Tensor:
+    """Positive scales on both sides of the floor, and zeros."""
+    theta = (torch.randn(size, generator=torch.Generator().manual_seed(size)).abs() * 10 ** -torch.rand(size) * 4).to(
+        dtype
+    )
+    theta[::7] = 0.0
+    return theta
 
 
 def same(left: Tensor, right: Tensor) -> bool:
     """Equality of the bits, which tells 0.0 from -0.0."""
     whole = {2: torch.int16, 4: torch.int32}[left.element_size()]
-    return torch.equal(left.contiguous().view(whole), right.cpu().contiguous().view(whole))
+    return torch.equal(left.cpu().contiguous().view(whole), right.cpu().contiguous().view(whole))
 
 
-@triton.jit
-def arange_kernel(out, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK)
-    tl.store(out + index, index)
+def terms(count: int) -> tuple[tuple[int, float], ...]:
+    return tuple((9 + 2**40 * k, (-1) ** k * 3e-3 / (1 + k % 7)) for k in range(count))
+
+
+def direction(noise: str, count: int = 1, rounding: int | None = 5, slot: str = "layer.weight") -> Direction:
+    return Direction(NOISES[noise], slot, terms(count), rounding, "triton")
+
+
+def masked(plain: Direction, quantile: float) -> Direction:
+    fields = {name: getattr(plain, name) for name in ("noise", "slot", "terms", "rounding_seed", "backend", "scaling")}
+    return SparseDirection(**fields, quantile=quantile)
+
+
+def change(kind: Any, size: int, decay: float = 1.0) -> Change:
+    momentum = torch.randn(size, generator=torch.Generator().manual_seed(size)) if kind == "momentum" else None
+    return Change(kind, float32(decay), float32(-1e-2), float32(0.9), momentum)
+
+
+def moved(one: Change, device: torch.device) -> Change:
+    return replace(one, momentum=None if one.momentum is None else one.momentum.to(device, copy=True))
+
+
+def check(theta: Tensor, along: Direction, by: Change, out: bool = False) -> None:
+    """The kernel and the eager pass on the CPU give the same bits, in weights and momentum."""
+    expected, eager = theta.clone(), moved(by, torch.device("cpu"))
+    replace(along, backend="eager").apply(expected, eager)
+    there, here = moved(by, DEVICE), theta.to(DEVICE, copy=True)
+    result = torch.empty_like(here) if out else here
+    along.apply(here, there, result)
+    assert same(expected, result)
+    assert not out or same(theta, here)
+    assert eager.momentum is None or same(eager.momentum, there.momentum)
+
+
+cases = st.fixed_dictionaries(
+    {
+        "size": st.sampled_from(SIZES if INTERPRETED else [*SIZES, LARGE[0]]),
+        "count": st.sampled_from([1, 2, 3, 6]),
+        "rounding": st.sampled_from([None, 5]),
+        "decay": st.sampled_from([1.0, 0.999]),
+        "kind": st.sampled_from(["add", "sign", "momentum"]),
+        "scaling": st.sampled_from(SCALINGS),
+        "quantile": st.sampled_from([None, 0.3]),
+        "out": st.booleans(),
+    }
+)
+several = settings(max_examples=20 if INTERPRETED else 14, suppress_health_check=list(HealthCheck), deadline=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", NOISES)
+@several
+@given(case=cases)
+def test_any_pass_equals_the_eager_one(noise: str, dtype: str, case: dict[str, Any]) -> None:
+    make = weights if case["scaling"] is None else scales
+    theta = make(DTYPES[dtype], case["size"])
+    along = replace(direction(noise, case["count"], case["rounding"]), scaling=case["scaling"])
+    if case["quantile"] is not None:
+        along = masked(along, case["quantile"])
+    check(theta, along, change(case["kind"], theta.numel(), case["decay"]), case["out"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", NOISES)
+def test_probes_and_updates_of_every_size(noise: str, dtype: str) -> None:
+    sizes = SIZES if INTERPRETED else [*SIZES, *LARGE]
+    for size, rounding, decay in itertools.product(sizes, (None, 5), (1.0, 0.999)):
+        check(weights(DTYPES[dtype], size), direction(noise, 1, rounding), change("add", size, decay), out=True)
+
+
+@pytest.mark.parametrize("kind", ["add", "momentum"])
+@pytest.mark.parametrize("count", [32, 33, 50])
+def test_many_terms(count: int, kind: str) -> None:
+    size = 1000 if INTERPRETED else 300_000
+    for noise, dtype in (("rademacher", torch.bfloat16), ("gaussian", torch.float32)):
+        check(weights(dtype, size), direction(noise, count), change(kind, size))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", NOISES)
+def test_ties(noise: str, dtype: str) -> None:
+    """Weights and signs that end half-way between two values."""
+    step = torch.finfo(DTYPES[dtype]).eps
+    theta = (1 + torch.arange(1000, dtype=torch.float64).remainder(100) * step).to(DTYPES[dtype])
+    check(theta, replace(direction(noise, rounding=None), terms=((3, step / 2),)), Change())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_strides(view: str, dtype: str) -> None:
+    whole = weights(DTYPES[dtype], 40 * 66)
+    there = whole.to(DEVICE, copy=True)
+    for noise, kind in (("rademacher", "add"), ("gaussian", "momentum")):
+        by = change(kind, VIEWS[view](whole).numel(), 0.999)
+        replace(direction(noise, 3), backend="eager").apply(VIEWS[view](whole), moved(by, torch.device("cpu")))
+        direction(noise, 3).apply(VIEWS[view](there), moved(by, DEVICE))
+        assert same(whole, there)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_nan_and_infinity_survive(dtype: str) -> None:
+    for kind in ("add", "momentum"):
+        theta = torch.tensor([float("nan"), float("inf"), -float("inf")] * 100, dtype=DTYPES[dtype], device=DEVICE)
+        direction("rademacher").apply(theta, moved(change(kind, 300), DEVICE))
+        assert theta[0::3].isnan().all()
+        assert theta[1::3].eq(float("inf")).all()
+        assert theta[2::3].eq(-float("inf")).all()
+
+
+# Many tensors
+
+tensors = st.lists(
+    st.tuples(
+        st.sampled_from([0, *SIZES[:-1]]),
+        st.sampled_from(list(DTYPES)),
+        st.sampled_from([Sgd(), Momentum(), Sign()]),
+    ),
+    min_size=1,
+    max_size=6 if INTERPRETED else 40,
+)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("noise", NOISES)
+@settings(max_examples=4, suppress_health_check=list(HealthCheck), deadline=None)
+@given(chosen=tensors)
+def test_passes_over_many_tensors_equal_those_over_each(
+    noise: str, count: int, chosen: list[tuple[int, str, Any]]
+) -> None:
+    """Groups with a rate and weight decay of their own, in one launch for each kind of pass."""
+    expected, found = [], []
+    for device, held, backend in ((torch.device("cpu"), expected, "eager"), (DEVICE, found, "triton")):
+        with together():
+            for index, (size, dtype, rule) in enumerate(chosen):
+                theta, state = weights(DTYPES[dtype], size).to(device), {}
+                along = replace(direction(noise, count, slot=f"layers.{index}"), backend=backend)
+                rule.update(theta, state, along, 1e-2 / (1 + index), 0.1 * index)
+                held.append([theta, *state.values()])
+    for left, right in zip(expected, found, strict=True):
+        assert all(same(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_passes_that_are_alike_take_one_launch(launches: list[int]) -> None:
+    slots = [weights(torch.bfloat16, 16 * n).to(DEVICE) for n in range(1, 20)]
+    with together():
+        for index, theta in enumerate(slots):
+            Momentum().update(theta, {}, direction("rademacher", slot=str(index)), 1e-3 * (index + 1), 0.0)
+        assert launches == []
+    assert launches == [19]
+
+
+def test_both_copies_of_many_tensors_take_one_launch(launches: list[int]) -> None:
+    slots = [weights(torch.float16, 16 * n).to(DEVICE) for n in range(1, 9)]
+    copies = [[torch.empty_like(theta) for theta in slots] for _ in range(2)]
+    with together():
+        for (sign, made), (index, theta) in itertools.product(zip((1.0, -1.0), copies, strict=True), enumerate(slots)):
+            direction("rademacher", 1, None, str(index)).scaled(sign).add_to(theta, out=made[index])
+    assert launches == [16]
+    for (sign, made), (index, theta) in itertools.product(zip((1.0, -1.0), copies, strict=True), enumerate(slots)):
+        along = replace(direction("rademacher", 1, None, str(index)).scaled(sign), backend="eager")
+        assert same(along.add_to(theta.cpu().clone()), made[index])
+
+
+def test_what_reads_the_weights_of_an_earlier_pass_sees_what_it_wrote(launches: list[int]) -> None:
+    """Twice over one tensor; a copy of it; an eager pass over it; a pass over a part; and into what was read."""
+    results = []
+    for device, backend in ((torch.device("cpu"), "eager"), (DEVICE, "triton")):
+        theta, copy, other = (weights(torch.float32, size).to(device) for size in (1040, 1040, 64))
+        along = replace(direction("rademacher"), backend=backend)
+        with together():
+            along.add_to(theta)
+            along.add_to(theta, 0.9)
+            along.add_to(other)
+            along.add_to(theta, out=copy)
+            replace(along, backend="eager").add_to(copy)
+            along.add_to(copy[112:208])
+            along.add_to(copy, out=other.new_empty(1040))
+            along.add_to(theta, out=copy)
+            flush()
+            theta.mul_(2)
+            along.add_to(theta)
+        results.append([theta, copy, other])
+    assert launches == [1, 2, 1, 1, 1, 1, 1]
+    assert all(same(a, b) for a, b in zip(*results, strict=True))
+
+
+# Whole runs
+
+
+def loss_of(name: str, model: torch.nn.Module) -> Callable[[], Tensor]:
+    inputs = {key: value.to(DEVICE) for key, value in batch(name, next(model.parameters()).dtype).items()}
+
+    def loss() -> Tensor:
+        output = model(**inputs)
+        return (output if isinstance(output, Tensor) else output.loss).float()
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "noise", "probes", "offload"),
+    [
+        ("mlp", "sgd", "rademacher", 1, None),
+        ("mlp", "momentum", "gaussian", 2, None),
+        ("mlp", "sign", {"name": "sparse", "quantile": 0.3}, 1, None),
+        ("llama", "momentum", "rademacher", 1, "cpu"),
+    ],
+)
+def test_a_run_gives_the_weights_of_an_eager_one(
+    name: str, rule: str, noise: Any, probes: int, offload: str | None, launches: list[int]
+) -> None:
+    found = []
+    for backend in ("eager", "triton"):
+        model = tiny(name, dtype=torch.bfloat16).to(DEVICE if offload is None else "cpu")
+        how = {"offload": offload, "device": None if offload is None else str(DEVICE)}
+        zo = ZeroOrder(model, lr=1e-2, rule=rule, noise=noise, num_probes=probes, weight_decay=0.1, **how)
+        zo.directions.backend = backend
+        run = loss_of(name, model)
+        losses = [float(zo.step(run)) for _ in range(2 if name == "mlp" else 1)]
+        zo.close()
+        found.append((losses, [p.detach().cpu() for p in model.parameters()]))
+    assert max(launches) > 1
+    assert found[0][0] == found[1][0]
+    assert all(same(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_the_update_of_a_resident_model_takes_a_launch_for_all_tensors_that_are_alike(launches: list[int]) -> None:
+    model = tiny("mlp").to(DEVICE)
+    zo = ZeroOrder(model, lr=1e-2, rule="momentum")
+    zo.directions.backend = "triton"
+    zo.measure(loss_of("mlp", model))
+    launches.clear()
+    zo.optimizer.step()
+    assert sum(launches) == len(zo.slots) > 4
+    assert len(launches) <= 2  # numbers of elements that are multiples of 16, and others
+
+
+# Words
 
 
 @triton.jit
 def words_kernel(out, first, key0, key1, ROUNDING: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     if ROUNDING:
-        word = triton_backend._rounding_bits(tl.load(first), index.to(tl.uint32), key0, key1, 16)
+        word = triton_kernels._rounding_bits(tl.load(first), index.to(tl.uint32), key0, key1, 16)
     else:
-        word = triton_backend._words(tl.load(first), index.to(tl.uint32), key0, key1)
+        word = triton_kernels._words(tl.load(first), index.to(tl.uint32), key0, key1)
     tl.store(out + index, word.to(tl.int32))
 
 
-def word_mismatches(device: torch.device) -> list[str]:
-    """Starts at which the kernel's words differ, on both sides of 2**32."""
-    key, wrong = (-123456789, 987654321), []
-    for start, rounding in itertools.product(HIGH, (False, True)):
-        out = torch.empty(64, dtype=torch.int32, device=device)
-        # In memory, because the interpreter stores scalar arguments from 2**31 to 2**32 as 32 bits.
-        first = torch.tensor([start], dtype=torch.int64, device=device)
-        words_kernel[(1,)](out, first, *key, ROUNDING=rounding, BLOCK=64)
-        cpu = torch.device("cpu")
-        wanted = rounding_bits(key, 16, start, 64, cpu) if rounding else words(key, start, 64, cpu)
-        if not torch.equal(out.cpu(), wanted):
-            wrong.append(f"start={start} rounding={rounding}")
-    return wrong
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("start", HIGH)
+def test_words_on_both_sides_of_32_bits(start: int, rounding: bool) -> None:
+    key, cpu = (-123456789, 987654321), torch.device("cpu")
+    out = torch.empty(64, dtype=torch.int32, device=DEVICE)
+    # In memory, because the interpreter stores scalar arguments from 2**31 to 2**32 as 32 bits.
+    first = torch.tensor([start], dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](out, first, *key, ROUNDING=rounding, BLOCK=64)
+    wanted = rounding_bits(key, 16, start, 64, cpu) if rounding else words(key, start, 64, cpu)
+    assert torch.equal(out.cpu(), wanted)
 
 
-def interpreted_mismatches(noise: str, dtype: str) -> list[str]:
-    """Settings under which the interpreted kernel and the eager pass differ in a bit."""
-    wrong = []
-    for (terms, rounding, decay), size in itertools.product(OPTIONS, SIZES):
-        theta, move = weights(DTYPES[dtype], size), direction(noise, terms, rounding)
-        expected = move.add_to(theta, decay, torch.empty_like(theta))
-        before, out = theta.clone(), torch.empty_like(theta)
-        triton_backend.add_direction(move, theta, float32(decay), out)
-        right = same(expected, out) and same(before, theta)
-        if size == 1000:
-            triton_backend.add_direction(move, theta, float32(decay), theta)
-            right = right and same(expected, theta)
-        if not right:
-            wrong.append(f"terms={terms} rounding={rounding} decay={decay} size={size}")
-    theta, move = ties(DTYPES[dtype], noise)
-    out = torch.empty_like(theta)
-    triton_backend.add_direction(move, theta, 1.0, out)
-    if not same(move.add_to(theta, out=torch.empty_like(theta)), out):
-        wrong.append("ties")
-    for rounding, (name, take) in itertools.product((None, 5), VIEWS.items()):
-        whole, move = weights(DTYPES[dtype], 40 * 66), direction(noise, 3, rounding)
-        before, theta = whole.clone(), take(whole)
-        expected = move.add_to(theta, 0.999, torch.empty_like(theta))
-        triton_backend.add_direction(move, theta, float32(0.999), theta)
-        take(before).copy_(expected)
-        if not same(before, whole):
-            wrong.append(f"{name}, rounding={rounding}")
-    return wrong
+# What the interpreter cannot show
 
 
-def interpret() -> dict[str, Any]:
-    """What the process with the interpreter reports."""
-    torch.set_num_threads(1)
-    try:
-        out = torch.zeros(8, dtype=torch.int32)
-        arange_kernel[(1,)](out, BLOCK=8)
-        assert out.tolist() == list(range(8))
-    except Exception as error:
-        return {"unusable": f"triton {triton.__version__}'s interpreter does not work here: {error!r}"}
-    pairs = itertools.product(NOISES, DTYPES)
-    found = {f"{noise} {dtype}": interpreted_mismatches(noise, dtype) for noise, dtype in pairs}
-    return {**found, "words": word_mismatches(torch.device("cpu"))}
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(
-        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, timeout=280
-    )
-    assert run.returncode == 0, run.stderr
-    report: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    if "unusable" in report:
-        pytest.skip(report["unusable"])
-    return report
-
-
-@pytest.mark.slow
+@real
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noise", NOISES)
-def test_interpreted_kernel_equals_eager(interpreted: dict[str, Any], noise: str, dtype: str) -> None:
-    assert interpreted[f"{noise} {dtype}"] == []
-
-
-@pytest.mark.slow
-def test_interpreted_words_equal_eager_beyond_32_bits(interpreted: dict[str, Any]) -> None:
-    assert interpreted["words"] == []
-
-
-def test_what_is_left_to_eager() -> None:
-    move = direction("rademacher", 1, None)
-    assert triton_backend.supports(move, torch.float32)
-    assert not triton_backend.supports(move, torch.float64)
-    many = Direction(move.noise, move.slot, move.terms * (triton_backend.MAX_TERMS + 1))
-    assert not triton_backend.supports(many, torch.float32)
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("noise", NOISES)
-def test_cuda_equals_cpu(noise: str, dtype: str, backend: str) -> None:
-    wrong = []
-    for (terms, rounding, decay), size in itertools.product(OPTIONS, GPU_SIZES):
-        theta = weights(DTYPES[dtype], size)
+def test_eager_passes_on_the_device_equal_those_on_the_cpu(noise: str, dtype: str) -> None:
+    for size, kind, rounding in itertools.product([*SIZES, *LARGE], ("add", "momentum", "sign"), (None, 5)):
+        theta, by = weights(DTYPES[dtype], size), change(kind, size, 0.999)
+        along = replace(direction(noise, 2, rounding), backend="eager")
         there = theta.cuda()
-        expected = direction(noise, terms, rounding).add_to(theta, decay, torch.empty_like(theta))
-        out = direction(noise, terms, rounding, backend).add_to(there, decay, torch.empty_like(there))
-        unharmed = same(theta, there)
-        direction(noise, terms, rounding, backend).add_to(there, decay)
-        if not (unharmed and same(expected, out) and same(expected, there)):
-            wrong.append(f"terms={terms} rounding={rounding} decay={decay} size={size}")
-    theta, move = ties(DTYPES[dtype], noise)
-    if not same(move.add_to(theta.clone()), replace(move, backend=backend).add_to(theta.cuda())):
-        wrong.append("ties")
-    assert wrong == []
+        along.apply(there, moved(by, DEVICE))
+        along.apply(theta, by)
+        assert same(theta, there)
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@real
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("noise", NOISES)
-def test_cuda_equals_cpu_for_any_strides(noise: str, dtype: str, backend: str) -> None:
-    whole = weights(DTYPES[dtype], 40 * 66)
-    there = whole.cuda()
-    for take in VIEWS.values():
-        expected, moved = take(whole.clone()), take(there.clone())
-        direction(noise, 3, 5).add_to(expected, 0.999)
-        direction(noise, 3, 5, backend).add_to(moved, 0.999)
-        assert same(expected, moved)
+def test_launches_do_not_wait_for_the_device(noise: str, count: int) -> None:
+    slots = [weights(torch.bfloat16, 5000).cuda() for _ in range(3)]
+    states: list[dict[str, Any]] = [{} for _ in slots]
 
+    def run() -> None:
+        with together():
+            for theta, state in zip(slots, states, strict=True):
+                Momentum().update(theta, state, direction(noise, count), 1e-3, 0.0)
+        direction(noise, count).add_to(slots[0])
 
-@pytest.mark.gpu
-@needs_gpu
-def test_cuda_words_beyond_32_bits() -> None:
-    assert word_mismatches(torch.device("cuda")) == []
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("noise", NOISES)
-def test_launches_do_not_wait_for_the_device(noise: str, terms: int) -> None:
-    theta, move = weights(torch.bfloat16, 5000).cuda(), direction(noise, terms, 5, "triton")
-    move.add_to(theta)
+    run()
+    torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
     try:
-        move.add_to(theta)
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_nan_and_infinity_survive_stochastic_rounding(dtype: str) -> None:
-    theta = torch.tensor([float("nan"), float("inf"), -float("inf")] * 100, dtype=DTYPES[dtype], device="cuda")
-    direction("rademacher", 1, 5, "triton").add_to(theta)
-    assert theta[0::3].isnan().all()
-    assert theta[1::3].eq(float("inf")).all()
-    assert theta[2::3].eq(-float("inf")).all()
+def test_what_is_left_to_eager() -> None:
+    theta = torch.zeros(8, device=DEVICE)
+    move = direction("rademacher")
+    assert triton_backend.supports(Pass(theta, move, Change(), theta))
+    assert not triton_backend.supports(Pass(theta.double(), move, Change(), theta.double()))
+    assert not triton_backend.supports(Pass(theta, replace(move, offset=0), Change(), theta))
 
 
-if __name__ == "__main__":
-    print(json.dumps(interpret()))
+def test_a_kernel_that_fails_is_replaced_by_the_eager_pass(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("ptxas fatal: no\nmore lines")
+
+    monkeypatch.setattr(triton_backend, "_launch", fails)
+    theta = weights(torch.bfloat16, 100)
+    there = theta.to(DEVICE, copy=True)
+    replace(direction("gaussian"), backend="eager").add_to(theta)
+    direction("gaussian").add_to(there)
+    assert same(theta, there)
+    direction("gaussian").add_to(there)
+    (record,) = caplog.records
+    assert "ptxas fatal: no" in record.getMessage()
+    assert "more lines" not in record.getMessage()
+    triton_backend._failed.clear()

@@ -6,27 +6,34 @@ first call for a dtype, a noise and a number of terms compiles for about 10 seco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
 
 import torch
 from torch import Tensor
 
-from .direction import Direction, flat, flat_target
+from .changes import Pass, flat, flat_target
+from .direction import Direction
 from .gaussian import LEVELS, Gaussian, table
 from .hashing import BATCH_WORDS, sent, words
 from .rademacher import SIGN_BIT, Rademacher, float_bits
 from .rounding import DROPPED_BITS
 
 
-def supports(direction: Direction, dtype: torch.dtype) -> bool:
+def supports(one: Pass) -> bool:
     """Whether there is a fused form that is faster: for signs on 16-bit weights it was measured to be slower."""
-    kind = type(direction.noise)
+    direction: Direction
+    theta, direction, change, _ = one
+    kind, dtype = type(direction.noise), theta.dtype
     return (
         (kind is Gaussian or (kind is Rademacher and dtype not in DROPPED_BITS))
         and dtype != torch.float64
         and direction.rounding_key(dtype) is None
+        and change.kind == "add"
+        and direction.scaling is None
+        and direction.limit(theta) == math.inf
     )
 
 
@@ -61,8 +68,13 @@ def _compiled(variant: tuple[object, ...]) -> Callable[..., None]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor) -> None:
-    """``out = round(decay * theta + s)`` with the bits of `Direction.add_to`."""
+def run(passes: Sequence[Pass]) -> None:
+    """Does passes that are supported, with the bits of the eager ones."""
+    for theta, direction, change, out in passes:
+        _add(direction, theta, change.decay, out)
+
+
+def _add(direction: Direction, theta: Tensor, decay: float, out: Tensor) -> None:
     noise, device = direction.noise, theta.device
     levels = table(device) if isinstance(noise, Gaussian) else None
     keys = direction.keys()

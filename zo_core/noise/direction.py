@@ -10,24 +10,29 @@ chunks, compiled, Triton) gives these bits.
 
 from __future__ import annotations
 
-import importlib
+import math
 import struct
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..cache import workspace
-from .hashing import BATCH_WORDS, DIRECTION, ROUNDING_SPAN, Key, sent, stream_key, words
-from .rounding import DROPPED_BITS, rounding_key, stochastic_round
+from .changes import Change, Pass, flat, flat_target, flush, fused
+from .hashing import BATCH_WORDS, DIRECTION, Key, sent, stream_key, words
+from .rounding import DROPPED_BITS, rounding_key, store
 
 #: Pairs ``(seed, c)`` of a direction and its coefficient.
 Terms = tuple[tuple[int, float], ...]
 
 #: Elements handled at a time, so that temporaries stay in the cache of a CPU core.
 CPU_CHUNK = 1 << 18
+
+#: Elements at a time on other devices, so that a launch takes them longer than Python takes to make it. A pass has
+#: temporaries of up to `CHUNK_BYTES` for each of them.
+DEVICE_CHUNK, CHUNK_BYTES = 1 << 22, 48
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -144,9 +149,14 @@ class Direction:
         """Whether nothing moves, so that weights need neither a copy nor an update."""
         return not self.terms
 
+    def limit(self, theta: Tensor) -> float:
+        """The largest magnitude of an element of ``theta`` that moves; infinite if all elements move."""
+        return math.inf
+
     def mask(self, theta: Tensor) -> Callable[[Tensor], Tensor] | None:
         """A function that returns for any part of ``theta`` which elements move, as bools; None if all do."""
-        return None
+        limit = self.limit(theta)
+        return None if limit == math.inf else lambda weights: weights.abs() <= limit
 
     def gradient(self, theta: Tensor) -> Tensor:
         """``s`` as it applies to these weights, with any mask, float32 of their shape."""
@@ -184,8 +194,7 @@ class Direction:
         """``(start, stop, words of each term)`` of every chunk."""
         keys = self.keys()
         per_word = self.noise.values_per_word
-        batch = BATCH_WORDS * per_word
-        chunk = min(CPU_CHUNK, batch) if device.type == "cpu" else batch
+        batch, chunk = chunk_sizes(per_word, device)
         bits: list[Tensor] = []
         for start in range(0, numel, chunk):
             stop = min(start + chunk, numel)
@@ -221,17 +230,30 @@ class Direction:
         Returns:
             ``out``.
         """
+        return self.apply(theta, Change(decay=float32(decay)), out)
+
+    def apply(self, theta: Tensor, change: Change, out: Tensor | None = None) -> Tensor:
+        """``out = round(theta')``, in place by default: one pass over the weights, in a kernel if the backend has one.
+
+        Args:
+            theta: floating point weights of any shape and strides.
+            change: gives ``theta'`` from ``theta`` and ``s``.
+            out: where the result goes; it has the shape and dtype of ``theta``.
+
+        Returns:
+            ``out``.
+        """
         out = theta if out is None else out
-        if self.scaling is not None:
-            factor = float32(decay)
-            rewrite(theta, self, lambda weights, s, *_: weights.mul_(factor).add_(s), out)
-            return out
-        fused = fused_backend(self.backend, theta)
-        if fused is not None and fused.supports(self, theta.dtype):
-            fused.add_direction(self, theta, float32(decay), out)
-        else:
-            self._add_eager(theta, float32(decay), out)
+        if not fused(Pass(theta, self, change, out)):
+            self.apply_eager(theta, change, out)
         return out
+
+    def apply_eager(self, theta: Tensor, change: Change, out: Tensor) -> None:
+        """The same in chunks of torch operations."""
+        if change.kind == "add" and self.scaling is None and self.limit(theta) == math.inf:
+            self._add_eager(theta, change.decay, out)
+        else:
+            rewrite(theta, self, change, out)
 
     def _add_eager(self, theta: Tensor, decay: float, out: Tensor) -> None:
         source, target = flat(theta), flat_target(theta, out)
@@ -311,36 +333,19 @@ def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
     return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)
 
 
+def chunk_sizes(per_word: int, device: torch.device) -> tuple[int, int]:
+    """How many elements are hashed, and how many of these are moved, at a time."""
+    batch = BATCH_WORDS * per_word
+    if device.type == "cpu":
+        return batch, min(CPU_CHUNK, batch)
+    while 2 * batch <= DEVICE_CHUNK:
+        batch *= 2
+    return batch, batch
+
+
 def piece_size(noise: Elements) -> int:
     """Number of elements in a piece of a slot, such that it stays in the cache and lies in one batch of words."""
     return min(CPU_CHUNK, BATCH_WORDS * noise.values_per_word)
-
-
-def fused_backend(name: str, theta: Tensor) -> Any:
-    """The module with the fused passes for ``theta``, or None for the eager ones."""
-    modules = {"triton": (".triton_backend", theta.is_cuda), "compile": (".compile_backend", theta.numel() > 0)}
-    module, usable = modules.get(name, ("", False))
-    return importlib.import_module(module, __package__) if usable else None
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """The elements in row-major order, as a view where the strides allow it."""
-    return tensor.reshape(-1)
-
-
-def flat_target(theta: Tensor, out: Tensor) -> Tensor:
-    """Where to write row-major results for ``out``: itself, or a buffer if its strides forbid it."""
-    return out.view(-1) if out.is_contiguous() else torch.empty(theta.numel(), dtype=out.dtype, device=out.device)
-
-
-def store(values: Tensor, out: Tensor, key: Key | None, start: int, back: bool = False) -> None:
-    """Writes float32 ``values`` into 16-bit ``out``, rounding by ``key`` (None: to nearest); see `stochastic_round`."""
-    if key is None:
-        out.copy_(values)
-        return
-    for at in range(0, values.numel(), ROUNDING_SPAN):
-        piece = values[at : at + ROUNDING_SPAN]
-        out[at : at + ROUNDING_SPAN].copy_(stochastic_round(piece, out.dtype, key, start + at, back))
 
 
 def rewrite(
@@ -350,7 +355,7 @@ def rewrite(
     out: Tensor | None = None,
     back: bool = False,
 ) -> None:
-    """Rewrites a slot in place, chunk by chunk, for rules that need more than ``theta + s``.
+    """Rewrites a slot chunk by chunk, for changes of other forms than ``decay * theta + s``.
 
     Args:
         theta: the weights.
@@ -362,6 +367,7 @@ def rewrite(
         back: ``change`` reverts a move along this direction; see `stochastic_round`.
     """
     out = theta if out is None else out
+    flush()
     source, target = flat(theta), flat_target(theta, out)
     wide = compute_dtype(theta.dtype)
     mask = direction.mask(source)

@@ -115,7 +115,7 @@ def words(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     Args:
         key: from `stream_key`.
         start: index of the first word; beyond 2**32 the high part is folded into the key.
-        count: at most `BATCH_WORDS`; no multiple of 2**32 may lie between first and last word.
+        count: no multiple of 2**32 may lie between first and last word.
         device: where to compute; the bits are the same everywhere.
 
     Returns:
@@ -185,7 +185,10 @@ def prepare_words(keys: Sequence[Key], counts: Sequence[int], device: torch.devi
 
 def _first_round(key: Key, start: int, count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        x = _counter(device)[:count] + signed(start)
+        if count <= BATCH_WORDS:
+            x = _counter(device)[:count] + signed(start)
+        else:
+            x = torch.arange(count, dtype=torch.int32, device=device).add_(signed(start))
         return _mix32_(x.bitwise_xor_(signed(key[0] + (start >> 32) * 0x9E3779B9)))
 
 
@@ -207,12 +210,18 @@ def rounding_bits(key: Key, dropped: int, start: int, count: int, device: torch.
         key: of the table (the same for all slots of a step), and of the slot.
         dropped: at most 16.
         start: index of the first element.
-        count: number of elements; no multiple of `ROUNDING_SPAN` may lie between first and last.
+        count: number of elements.
         device: where to compute; the bits are the same everywhere.
 
     Returns:
         int32 tensor of shape ``[count]``.
     """
     span, at = divmod(start, ROUNDING_SPAN)
-    mask = mix32(key[1] + span * 0x9E3779B9 & MASK32) & ((1 << dropped) - 1)
-    return _rounding_table(key[0], dropped, device)[at : at + count] ^ mask
+    table = _rounding_table(key[0], dropped, device)
+    masks = [
+        mix32(key[1] + one * 0x9E3779B9 & MASK32) & ((1 << dropped) - 1)
+        for one in range(span, -(-(start + count) // ROUNDING_SPAN))
+    ]
+    if len(masks) == 1:
+        return table[at : at + count] ^ masks[0]
+    return (table ^ sent(masks, device, torch.int32).unsqueeze(1)).view(-1)[at : at + count]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..cache import ByteCache, kept, workspace
 from .base import NOISES, Noise
+from .changes import flush
 from .direction import CPU_CHUNK, PLAIN, Alternatives, Direction, Passes, Scaling, Terms, float32
 from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, sent, stream_key
 from .rademacher import Rademacher
@@ -231,6 +232,7 @@ class LowRankDirection(Direction):
 
     def add_to(self, theta: Tensor, decay: float = 1.0, out: Tensor | None = None) -> Tensor:
         out = theta if out is None else out
+        flush()
         self._add_eager(theta, float32(self.decay * decay), out)
         return out
 

@@ -36,8 +36,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, b
         values: float32 ``[n]``; overwritten.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         key: of the random bits, from `rounding_key`.
-        start: index of the first value within its slot; no multiple of ``ROUNDING_SPAN`` may lie
-            between it and the last.
+        start: index of the first value within its slot.
         back: round a move that reverts one with the same key. The bits are then complemented, so that
             ``round_back(round(theta - s) + s)`` is theta: rounding up by chance is undone as if it were known.
 
@@ -57,3 +56,11 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, b
         is_small = values.abs() < FP16_NORMAL
     rounded = values.view(torch.int32).add_(random).bitwise_and_(-(1 << dropped)).view(torch.float32)
     return torch.where(is_small, small, rounded) if dtype == torch.float16 else rounded
+
+
+def store(values: Tensor, out: Tensor, key: Key | None, start: int, back: bool = False) -> None:
+    """Writes float32 ``values`` into 16-bit ``out``, rounding by ``key`` (None: to nearest); see `stochastic_round`."""
+    if key is None:
+        out.copy_(values)
+        return
+    out.copy_(stochastic_round(values, out.dtype, key, start, back))

@@ -8,7 +8,7 @@ anything is added to them, so the mask is computed from them on the fly, and is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .base import NOISES, ElementNoise, Noise
-from .direction import PLAIN, Direction, Passes, Terms, flat, float32, rewrite
+from .changes import flat, flush
+from .direction import PLAIN, Direction, Passes, Terms
 from .wrapping import Wrapping, check_part
 
 #: Elements per chunk in the search for a threshold, and bits that one pass over the elements determines.
@@ -64,7 +65,7 @@ class Sparse(Wrapping):
 
     def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
         known = {} if passes.thresholds is None else passes.thresholds
-        how = slot, terms, passes.rounding_seed, "eager", passes.scaling
+        how = slot, terms, passes.rounding_seed, passes.backend, passes.scaling
         return SparseDirection(self.elements, *how, quantile=self.quantile, thresholds=known)
 
     @property
@@ -76,7 +77,7 @@ class Sparse(Wrapping):
 
 @dataclass(frozen=True)
 class SparseDirection(Direction):
-    """A direction from which the elements of large weights are left out; eager only.
+    """A direction from which the elements of large weights are left out.
 
     Attributes:
         quantile: the fraction that moves.
@@ -86,23 +87,15 @@ class SparseDirection(Direction):
     quantile: float = 1.0
     thresholds: MutableMapping[str, float] = field(default_factory=dict)
 
-    def mask(self, theta: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def limit(self, theta: Tensor) -> float:
         if self.slot not in self.thresholds:
+            flush()
             self.thresholds[self.slot] = threshold(flat(theta), self.quantile)
-        limit = self.thresholds[self.slot]
-        return None if limit == math.inf else lambda weights: weights.abs() <= limit
+        return self.thresholds[self.slot]
 
     def gradient(self, theta: Tensor) -> Tensor:
         values, moving = super().gradient(theta), self.mask(theta)
         return values if moving is None else values.masked_fill_(~moving(theta), 0.0)
-
-    def add_to(self, theta: Tensor, decay: float = 1.0, out: Tensor | None = None) -> Tensor:
-        out = theta if out is None else out
-        if self.mask(theta) is None:
-            return super().add_to(theta, decay, out)
-        factor = float32(decay)
-        rewrite(theta, self, lambda weights, s, *_: weights.mul_(factor).add_(s), out)
-        return out
 
 
 def threshold(weights: Tensor, quantile: float) -> float:

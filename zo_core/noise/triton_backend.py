@@ -1,200 +1,213 @@
-"""The arithmetic of `direction` in one Triton kernel: one launch a slot, one pass over the weights.
+"""The passes of `direction` in Triton kernels: one pass over the weights, and one launch for all that are alike.
 
-No words are stored: each thread hashes those of its own eight elements, which share them (22 integer
-operations a word). Compiled for an H200 that is 22 instructions an element to perturb bf16 weights by
-signs, in total, of the 33 or so that fit into the time in which the memory moves them. A Gaussian
-element costs 14 more and a gather from 128 KiB of table. These are counts of instructions and
-data-sheet rates, not measurements.
-
-The bits equal those of the eager passes because of 32-bit integers that wrap around, no fused
-multiply-add, sums from left to right, and bf16 values converted from and to integers by bit operations.
+A single addition travels with its launch. Everything else (rules, scales, masks, several terms, many tensors) is a
+row of a table, which goes to the device through pinned memory.
 """
-
-# Kernels are written in Triton's own types.
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .direction import Direction, flat, flat_target
+from .changes import Change, Pass, flat, flat_target
+from .direction import Direction, float32
 from .gaussian import Gaussian, table
-from .hashing import MASK32, MUL1, MUL2, ROUNDING_SPAN, sent
+from .hashing import sent
 from .rademacher import Rademacher, float_bits
-from .rounding import DROPPED_BITS, FP16_NORMAL, FP16_STEPS
+from .rounding import DROPPED_BITS
+from .triton_kernels import ABSOLUTE, ADD, BLOCK, MOMENTUM, RELATIVE, SIGN, WEIGHTS, add_kernel, table_kernel
 
-#: Elements of one program: a power of two, so that its words share their high half. With four warps a
-#: thread has eight elements; with sixteen the compiler no longer sees which of them share a word.
-BLOCK = 1024
+logger = logging.getLogger(__name__)
 
-#: Terms are unrolled, or neighbours would not share words: 3 to 6 s to compile for 32, 4 to 17 for 64.
-MAX_TERMS = 32
+#: Terms up to this number are unrolled, at the price of 3 to 6 s of compilation for 32; more are looped over, where a
+#: term takes about seven times as many instructions.
+MAX_UNROLLED = 32
 
-_MUL1 = tl.constexpr(MUL1 & MASK32)
-_MUL2 = tl.constexpr(MUL2 & MASK32)
-_SPAN = tl.constexpr(ROUNDING_SPAN)
-_FP16_NORMAL = tl.constexpr(FP16_NORMAL)
-_FP16_STEPS = tl.constexpr(FP16_STEPS)
+KINDS = {"add": ADD, "sign": SIGN, "momentum": MOMENTUM}
+
+#: In memory, by type of the weights. Triton converts bf16 by instructions that older devices lack.
+IN_MEMORY = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "sanitize_overflow": False}
 
 
-def supports(direction: Direction, dtype: torch.dtype) -> bool:
-    """Whether there is a fused form: not for float64 weights, user-defined noises, or very many terms."""
+class Variant(NamedTuple):
+    """What passes have in common that one launch can do, and for which a kernel is compiled."""
+
+    device: torch.device
+    dtype: torch.dtype
+    gaussian: bool
+    terms: int
+    kind: int
+    scales: int
+    masked: bool
+    dropped: int
+    even: bool
+
+
+class Work(NamedTuple):
+    """A pass with its flat tensors; the result goes to ``target``, a buffer if ``out`` cannot be written flat."""
+
+    done: Pass
+    source: Tensor
+    target: Tensor
+
+
+#: Variants that could not be compiled here.
+_failed: set[Variant] = set()
+
+
+def supports(one: Pass) -> bool:
+    """Whether there is a fused form: not for float64 weights, pieces of slots, or user-defined noises."""
     return (
-        type(direction.noise) in (Rademacher, Gaussian)
-        and dtype in (torch.float32, *DROPPED_BITS)
-        and len(direction.terms) <= MAX_TERMS
+        type(one.direction.noise) in (Rademacher, Gaussian)
+        and one.theta.dtype in IN_MEMORY
+        and one.direction.offset is None
     )
 
 
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * _MUL1
-    x = (x ^ (x >> 15)) * _MUL2
-    return x ^ (x >> 16)
+def run(passes: Sequence[Pass]) -> None:
+    """Does passes that are supported, with the bits of the eager ones, on the current stream of their device.
 
-
-@triton.jit
-def _words(first, offset, key0, key1):
-    """`hashing.words`: those at ``offset`` (uint32) from the word ``first`` (int64 scalar)."""
-    key = key0.to(tl.uint32) + (first >> 32).to(tl.uint32) * 0x9E3779B9
-    return _mix(_mix((first.to(tl.uint32) + offset) ^ key) + key1.to(tl.uint32))
-
-
-@triton.jit
-def _rounding_bits(start, lane, key0, key1, DROPPED: tl.constexpr):
-    """`hashing.rounding_bits` of the elements ``start + lane``, all of one span."""
-    word = _mix((((start % _SPAN) >> 1).to(tl.uint32) + (lane >> 1)) ^ key0.to(tl.uint32))
-    mask = _mix(key1.to(tl.uint32) + (start // _SPAN).to(tl.uint32) * 0x9E3779B9)
-    return ((word >> ((lane & 1) * 16)) ^ mask) & ((1 << DROPPED) - 1)
-
-
-@triton.jit
-def _term(start, lane, key0, key1, coefficient, levels):
-    """``round(c * z)`` of the elements ``start + lane``; the coefficient comes as its bits."""
-    if levels is None:
-        word = _words(start >> 5, lane >> 5, key0, key1)
-        sign = (word << (31 - (lane & 31))) & 0x80000000
-        value = (sign ^ coefficient.to(tl.uint32)).to(tl.float32, bitcast=True)
-    else:
-        word = _words(start >> 1, lane >> 1, key0, key1)
-        level = (word >> ((lane & 1) * 16)) & 0xFFFF
-        # The upper half of the table is the lower one mirrored and negated: half of it stays cached.
-        upper = level >> 15
-        quantile = tl.load(levels + ((level ^ (0 - upper)) & 0x7FFF), eviction_policy="evict_last")
-        quantile = (quantile.to(tl.uint32, bitcast=True) ^ (upper << 31)).to(tl.float32, bitcast=True)
-        value = quantile * coefficient.to(tl.float32, bitcast=True)
-    return value
-
-
-@triton.jit(do_not_specialize=["key0", "key1", "coefficient", "decay", "rounding0", "rounding1"])
-def _add_kernel(
-    theta,
-    out,
-    levels,
-    terms,
-    key0,
-    key1,
-    coefficient,
-    decay,
-    rounding0,
-    rounding1,
-    count,
-    TERMS: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    DROPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of ``out = round(decay * theta + s)``.
+    It does not wait for the device. What cannot be compiled is done eagerly, and one line of log says so.
 
     Args:
-        theta: pointer to the weights: float32, float16, or bf16 as int16.
-        out: pointer of the same type, possibly the same one.
-        levels: pointer to the Gaussian table; None for signs.
-        terms: pointer to the terms after the first, ``[TERMS - 1, 3]`` int32; None if there are none.
-        key0: with key1 and coefficient (the bits of a float32), the first term.
-        decay: the bits of a float32. Multiplying by 1 is exact and needs no case of its own.
-        rounding0: with rounding1, the key of the rounding bits.
-        count: number of weights.
-        TERMS: how many there are.
-        BFLOAT16: whether int16 holds bf16 bits.
-        DROPPED: random bits for stochastic rounding; 0 rounds to nearest even.
-        BLOCK: elements of one program.
+        passes: none of them writes what another one reads or writes; ``theta`` is ``out``, or shares no memory with
+            it. Weights may have any shape and strides. (They are on the CPU under ``TRITON_INTERPRET=1``.)
     """
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    index = tl.arange(0, BLOCK)
-    inside = index < count - start
-    lane = index.to(tl.uint32)
-
-    total = _term(start, lane, key0, key1, coefficient, levels)
-    for term in tl.static_range(1, TERMS):
-        at = terms + 3 * term
-        total += _term(start, lane, tl.load(at - 3), tl.load(at - 2), tl.load(at - 1), levels)
-
-    weights = tl.load(theta + start + index, mask=inside, eviction_policy="evict_first")
-    if BFLOAT16:
-        weights = (weights.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    value = weights.to(tl.float32) * decay.to(tl.float32, bitcast=True) + total
-
-    if DROPPED:
-        random = _rounding_bits(start, lane, rounding0, rounding1, DROPPED)
-    bits = value.to(tl.uint32, bitcast=True)
-    # NaN is kept apart: a GPU writes it as 0x7fffffff, and adding to that would make it a number.
-    if BFLOAT16:
-        bits += random if DROPPED else 0x7FFF + ((bits >> 16) & 1)
-        result = tl.where(value == value, bits >> 16, 0x7FC0).to(tl.int16)
-    elif DROPPED:
-        rounded = (((bits + random) >> DROPPED) << DROPPED).to(tl.float32, bitcast=True)
-        fraction = random.to(tl.float32) * (1.0 / (1 << DROPPED))
-        small = tl.floor(value * _FP16_STEPS + fraction) * (1.0 / _FP16_STEPS)
-        rounded = tl.where(tl.abs(value) < _FP16_NORMAL, small, rounded)
-        result = tl.where(value == value, rounded, value).to(tl.float16)
-    else:
-        result = value.to(out.dtype.element_ty)
-    tl.store(out + start + index, result, mask=inside)
+    groups: dict[Variant, list[Work]] = {}
+    for one in passes:
+        if one.theta.numel():
+            # A kernel counts in elements from the first address, so a flat view with gaps is copied.
+            work = Work(one, flat(one.theta).contiguous(), flat_target(one.theta, one.out))
+            groups.setdefault(_variant(work), []).append(work)
+    for variant, group in groups.items():
+        try:
+            if _failed and variant in _failed:
+                raise RuntimeError
+            _launch(variant, group)
+        except Exception as error:
+            if variant not in _failed:
+                _failed.add(variant)
+                logger.warning("a Triton kernel failed, eager torch does its work: %s: %s", variant, _first_line(error))
+            for work in group:
+                work.done.direction.apply_eager(work.done.theta, work.done.change, work.done.out)
+            continue
+        for work in group:
+            if work.target.data_ptr() != work.done.out.data_ptr():
+                work.done.out.copy_(work.target.view(work.done.out.shape))
 
 
-def add_direction(direction: Direction, theta: Tensor, decay: float, out: Tensor) -> None:
-    """``out = round(decay * theta + s)`` with the bits of `Direction.add_to`.
+def try_out(device: torch.device) -> None:
+    """Compiles a kernel and runs it; raises whatever prevents that."""
+    zeros = torch.zeros(32, device=device)
+    work = Work(Pass(zeros, Direction(Rademacher(), "trial", ((0, 1.0),)), Change(), zeros), zeros, zeros)
+    _launch(_variant(work), [work])
 
-    One launch on the current stream, without waiting for the device. A first term travels with the
-    launch; further ones through pinned memory.
 
-    Args:
-        direction: one that `supports` accepts.
-        theta: CUDA weights of any shape and strides (CPU tensors under ``TRITON_INTERPRET=1``).
-        decay: a float32 value.
-        out: where the result goes; ``theta`` itself, or no memory of it.
-    """
-    # The kernel counts in elements from the first address, so a flat view with gaps is copied.
-    source, target = flat(theta).contiguous(), flat_target(theta, out)
-    rounding_key = direction.rounding_key(theta.dtype)
-    levels = table(theta.device) if isinstance(direction.noise, Gaussian) else None
-    keys = direction.keys()
-    rows = [(*key, float_bits(c)) for key, c in keys]
-    terms = sent(rows[1:], theta.device, torch.int32) if len(rows) > 1 else None
-    bfloat16 = theta.dtype == torch.bfloat16
-    count = source.numel()
-    if count:
-        with torch.cuda.device_of(theta):
-            _add_kernel[(triton.cdiv(count, BLOCK),)](
-                source.view(torch.int16) if bfloat16 else source,
-                target.view(torch.int16) if bfloat16 else target,
-                levels,
-                terms,
-                *rows[0],
-                float_bits(decay),
-                *(rounding_key or (0, 0)),
-                count,
-                TERMS=len(rows),
-                BFLOAT16=bfloat16,
-                DROPPED=0 if rounding_key is None else DROPPED_BITS[theta.dtype],
-                BLOCK=BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,
-                sanitize_overflow=False,
-            )
-    if target.data_ptr() != out.data_ptr():
-        out.copy_(target.view(out.shape))
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
+
+
+def _variant(work: Work) -> Variant:
+    direction: Direction
+    theta, direction, change, _ = work.done
+    dtype, scaling = theta.dtype, direction.scaling
+    used = [work.source, work.target, *([] if change.momentum is None else [change.momentum])]
+    return Variant(
+        theta.device,
+        dtype,
+        isinstance(direction.noise, Gaussian),
+        len(direction.terms),
+        KINDS[change.kind],
+        WEIGHTS if scaling is None else RELATIVE if scaling.relative else ABSOLUTE,
+        direction.limit(theta) != float("inf"),
+        0 if direction.rounding_key(dtype) is None else DROPPED_BITS[dtype],
+        work.source.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in used),
+    )
+
+
+def _launch(variant: Variant, group: Sequence[Work]) -> None:
+    with torch.cuda.device_of(group[0].source):
+        simple = variant.terms == 1 and variant.kind == ADD and variant.scales == WEIGHTS and not variant.masked
+        if simple and len(group) == 1:
+            _launch_one(variant, group[0])
+        else:
+            _launch_table(variant, group)
+
+
+def _common(variant: Variant) -> dict[str, Any]:
+    return {
+        "levels": table(variant.device) if variant.gaussian else None,
+        "BFLOAT16": variant.dtype == torch.bfloat16,
+        "DROPPED": variant.dropped,
+        "BLOCK": BLOCK,
+        **OPTIONS,
+    }
+
+
+def _launch_one(variant: Variant, work: Work) -> None:
+    direction: Direction = work.done.direction
+    count = work.source.numel()
+    ((key, c),) = direction.keys()
+    rounding = direction.rounding_key(variant.dtype) or (0, 0)
+    raw = variant.dtype == torch.bfloat16
+    add_kernel[(-(-count // BLOCK),)](
+        work.source.view(torch.int16) if raw else work.source,
+        work.target.view(torch.int16) if raw else work.target,
+        key0=key[0],
+        key1=key[1],
+        coefficient=float_bits(c),
+        decay=float_bits(work.done.change.decay),
+        rounding0=rounding[0],
+        rounding1=rounding[1],
+        count=count,
+        **_common(variant),
+    )
+
+
+def _launch_table(variant: Variant, group: Sequence[Work]) -> None:
+    firsts, programs = [], 0
+    for work in group:
+        firsts.append(programs)
+        programs += -(-work.source.numel() // BLOCK)
+    values = sent(firsts + [value for work in group for value in _row(work)], variant.device, torch.int64)
+    table_kernel[(programs,)](
+        values,
+        len(group),
+        (len(group) - 1).bit_length(),
+        variant.terms,
+        TERMS=variant.terms if variant.terms <= MAX_UNROLLED else 0,
+        KIND=variant.kind,
+        SCALES=variant.scales,
+        MASKED=variant.masked,
+        DTYPE=IN_MEMORY[variant.dtype],
+        EVEN=variant.even,
+        **_common(variant),
+    )
+
+
+def _row(work: Work) -> list[int]:
+    """A row of the table; see the columns of `triton_kernels`."""
+    direction: Direction
+    theta, direction, change, _ = work.done
+    row = [
+        work.source.data_ptr(),
+        work.target.data_ptr(),
+        0 if change.momentum is None else change.momentum.data_ptr(),
+        work.source.numel(),
+        float_bits(change.decay),
+        float_bits(change.rate),
+        float_bits(change.beta),
+        float_bits(direction.limit(theta)),
+        0 if direction.scaling is None else float_bits(float32(direction.scaling.floor)),
+        *(direction.rounding_key(theta.dtype) or (0, 0)),
+    ]
+    for key, c in direction.keys():  # noqa: SIM118 (no dictionary)
+        row += [*key, float_bits(c)]
+    return row

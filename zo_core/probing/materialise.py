@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..noise import Direction
+from ..noise.changes import together
 from ..records import Point
 from ..targets import Slot
 from .function_mode import ProbeMode
@@ -58,8 +59,9 @@ class Materialised:
                 originals[slot] = [tensor.data for tensor in slot.tensors]
                 view.release(slot)
             if self.whole:
-                for slot in perturbed:
-                    view.materialise(slot)
+                with together():
+                    for slot in perturbed:
+                        view.materialise(slot)
             elif perturbed:
                 self.hook(lambda: view, stack)
             stack.enter_context(view.mode())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..noise import Direction
-from ..noise.direction import compute_dtype, float32, rewrite
+from ..noise.changes import Change, flush
+from ..noise.direction import compute_dtype, float32
 from ..noise.reverting import relative, take_back
 from .base import RULES, RuleMove, UpdateRule
 
@@ -41,16 +42,16 @@ class Momentum(UpdateRule):
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
-        momentum = self._momentum(theta, state)
-        beta, rate, decay = float32(self.beta), float32(-lr), float32(1.0 - lr * weight_decay)
-
-        def change(weights: Tensor, s: Tensor, start: int, stop: int) -> None:
-            m = momentum[start:stop].mul_(beta).add_(s)
-            if decay != 1.0:
-                weights.mul_(decay)
-            weights.add_(m * rate)
-
-        rewrite(theta, direction, change)
+        direction.apply(
+            theta,
+            Change(
+                "momentum",
+                decay=float32(1.0 - lr * weight_decay),
+                rate=float32(-lr),
+                beta=float32(self.beta),
+                momentum=self._momentum(theta, state),
+            ),
+        )
 
     def _momentum(self, theta: Tensor, state: MutableMapping[str, Any]) -> Tensor:
         if "momentum" not in state:
@@ -67,6 +68,7 @@ class Momentum(UpdateRule):
         The sum is formed in the tensor of the momentum and added back at once. What the momentum of before the first
         of these moves still moved is not known any more, and is not reverted.
         """
+        flush()
         momentum = self._momentum(theta, state).zero_()
         last = moves[-1][1]
         if relative(last):

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..noise import Direction
-from ..noise.direction import float32, rewrite
+from ..noise.changes import Change
+from ..noise.direction import float32
 from ..noise.reverting import take_back
 from .base import RULES, RuleMove, UpdateRule
 
@@ -28,14 +29,7 @@ class Sign(UpdateRule):
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
-        rate, decay = float32(-lr), float32(1.0 - lr * weight_decay)
-
-        def change(weights: Tensor, s: Tensor, start: int, stop: int) -> None:
-            if decay != 1.0:
-                weights.mul_(decay)
-            weights.add_(s.sign_().mul_(rate))
-
-        rewrite(theta, direction, change)
+        direction.apply(theta, Change("sign", decay=float32(1.0 - lr * weight_decay), rate=float32(-lr)))
 
     def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
         for _, direction, lr, weight_decay in reversed(moves):

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..noise.changes import flush, together
 from ..noise.hashing import used_once
 from ..probing.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
@@ -433,10 +434,14 @@ class Streaming:
     def _apply(self, block: Block, tensors: Tensors) -> None:
         self._after_write(block)
         pending, block.pending = block.pending, []
-        with used_once():
-            for _, update in pending:
+        with used_once(), together():
+            changed: set[str] = set()
+            for names, update in pending:
+                if changed.intersection(names):  # an update may read what it changes by any means
+                    flush()
+                changed.update(names)
                 update(tensors)
-        self._write_back(block, tensors, {name for names, _ in pending for name in names})
+        self._write_back(block, tensors, changed)
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
         self._after_write(block)

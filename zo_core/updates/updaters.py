@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import Direction, LowRank, LowRankDirection, Noise
+from ..noise.changes import together
 from ..probing.materialise import is_compiled
 from ..rules import Torch, UpdateRule
 from ..targets import Slot
@@ -69,7 +70,7 @@ class Updaters:
 
     def apply(self, rule: UpdateRule, moves: Iterable[Move]) -> None:
         """Applies the updates of one step."""
-        with torch.no_grad(), self.windows.hidden():
+        with torch.no_grad(), self.windows.hidden(), together():
             for slot, direction, lr, weight_decay in moves:
                 if not direction.still:
                     self.of[slot].update(rule, direction, lr, weight_decay)

@@ -1,0 +1,172 @@
+"""What a pass does with each weight, and passes over many tensors in one launch."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the sum ``s`` of a direction's terms changes weights, element by element; all numbers are float32 values.
+
+        add:       theta' = decay * theta + s
+        sign:      theta' = decay * theta + rate * sign(s)
+        momentum:  m' = beta * m + s,   theta' = decay * theta + rate * m'
+
+    Attributes:
+        kind: one of these.
+        decay: factor for the weights.
+        rate: factor for what is added.
+        beta: factor for the momentum.
+        momentum: m, flat, in the type that weights are moved in; it is changed in place.
+    """
+
+    kind: Literal["add", "sign", "momentum"] = "add"
+    decay: float = 1.0
+    rate: float = 1.0
+    beta: float = 0.0
+    momentum: Tensor | None = None
+
+    def __call__(self, weights: Tensor, s: Tensor, start: int, stop: int) -> None:
+        """Changes ``weights`` in place, those from ``start`` to ``stop``; ``s`` may be overwritten."""
+        if self.decay != 1.0:
+            weights.mul_(self.decay)
+        if self.momentum is not None:
+            weights.add_(self.momentum[start:stop].mul_(self.beta).add_(s) * self.rate)
+        else:
+            weights.add_(s.sign_().mul_(self.rate) if self.kind == "sign" else s)
+
+
+class Pass(NamedTuple):
+    """One pass over a slot's weights, as from `Direction.apply`; ``direction`` is a `Direction`."""
+
+    theta: Tensor
+    direction: Any
+    change: Change
+    out: Tensor
+
+
+def fused_backend(name: str, theta: Tensor) -> Any:
+    """The module with the fused passes for ``theta``, or None for the eager ones."""
+    modules = {"triton": (".triton_backend", theta.is_cuda), "compile": (".compile_backend", theta.numel() > 0)}
+    module, usable = modules.get(name, ("", False))
+    return importlib.import_module(module, __package__) if usable else None
+
+
+def fused(one: Pass) -> bool:
+    """Does a pass in a kernel: now, or at the end of `together`.
+
+    Returns:
+        False if the eager pass has to do it. Nothing waits any more then, so it may read any tensor.
+    """
+    backend = fused_backend(one.direction.backend, one.theta)
+    able = backend is not None and backend.supports(one)
+    waiting: Waiting | None = getattr(_local, "waiting", None)
+    if able and waiting is not None and one.direction.backend == "triton":
+        waiting.add(one)
+        return True
+    flush()
+    if able:
+        backend.run([one])
+    return able
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements in row-major order, as a view where the strides allow it."""
+    return tensor.reshape(-1)
+
+
+def flat_target(theta: Tensor, out: Tensor) -> Tensor:
+    """Where to write row-major results for ``out``: itself, or a buffer if its strides forbid it."""
+    return out.view(-1) if out.is_contiguous() else torch.empty(theta.numel(), dtype=out.dtype, device=out.device)
+
+
+# Passes that wait
+
+_local = threading.local()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A context in which Triton passes of this thread wait for its end, where one launch does all that are alike.
+
+    Passes within it may be in any order, and each sees what earlier ones wrote. Other code must not read or write
+    these tensors before the end or a `flush`. Without Triton every pass runs at once, as ever.
+    """
+    if getattr(_local, "waiting", None) is not None:
+        yield
+        return
+    _local.waiting = waiting = Waiting()
+    try:
+        yield
+    finally:
+        _local.waiting = None
+        waiting.run()
+
+
+def flush() -> None:
+    """Runs what waits in `together`, before code that reads or writes weights by other means."""
+    waiting: Waiting | None = getattr(_local, "waiting", None)
+    if waiting is not None:
+        waiting.run()
+
+
+class Waiting:
+    """Passes that wait, none of which writes what another one reads or writes: their order is free."""
+
+    def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        self.passes: list[Pass] = []
+        #: Memory that they use, disjoint and sorted: first address, end, and whether it is only read.
+        self.spans: list[tuple[int, int, bool]] = []
+
+    def add(self, one: Pass) -> None:
+        """Adds a pass; if it meets the memory of another one, those that wait are run first."""
+        theta, out = _span(one.theta), _span(one.out)
+        spans = [(*out, False)]
+        if theta != out:
+            spans.append((*theta, True))
+        if one.change.momentum is not None:
+            spans.append((*_span(one.change.momentum), False))
+        if any(self._meets(span) for span in spans):
+            self.run()
+        for span in spans:
+            at = bisect_left(self.spans, span)
+            if self.spans[at : at + 1] != [span]:
+                self.spans.insert(at, span)
+        self.passes.append(one)
+
+    def _meets(self, span: tuple[int, int, bool]) -> bool:
+        first, end, only_read = span
+        at = bisect_left(self.spans, (first, -1, False))
+        before, after = self.spans[at - 1 : at] if at else [], self.spans[at : at + 1]
+        if only_read and after == [span]:
+            return False
+        return any(other[1] > first for other in before) or any(other[0] < end for other in after)
+
+    def run(self) -> None:
+        """Runs what waits."""
+        passes = self.passes
+        self._clear()
+        if passes:
+            fused_backend("triton", passes[0].theta).run(passes)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First address of a tensor, and the one after its last element."""
+    first = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return first, first + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (last + 1) * tensor.element_size()
