@@ -50,6 +50,7 @@ RANKS = {
     "live": 9,
     "running": 9,
     "undoing": 10,
+    "second_round": 10,
     "following": 10,
     "gradient_check": 10,
     "trained_model": 11,
