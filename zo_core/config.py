@@ -68,8 +68,8 @@ class ZOConfig:
     estimator: str | dict[str, Any] | Estimator = field(
         default="spsa",
         metadata={
-            "help": 'How losses become probes: "spsa", "fzoo" or "conservative", which is "spsa" that also measures the '
-            "loss before the step, after it and after the opposite step, and keeps the best of the three."
+            "help": 'How losses become probes: "spsa", "fzoo" or "conservative", which is "spsa" that also measures '
+            "the loss before the step, after it and after the opposite step, and keeps the best of the three."
         },
     )
     noise: str | dict[str, Any] | Noise = field(

@@ -295,6 +295,7 @@ class ZeroOrder(TrainedModel):
             self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
         else:
+            probes = ()  # of a step that only the second round has ruled out
             self._skips.log(self.step_count, estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")

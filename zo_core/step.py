@@ -57,6 +57,7 @@ class StepPlan:
 
     def add(self, losses: Sequence[Tensor]) -> None:
         """Adds the losses of a micro-batch, one for each of ``mine``."""
+        self.gathered, self.tried = [], None
         self.sums = [a + b for a, b in zip(self.sums, losses, strict=True)] if self.sums else list(losses)
 
     def losses(self) -> list[float]:
