@@ -15,8 +15,8 @@ from .spsa import Spsa
 class Conservative(Spsa):
     """SPSA that then measures the loss at ``theta - lr g z``, ``theta`` and ``theta + lr g z``, and keeps the best.
 
-    Equal losses count in favour of the first of these: a step may be too small for its effect on a float32 loss.
-    A step costs three forwards more.
+    Of equal losses the first counts: a step may be too small for its effect to show in a float32 loss. With several
+    directions, ``g z`` is the mean over them. Weight decay comes after the choice. A step costs three forwards more.
     """
 
     name: ClassVar[str] = "conservative"
