@@ -237,8 +237,7 @@ class ZOTrainerMixin(_Trainer):
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
             self.zo.cover_new(partial(by_decay, self, root))
         self.zo.carry(lambda: Attributes(self), lambda found: found.put(self))
-        if self.zo.second is not None:
-            self.zo.second.around = partial(unnoticed, self)
+        self.zo.around_second(partial(unnoticed, self))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer

@@ -186,8 +186,7 @@ class ZOStrategy(SingleDeviceStrategy):
         zo = self.zo = build(module, optimizer, self._settings)  # set at once, so that teardown closes it
         if running and before is not None:
             take_over(zo, before)
-        if zo.second is not None:
-            zo.second.around = self._second_round
+        zo.around_second(self._second_round)
         zo.continuity.speak_as(FRONT_END)
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()

@@ -259,6 +259,11 @@ class ZeroOrder(TrainedModel):
             self.discard()
             raise
 
+    def around_second(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Makes second rounds run in a context, in which what closures do besides computing a loss is not seen."""
+        if self.second is not None:
+            self.second.around = context
+
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and advances to the next step.
 

@@ -85,7 +85,7 @@ class SecondRound:
 
     Attributes:
         kept: the micro-batches of the step in progress.
-        around: returns a context for the second round, in which closures have no other effects than in the first.
+        around: returns the context in which the second round runs; see `ZeroOrder.around_second`.
     """
 
     def __init__(self) -> None:
