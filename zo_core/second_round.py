@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -119,6 +120,10 @@ class SecondRound:
             start, run = Start(oracle, self.kept[-1].start if self.kept else None), ambient()
             self.kept += [MicroBatch(closure, scale, start, run) for closure, scale in part]
             found += measure([closure for closure, _ in part])
+        if len(parts) < len(pairs) and not _changes_nothing(oracle):  # they have begun to
+            start.put()
+            del self.kept[-len(pairs) :]
+            return self.first(oracle, closures, scaled, measure)
         return found
 
     def measure(self, engine: Trying, plan: StepPlan) -> None:
@@ -154,24 +159,17 @@ class SecondRound:
         with engine.hidden():
             end = Start(oracle, self.kept[-1].start)
             try:
+                found: list[list[Tensor]] = []
                 with self.around():
-                    if _changes_nothing(oracle):
-                        found = self._together(oracle, points)
-                        if _changes_nothing(oracle):
-                            return found
-                    return [self._again(oracle, points, each) for each in self.kept]
+                    # In the sweeps of the first round: more probes in one of them would need more memory.
+                    for _, group in groupby(self.kept, key=lambda each: id(each.start)):
+                        first, *others = group
+                        closures = [each.closure for each in (first, *others)]
+                        first.start.put()
+                        found += first.run(partial(oracle.together, points, closures))
+                return found
             finally:
                 end.put()
-
-    def _together(self, oracle: Oracle, points: Sequence[Point]) -> list[list[Tensor]]:
-        first, closures = self.kept[0], [each.closure for each in self.kept]
-        found: list[list[Tensor]] = first.run(partial(oracle.together, points, closures))
-        return found
-
-    def _again(self, oracle: Oracle, points: Sequence[Point], each: MicroBatch) -> list[Tensor]:
-        each.start.put()
-        found: list[Tensor] = each.run(partial(oracle.losses, points, each.closure))
-        return found
 
 
 def _unscaled(loss: Tensor) -> Tensor:

@@ -283,7 +283,7 @@ def test_resident_and_streamed_runs_are_equal(settings: dict[str, Any], tmp_path
         assert same_bits(values, found[0][1])
 
 
-def test_a_streamed_model_is_swept_twice_however_many_micro_batches() -> None:
+def test_a_streamed_model_is_swept_as_often_in_the_second_round_as_in_the_first() -> None:
     model = tiny("llama", layers=4)
     zo = engine(model, offload="cpu")
     assert zo.streaming is not None
@@ -295,6 +295,33 @@ def test_a_streamed_model_is_swept_twice_however_many_micro_batches() -> None:
     zo.measure_all(losses)
     zo.optimizer.step()
     assert len(sweeps) == 2
+    for loss in losses[:3]:  # apart, because there is no memory for the activations of all
+        zo.measure(loss)
+    zo.optimizer.step()
+    assert len(sweeps) == 2 + 2 * 3
+    zo.close()
+
+
+def test_closures_that_begin_to_draw_are_measured_apart() -> None:
+    model = tiny("llama")
+    zo = engine(model, offload="cpu")
+    draws, seen = [False], []
+
+    def drawing(index: int) -> Tensor:
+        loss = closure("llama", model, index)()
+        seen.append((index, torch.rand(()).item() if draws[0] else 0.0))
+        return loss
+
+    for step in range(3):
+        draws[0] = step == 2
+        seen.clear()
+        zo.measure_all([partial(drawing, 0), partial(drawing, 1)])
+        first = seen[-4:]
+        seen.clear()
+        zo.optimizer.step()
+    assert first == [first[0], first[0], first[3], first[3]]
+    assert first[0] != first[3]
+    assert seen == [first[0]] * 3 + [first[3]] * 3
     zo.close()
 
 
