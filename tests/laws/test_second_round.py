@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from zo_core import (
     LossError,
     Momentum,
     Point,
+    Rademacher,
     SeedLog,
     SeedLogWriter,
     ZeroOrder,
     ZOConfig,
     ZOOptimizer,
+    forward_state,
     replay,
 )
+from zo_core.noise import Alternatives, Direction, stacked_values
 
 LR, EPS = 1e-2, 1e-2
 PLACES: list[dict[str, Any]] = [{}, {"offload": "cpu"}, {"offload": "disk"}]
@@ -226,6 +230,27 @@ def test_a_second_round_leaves_what_a_step_without_one_leaves(place: dict[str, A
     assert found[0] == found[1]
 
 
+@PLACE
+def test_buffers_too_large_to_copy_in_advance_are_the_same_from_the_second_step_on(
+    place: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(forward_state, "IN_ADVANCE", 0)
+    model = Noisy()
+    zo = engine(model, dropout=True, **place)
+    for step in range(3):
+        SEEN.clear()
+        for x in INPUTS:
+            zo.measure(partial(model, x))
+        first = list(SEEN)
+        SEEN.clear()
+        zo.optimizer.step()
+        if step:
+            assert [first[i] for i in (0, 2, 4) for _ in range(3)] == SEEN
+            assert not caplog.records
+        caplog.clear()
+    zo.close()
+
+
 def test_a_second_round_runs_under_the_autocast_of_the_first() -> None:
     model = tiny("mlp")
     zo = engine(model)
@@ -334,6 +359,16 @@ def test_stacked_probes_choose_as_separate_ones_do() -> None:
         assert not stack or zo.oracle.stacking  # type: ignore[union-attr]
         found.append([record.probes[0].coefficient for record in records])
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_stacked_vectors_round_as_their_updates_do(dtype: torch.dtype) -> None:
+    theta = torch.linspace(-1, 1, 5000).to(dtype)
+    both = Direction(Rademacher(), "a", ((3, 1e-4), (4, -1e-4)), rounding_seed=7)
+    stacked = stacked_values(theta, Alternatives.of(both))
+    for found, term in zip(stacked, both.terms, strict=True):
+        assert torch.equal(found, replace(both, terms=(term,)).add_to(theta.clone()))
+        assert not torch.equal(found, theta)
 
 
 @PLACE
