@@ -15,6 +15,7 @@ import torch
 from models import batch, closure, tiny
 from reference import Step, conservative
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from traces import generators, left_as_found, same_bits, weights
 
 from zo_core import (
@@ -269,11 +270,34 @@ def test_a_second_round_runs_under_the_autocast_of_the_first() -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_a_default_device_survives_a_second_round() -> None:
-    model = tiny("mlp")
-    with torch.device("cpu"):
-        engine(model).step(closure("mlp", model))
-    assert torch.utils._device.CURRENT_DEVICE is None
+class Doubling(TorchFunctionMode):
+    """Doubles every cross entropy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is nn.functional.cross_entropy else result
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_second_round_runs_under_the_function_modes_of_the_first(leaves: bool) -> None:
+    model, other = tiny("mlp"), tiny("mlp")
+    zo, expected = engine(model), engine(other)
+    seen: list[float] = []
+
+    def loss() -> Tensor:
+        value = closure("mlp", model)()
+        seen.append(value.item())
+        return value
+
+    for _ in range(3):
+        seen.clear()
+        with Doubling():
+            zo.measure(loss)
+            if not leaves:
+                zo.optimizer.step()
+        if leaves:
+            zo.optimizer.step()
+        assert seen[-3:] == tried(lambda: 2 * closure("mlp", other)(), expected)
 
 
 # Everywhere the same
@@ -334,7 +358,9 @@ def test_closures_that_begin_to_draw_are_measured_apart() -> None:
 
     def drawing(index: int) -> Tensor:
         loss = closure("llama", model, index)()
-        seen.append((index, torch.rand(()).item() if draws[0] else 0.0))
+        seen.append((index, torch.rand(()).item() if draws[0] else 0.0, getattr(model, "last", None)))
+        if draws[0]:
+            model.last = loss.item()
         return loss
 
     for step in range(3):
