@@ -239,6 +239,7 @@ class ZOTrainerMixin(_Trainer):
         if not isinstance(self.zo.optimizer, TorchOptimizerFace):
             self.zo.cover_new(partial(by_decay, self, root))
         self.zo.carry(lambda: Attributes(self), lambda found: found.put(self))
+        self.zo.around_second(partial(unnoticed, self))
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
@@ -305,7 +306,7 @@ class ZOTrainerMixin(_Trainer):
             return torch.zeros(())
         calls = [each for each, found in self._zo_waiting if found is None]
         with watching():
-            losses = zo.losses([each.loss for each in calls])
+            losses = zo.losses([each.loss for each in calls], [each.scaled for each in calls])
         changes = [(each.found, each.left) for each in calls]
         take_over(self, changes)
         self._zo_together = all(only_counts(*change) for change in changes)

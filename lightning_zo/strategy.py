@@ -156,6 +156,7 @@ class ZOStrategy(Processes):
         zo = self.zo = build(module, optimizer, self._settings)  # set at once, so that teardown closes it
         if running and before is not None:
             take_over(zo, before)
+        zo.around_second(self._second_round)
         zo.continuity.speak_as(FRONT_END)
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()
@@ -224,6 +225,14 @@ class ZOStrategy(Processes):
         self._losses += not probes.without_loss
         self._partial |= 0 < probes.without_loss < len(probes.runs)
         return probes.output()
+
+    @contextmanager
+    def _second_round(self) -> Iterator[None]:
+        """Measures again what `training_step` has measured before, without logging it."""
+        assert self.zo is not None
+        probes = Probes(self._module(), 0, 1, self.zo.streaming is not None)
+        with self.precision_plugin.train_step_context(), probes.recording():
+            yield
 
     def _logged(self, zo: ZeroOrder) -> LoggedStep | None:
         """Returns the step to repeat instead of measuring it, if there is one."""

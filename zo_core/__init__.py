@@ -7,7 +7,7 @@ from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, RanksError, SearchError, StateError, ZOError
-from .estimators import ESTIMATORS, Estimate, Estimator, Fzoo, Spsa
+from .estimators import ESTIMATORS, Conservative, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .learning_rate import LrSuggestion, Trial
 from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
@@ -27,6 +27,7 @@ __all__ = [
     "RULES",
     "TARGETS",
     "ConfigError",
+    "Conservative",
     "ElementNoise",
     "Estimate",
     "Estimator",

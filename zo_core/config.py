@@ -16,7 +16,7 @@ from .estimators import ESTIMATORS, Estimator, Spsa
 from .noise import NOISES, LowRank, Noise
 from .normaliser import CURVATURE, GRADIENT
 from .registry import Registry
-from .rules import RULES, UpdateRule
+from .rules import RULES, Sgd, UpdateRule
 from .sizes import parse_bytes
 from .targets import TARGETS, Target
 
@@ -48,14 +48,14 @@ class ZOConfig:
         default=None,
         metadata={
             "help": "Distance of the probes from the weights, in units of the noise. None takes the estimator's "
-            'default: 1e-3 for "spsa", 1e-4 for "fzoo"; 10 times that for LoRA and scales, 100 for prefix tuning.'
+            'default: 1e-4 for "fzoo", 1e-3 for the others; 10 times that for LoRA and scales, 100 for prefix tuning.'
         },
     )
     num_probes: int | None = field(
         default=None,
         metadata={
-            "help": 'Directions per step. None takes the estimator\'s default: 1 for "spsa", 8 for "fzoo". With n '
-            'directions, "spsa" runs 2 n forwards per step and "fzoo" n + 1.'
+            "help": 'Directions per step. None takes the estimator\'s default: 8 for "fzoo", 1 for the others. With n '
+            'directions, "spsa" runs 2 n forwards per step, "fzoo" n + 1 and "conservative" 2 n + 3.'
         },
     )
     stack_probes: bool = field(
@@ -67,7 +67,11 @@ class ZOConfig:
         },
     )
     estimator: str | dict[str, Any] | Estimator = field(
-        default="spsa", metadata={"help": 'How losses become probes: "spsa" or "fzoo".'}
+        default="spsa",
+        metadata={
+            "help": 'How losses become probes: "spsa", "fzoo" or "conservative", which is "spsa" that also measures '
+            "the loss before the step, after it and after the opposite step, and keeps the best of the three."
+        },
     )
     noise: str | dict[str, Any] | Noise = field(
         default="rademacher",
@@ -212,6 +216,16 @@ class ZOConfig:
                 f"normalise={CURVATURE!r} needs two-sided differences, which estimator={estimator.name!r} has not; "
                 f"write normalise={GRADIENT!r}"
             )
+        if (
+            self.stack_probes is True
+            and estimator is not None
+            and estimator.multiples
+            and self._directions(estimator) > 1
+        ):
+            problems.append(
+                f"stack_probes=True with estimator={estimator.name!r} takes one direction, because it measures "
+                "the sum of all directions; write num_probes=1, or leave out stack_probes"
+            )
         if self.brake not in BRAKES:
             problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")
         if self.ranks not in RANKS:
@@ -233,6 +247,9 @@ class ZOConfig:
             problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
         if problems:
             raise ConfigError(problems)
+
+    def _directions(self, estimator: Estimator) -> int:
+        return estimator.default_num_probes if self.num_probes is None else self.num_probes
 
     def _check_offload(self, problems: list[str]) -> None:
         if self.offload not in OFFLOADS:
@@ -283,11 +300,13 @@ class ZOConfig:
             has_rates: whether the user has given the learning rates in an optimizer.
 
         Raises:
-            ConfigError: the rule needs an optimizer and there is none, or it would ignore the one there is.
+            ConfigError: the rule needs an optimizer and there is none, or it would ignore the one there is; or the
+                estimator does not work with it.
         """
         estimator = ESTIMATORS.resolve(self.estimator)
         name = ("torch" if has_optimizer else "sgd") if self.rule == "auto" else self.rule
         rule = RULES.resolve(name)
+        check_rule(estimator, rule)
         if rule.wants_optimizer and not has_optimizer:
             raise ConfigError(
                 [f"rule={rule.name!r} needs an optimizer; pass optimizer=torch.optim.AdamW(model.parameters(), lr=…)"]
@@ -306,7 +325,7 @@ class ZOConfig:
             target=TARGETS.resolve(self.target),
             lr=None if self.lr in (None, AUTO) else float(self.lr),
             eps=None if self.eps is None else float(self.eps),
-            num_probes=estimator.default_num_probes if self.num_probes is None else self.num_probes,
+            num_probes=self._directions(estimator),
             normaliser=self._normaliser(estimator, rule, open=self.lr in (None, AUTO) and not has_rates),
             backend=("triton" if has_triton() else "eager") if self.backend == "auto" else self.backend,
         )
@@ -388,6 +407,18 @@ class Resolved:
     num_probes: int
     normaliser: str | None
     backend: str
+
+
+def check_rule(estimator: Estimator, rule: UpdateRule) -> None:
+    """Raises `ConfigError` if an estimator measures where steps lead, and those of the rule depend on more than it."""
+    if estimator.multiples and not isinstance(rule, Sgd):
+        raise ConfigError(
+            [
+                f"estimator={estimator.name!r} measures where a step leads before it is taken, and with "
+                f"rule={rule.name!r} that depends on more than the estimate; write rule='sgd', without momentum and "
+                "without a torch optimizer, or estimator='spsa'"
+            ]
+        )
 
 
 def has_triton() -> bool:

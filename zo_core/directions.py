@@ -10,7 +10,7 @@ from typing import Any
 from .noise import Alternatives, Direction, Noise, Passes, Terms
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
-from .step import StepPlan
+from .step import StepPlan, times
 from .targets import Slot
 from .updates import Move, Updater
 
@@ -59,12 +59,17 @@ class Directions:
         return Alternatives.of(self._at(updater, slot, points))
 
     def _at(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Direction:
-        plan = self.plan
+        plan, rounding = self.plan, None
         ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
-        terms = tuple((point.seed, point.scale * ratio) for point in points)
+        if plan is None or not plan.probes:
+            terms = tuple((point.seed, point.scale * ratio) for point in points)
+        else:  # computed and rounded as the update will be
+            steps = [times(probe, point.scale) for point in points for probe in plan.probes]
+            terms = tuple((step.seed, step.coefficient / ratio * -plan.rates[slot]) for step in steps)
+            rounding = plan.probes[0].seed if self.stochastic else None
         # Masks that are needed for the first time become part of the run with the update, not before.
         thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
-        return updater.effective(self._along(slot, terms, None, thresholds))
+        return updater.effective(self._along(slot, terms, rounding, thresholds))
 
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""

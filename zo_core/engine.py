@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
 from .ranks import exchange_of
 from .records import Point, Probe, Rollback, StepRecord
-from .step import Skips, StepPlan, mean, probes_from
+from .second_round import SecondRound
+from .step import Skips, StepPlan, chosen, mean, probes_from, times
 from .targets import Slot, keep_codes_plain
 from .trained_model import TrainedModel
 from .undoing import braked, note, repeated
@@ -67,6 +69,7 @@ class ZeroOrder(TrainedModel):
         braking: what goes back when the loss has risen; see the setting ``brake``.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
+        second: the second round of steps; None with an estimator that has none.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
 
@@ -97,6 +100,7 @@ class ZeroOrder(TrainedModel):
         self._searched = False
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
+        self.second = SecondRound() if self.estimator.multiples else None
         self.braking = Braking("warn" if self.config.brake == AUTO else self.config.brake)
         self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
@@ -185,8 +189,15 @@ class ZeroOrder(TrainedModel):
             self.add(losses)
         return [torch.stack(losses).mean().to(torch.float32) for losses in found]
 
-    def losses(self, closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
+    def losses(
+        self, closures: Sequence[Callable[[], Any]], scaled: Sequence[Callable[[Tensor], Tensor]] | None = None
+    ) -> list[list[Tensor]]:
         """The losses of several micro-batches at the points of the step, for callers that `add` them themselves.
+
+        Args:
+            closures: one per micro-batch.
+            scaled: for each of them, how the caller scales its losses before it adds them. A second round calls it
+                when the step is applied. None is not at all.
 
         Returns:
             For each closure one float64 tensor of shape ``[]`` per point.
@@ -195,6 +206,8 @@ class ZeroOrder(TrainedModel):
             self.optimizer.check_numbers()
             plan = self._plan = self._plan or self._planned()
             with self.hidden():
+                if self.second is not None:
+                    return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
                 return self._at(plan.to_measure, closures)
         except BaseException as error:
             self.discard()
@@ -239,6 +252,28 @@ class ZeroOrder(TrainedModel):
         assert self._plan is not None, "losses() comes first"
         self._plan.add(losses)
 
+    def measure_second(self) -> None:
+        """Measures the second round of a step, for estimators that have one; `apply` does it if nobody has.
+
+        ``optimizer.step()`` calls it first: an exception in a closure comes before anything has changed.
+
+        Raises:
+            Exception: whatever a closure raises; the weights are untouched, and the step's measurements are discarded.
+        """
+        if self.second is None or self._plan is None:
+            return
+        try:
+            self.second.measure(self, self._plan)
+        except BaseException as error:
+            self.discard()
+            self.exchange.fail(error)
+            raise
+
+    def around_second(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Makes second rounds run in a context, in which what closures do besides computing a loss is not seen."""
+        if self.second is not None:
+            self.second.around = context
+
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and advances to the next step.
 
@@ -252,25 +287,29 @@ class ZeroOrder(TrainedModel):
             return self._repeat(*self._repeated)
         if self._plan is None:
             raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
+        self.measure_second()
         plan, self._plan = self._plan, None
-        rows = self.exchange.gather(plan.points, plan.seeds, plan.step, plan.losses())
-        losses = self.exchange.combine(plan.points, rows)
+        losses = plan.gather(self.exchange)
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
-        own = self.exchange.combine(plan.points[: len(losses) - plan.extra], rows)
-        own = own if all(map(math.isfinite, losses)) else losses
-        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, own)
+        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, plan.own)
+        multiple = 1.0
+        if plan.tried:
+            estimate, multiple = chosen(self.estimator, estimate, plan.tried)
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
-        rollback = braked(self, loss, own)
+        rollback = braked(self, loss, plan.own)
         if rollback is not None:
             return self._done(loss, math.nan, (), skipped="the loss has risen", rollback=rollback)
         if estimate.skip is None:
             if self.normaliser is not None:
                 self.normaliser.see(self.step_count, probes, losses, self.eps)
                 probes = self.normaliser.apply(probes)
+            if multiple != 1.0:
+                probes = tuple(times(probe, multiple) for probe in probes)
             self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
         else:
+            probes = ()  # of a step that only the second round has ruled out
             self._skips.log(self.step_count, estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
@@ -334,6 +373,8 @@ class ZeroOrder(TrainedModel):
     @_plan.setter
     def _plan(self, plan: StepPlan | None) -> None:
         self.directions.plan = plan
+        if plan is None and self.second is not None:
+            self.second.forget()
 
     def at(self, step: int, seed: int | None = None) -> None:
         """Sets the next step, and discards what was measured for another one.

@@ -188,8 +188,12 @@ class ForwardState:
         #: What differs between probes that take turns, by key.
         self.shared: dict[tuple[int, str], _Part] = {}
 
-    def begin(self) -> None:
-        """Records the current state as the one that every probe starts from."""
+    def begin(self, known_to_change: Collection[int] = ()) -> None:
+        """Records the current state as the one that every probe starts from.
+
+        Args:
+            known_to_change: tensors that are copied in advance whatever their size, by ``id``.
+        """
         self.beside = self._beside()
         self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
@@ -210,7 +214,7 @@ class ForwardState:
             weight = isinstance(tensor, nn.Parameter)
             room -= 0 if weight else _nbytes(tensor)
             if known is None or known.tensor is not tensor:
-                known = _Values(name, tensor, copied=room >= 0 and not weight)
+                known = _Values(name, tensor, copied=(room >= 0 and not weight) or id(tensor) in known_to_change)
             elif known.moved or known.lost:
                 known.begin(copied=True)
             self.values[id(tensor)] = known
@@ -252,6 +256,17 @@ class ForwardState:
                 part.silent = not part.moved and part.differs
         parts += [part for part in self.values.values() if part.moved]
         return parts
+
+    @property
+    def moved(self) -> bool:
+        """Whether anything differs from the state that `begin` recorded."""
+        with torch.no_grad(), torch.DisableTorchFunction():
+            return bool(self.changed()) or self.beside_changed
+
+    @property
+    def copied(self) -> set[int]:
+        """The tensors of which there are copies, by ``id``."""
+        return {key for key, part in self.values.items() if part.start[1] is not None or part.moved}
 
     def _hooked(self) -> int:
         return sum(map(len, self.hooks))

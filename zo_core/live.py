@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from .config import Resolved, ZOConfig
+from .config import Resolved, ZOConfig, check_rule
 from .errors import ConfigError, StateError
 from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems
 from .rules import UpdateRule
@@ -38,6 +38,8 @@ class LiveSettings:
                 raise AttributeError(f"rule={value!r} must be a rule itself, for example zo_core.Momentum(0.9)")
             if not name.startswith("_") and not hasattr(self, name):
                 raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
+            if name == "rule":
+                check_rule(self._settings.estimator, value)
         super().__setattr__(name, value)
         if name == "rule" and self._made:
             self.updaters.follow(value)

@@ -26,6 +26,8 @@ class Driver(Run, Protocol):
 
     def measure(self, closure: Callable[[], Any]) -> Tensor: ...
 
+    def measure_second(self) -> None: ...
+
     def apply(self) -> Any: ...
 
     def flush(self) -> None: ...
@@ -138,6 +140,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         if closure is not None:
             self.engine.measure(closure)
+        self.engine.measure_second()
         with self.engine.continuity.applying():
             return self.engine.apply()
 

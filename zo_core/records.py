@@ -80,7 +80,7 @@ class StepRecord(float):
 
     @property
     def without_signal(self) -> bool:
-        """Whether the losses on both sides of the weights agreed exactly, so that nothing was learnt."""
+        """Whether the step led nowhere: all losses agreed exactly, or a second round found no better weights."""
         return bool(self.probes) and not any(probe.coefficient for probe in self.probes)
 
     def __new__(cls, loss: float, *args: Any, **kwargs: Any) -> StepRecord:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate, Estimator
+from .exchange import Exchange
 from .noise.direction import FLOAT32_MAX, float32
 from .records import Point, Probe
 from .targets import Slot
@@ -31,6 +32,11 @@ class StepPlan:
         sums: float64 tensors of shape ``[]``, one for each of ``mine``: losses, summed over micro-batches.
         extra: how many of the points are the normaliser's.
         thresholds: thresholds of masks that this step needed first; they take effect with its update.
+        probes: in a second round, the step whose multiples are measured: the scale of a point is the multiple.
+        rates: in a second round, the learning rate by slot.
+        gathered: losses at all points, once they are known.
+        own: those at the estimator's points; all of them if one is not finite, to be shown.
+        tried: losses of the second round; None before it.
     """
 
     step: int
@@ -41,6 +47,11 @@ class StepPlan:
     extra: int = 0
     sums: list[Tensor] = field(default_factory=list)
     thresholds: dict[str, float] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+    rates: dict[Slot, float] = field(default_factory=dict)
+    gathered: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    tried: list[float] | None = None
 
     @property
     def to_measure(self) -> list[Point]:
@@ -49,12 +60,22 @@ class StepPlan:
 
     def add(self, losses: Sequence[Tensor]) -> None:
         """Adds the losses of a micro-batch, one for each of ``mine``."""
+        self.gathered, self.tried = [], None
         self.sums = [a + b for a, b in zip(self.sums, losses, strict=True)] if self.sums else list(losses)
 
     def losses(self) -> list[float]:
         """The sums as numbers; synchronises with the device."""
         numbers: list[float] = torch.stack(self.sums).tolist()
         return numbers
+
+    def gather(self, exchange: Exchange) -> list[float]:
+        """The losses at all points, with those of other processes, which are waited for the first time."""
+        if not self.gathered:
+            rows = exchange.gather(self.points, self.seeds, self.step, self.losses())
+            self.gathered = exchange.combine(self.points, rows)
+            finite = all(map(math.isfinite, self.gathered))
+            self.own = exchange.combine(self.points[: len(self.points) - self.extra], rows) if finite else self.gathered
+        return self.gathered
 
 
 def mean(losses: Sequence[float]) -> float:
@@ -92,6 +113,18 @@ def probes_from(
     # A float32 from here on, so that a log or another process gets exactly what is applied.
     probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
     return estimate, probes, clipped
+
+
+def chosen(estimator: Estimator, estimate: Estimate, losses: Sequence[float]) -> tuple[Estimate, float]:
+    """The multiple of the step to take after a second round with these losses; a skip if none of them is finite."""
+    if not any(map(math.isfinite, losses)):
+        return Estimate((), (), "no loss of the second round is finite"), 0.0
+    return estimate, estimator.choose([loss if math.isfinite(loss) else math.inf for loss in losses])
+
+
+def times(probe: Probe, multiple: float) -> Probe:
+    """A multiple of a probe, as a log holds it."""
+    return Probe(probe.seed, float32(probe.coefficient * multiple) + 0.0)  # no negative zero
 
 
 class Skips:

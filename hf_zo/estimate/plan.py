@@ -174,6 +174,7 @@ def _row(
 ) -> Row:
     settings = work.config.resolve()
     points = len(settings.estimator.points((0,) * settings.num_probes, 1.0))
+    again = len(settings.estimator.multiples)
     blocks = [] if place is None else blocks
     stay = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     where = {id(t): b for b in blocks for held in b.holders.values() for t in held}
@@ -185,7 +186,7 @@ def _row(
             else:
                 state += shape.numel() * dtype.itemsize
     on_cpu = work.device == "cpu"
-    turns = points if blocks else 1
+    turns = max(points, again) if blocks else 1
     moving = [(slot.tensor, slot.scaling) for slot in slots]
     noise = noise_bytes(settings.noise, moving, settings.num_probes, turns, streamed=bool(blocks))
     sizes = [block.nbytes for block in blocks]
@@ -201,7 +202,7 @@ def _row(
         "noise": noise if on_cpu else 0,
     }
     # If all blocks fit into the arena, they stay there; otherwise each is evicted before it is needed again.
-    read = sum(sizes) if len(blocks) > ARENA_SLOTS else 0
+    read = (2 if again else 1) * sum(sizes) if len(blocks) > ARENA_SLOTS else 0
     written = sum(block.nbytes for block in trained)
     # On CUDA files are read and written a tensor at a time, on a CPU directly from and to the arena.
     transit = 0 if on_cpu else max((s.numel() * d.itemsize for b in blocks for s, d in b.specs.values()), default=0)
@@ -213,8 +214,8 @@ def _row(
         disk=sum(sizes) + beside if place == "disk" else 0,
         read=read,
         written=written,
-        forwards=points,
-        seconds=_seconds(place, read, written, 2.0 * active * work.tokens * points, work.rates),
+        forwards=points + again,
+        seconds=_seconds(place, read, written, 2.0 * active * work.tokens * (points + again), work.rates),
         parts=parts,
         traced=traced,
     )

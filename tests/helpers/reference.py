@@ -62,5 +62,44 @@ def mezo(
     return steps
 
 
+def conservative(
+    model: nn.Module,
+    closures: list[Callable[[], Tensor]],
+    learning_rates: list[float],
+    eps: float,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+) -> list[Step]:
+    """As `mezo` with one direction and the sum of the losses, but each step goes to the best of three weights."""
+    model.eval()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    params = dict(zip(slot_keys([name for name, _ in named]), [p.data for _, p in named], strict=True))
+    steps = []
+    for step, lr in enumerate(learning_rates):
+        probe = derive_seed(seed, step, 0)
+        z = {key: Rademacher().z(probe, key, 0, p.numel()).view(p.shape) for key, p in params.items()}
+
+        def loss_at(scale: float, z: dict[str, Tensor] = z) -> float:
+            saved = {key: p.clone() for key, p in params.items()}
+            for key, p in params.items():
+                p.copy_(p + f32(scale) * z[key])
+            with torch.no_grad():
+                losses = [closure().double() for closure in closures]
+            for key, p in params.items():
+                p.copy_(saved[key])
+            return float(sum(losses[1:], losses[0]))
+
+        plus, minus = loss_at(eps), loss_at(-eps)
+        grad = (plus - minus) / (2 * eps)
+        coefficient = float(f32(grad))
+        after, here, opposite = loss_at(-lr * coefficient), loss_at(0.0), loss_at(lr * coefficient)
+        best = min(after, here, opposite)
+        coefficient *= 1.0 if best == after else 0.0 if best == here else -1.0
+        for key, p in params.items():
+            p.copy_(f32(1 - lr * weight_decay) * p + f32(-lr * coefficient) * z[key])
+        steps.append(Step((plus + minus) / 2, grad))
+    return steps
+
+
 def f32(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)

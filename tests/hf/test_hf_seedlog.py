@@ -53,6 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a loss that draws": {"cls": Drawing},
     "streamed": {"zo_offload": "cpu", "zo_rule": "momentum"},
     "torch rule": {"zo_rule": "torch"},
+    "second round": {"zo_estimator": "conservative", "learning_rate": 0.01},
+    "second round, streamed": {"zo_estimator": "conservative", "learning_rate": 0.01, "zo_offload": "cpu"},
 }
 
 
@@ -84,7 +86,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         assert logged(again, key)[-4:] == logged(whole, key)[-4:]
     assert logged(again, "loss")[-5:] == pytest.approx(logged(whole, "loss")[-5:], rel=1e-6)
     drawing = variant.get("cls") is Drawing
-    measured = 1 + 3 * 2 * (2 * variant.get("zo_num_probes", 1) if "zo_estimator" not in variant else 4)
+    forwards_of = {"fzoo": 4, "conservative": 5}
+    measured = 1 + 3 * 2 * forwards_of.get(variant.get("zo_estimator", ""), 2 * variant.get("zo_num_probes", 1))
     repeated = 2 * (2 if saving else 5) if drawing else 0
     assert len(forwards) == measured + repeated  # the first step that is measured measures one point twice
     one, other = (SeedLog.read(tmp_path / name / "out" / LOG) for name in ("whole", "killed"))

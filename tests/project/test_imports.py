@@ -53,6 +53,7 @@ RANKS = {
     "running": 9,
     "agreement": 10,
     "undoing": 10,
+    "second_round": 10,
     "following": 10,
     "gradient_check": 10,
     "trained_model": 11,

@@ -34,6 +34,8 @@ class Estimator:
         default_eps, default_num_probes: used where the configuration leaves them open.
         min_probes: fewest directions for which the estimate is defined.
         scale_free: whether the scale of the loss cancels in the coefficients.
+        multiples: with any, a step has a second round: the loss is measured at the weights that each multiple of the
+            step would lead to, on the same data and with the same random numbers, and `choose` decides on one of them.
     """
 
     name: ClassVar[str]
@@ -41,6 +43,7 @@ class Estimator:
     default_num_probes: ClassVar[int] = 1
     min_probes: ClassVar[int] = 1
     scale_free: ClassVar[bool] = False
+    multiples: ClassVar[tuple[float, ...]] = ()
 
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         """The points to measure, given one seed per direction."""
@@ -48,6 +51,14 @@ class Estimator:
 
     def estimate(self, losses: Sequence[float], eps: float) -> Estimate:
         """The estimate from the losses at those points, in the same order; all of them are finite."""
+        raise NotImplementedError
+
+    def choose(self, losses: Sequence[float]) -> float:
+        """The multiple of the step to take.
+
+        Args:
+            losses: those of the second round, one for each of `multiples`; infinite where a loss was not finite.
+        """
         raise NotImplementedError
 
 

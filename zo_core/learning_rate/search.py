@@ -104,6 +104,7 @@ def range_test(
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError([f"{name}={value!r} must be a whole number of at least 1, or None"])
     points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
+    points += len(engine.estimator.multiples)
     budget = forwards or (FORWARDS if steps is None else min(FORWARDS, int(SHARE * steps * points)))
     least = max(LEAST, LEAST_STEPS * points)
     if budget < least:

@@ -70,7 +70,7 @@ class Trials:
     def __init__(self, engine: Running, closures: Sequence[Callable[[], Any]], forwards: int, proportions: list[float]):
         self.engine, self.left, self.spent, self.proportions = engine, forwards, 0, proportions
         self.closures = [self._counted(closure) for closure in closures]
-        self.points = engine.point_count
+        self.points = engine.point_count + len(engine.estimator.multiples)
         self.bar = Bar(forwards, "learning rate")
         self.before = Snapshot(engine)
         self.start: list[float] = []
@@ -178,7 +178,7 @@ class Trials:
         self._rewind()
         self.changes = []
         for step in range(steps):
-            if self.left < self.engine.point_count:
+            if self.left < self.engine.point_count + len(self.engine.estimator.multiples):
                 return
             index = step % len(self.closures)
             self._set(rate(step))

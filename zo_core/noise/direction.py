@@ -330,7 +330,13 @@ def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
     z = noise.stack(tuple(places), slot, theta.numel(), device)
     scales = sent([float32(c) for _, c in terms], device)
     s = z[sent([places[seed] for seed, _ in terms], device)].mul_(scales[:, None])
-    return (theta.reshape(-1).to(compute_dtype(theta.dtype)) + s).to(theta.dtype).view(-1, *theta.shape)
+    moved, key = theta.reshape(-1).to(compute_dtype(theta.dtype)) + s, alternatives.common.rounding_key(theta.dtype)
+    if key is None:
+        return moved.to(theta.dtype).view(-1, *theta.shape)
+    values = torch.empty_like(moved, dtype=theta.dtype)
+    for each, out in zip(moved, values, strict=True):
+        store(each, out, key, 0)
+    return values.view(-1, *theta.shape)
 
 
 def chunk_sizes(per_word: int, device: torch.device) -> tuple[int, int]:

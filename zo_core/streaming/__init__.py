@@ -2,6 +2,7 @@
 
 from .blocks import find_blocks
 from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
+from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
 from .store import DiskStore
 from .streaming import ARENA_SLOTS, Block, Streaming
@@ -15,6 +16,7 @@ __all__ = [
     "LockstepOracle",
     "Piece",
     "Streaming",
+    "ambient",
     "beyond",
     "describe",
     "find_blocks",

@@ -49,7 +49,7 @@ class Lockstep:
             self.workers.append(_Worker(len(self.workers)))
         self.error = None
         self.live = list(range(len(closures)))
-        context = _ambient()
+        context = ambient()
         for worker, closure in zip(self.workers, closures, strict=False):
             worker.task = partial(self._task, worker, partial(context, closure))
         self._hand_to(0)
@@ -145,8 +145,8 @@ def _stop(workers: list[_Worker]) -> None:
             worker.join()
 
 
-def _ambient() -> Callable[[Callable[[], Any]], Any]:
-    """A runner for functions that applies torch's thread-local state as it is in this thread now.
+def ambient() -> Callable[[Callable[[], Any]], Any]:
+    """A runner for functions, in any thread and later, that applies torch's thread-local state as it is here now.
 
     This includes the number of threads for matrix products: a new thread starts with all cores, whatever
     `torch.set_num_threads` has set, until some operation other than a product reads the setting, and
@@ -171,8 +171,10 @@ def _ambient() -> Callable[[Callable[[], Any]], Any]:
                 stack.enter_context(torch.cuda.stream(stream))
             for device, dtype, enabled in casts:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            active = _get_current_function_mode_stack()
             for mode in modes:
-                stack.enter_context(mode)
+                if not any(mode is other for other in active):  # one that a thread enters twice, it cannot leave
+                    stack.enter_context(mode)
             return variables.copy().run(function)
 
     return run
