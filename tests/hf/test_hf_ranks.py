@@ -66,8 +66,6 @@ def test_the_model_is_not_wrapped(runs: tuple[Path, Found, Found]) -> None:
 def test_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
     alone = hf_ranks.train(tmp_path, accumulate=2)
     assert equal(runs[1]["data"]["state"], alone["state"])
-    evaluated = [entry["eval_loss"] for entry in runs[1]["data"]["log"] if "eval_loss" in entry]
-    assert evaluated == pytest.approx([entry["eval_loss"] for entry in alone["log"] if "eval_loss" in entry], rel=1e-5)
 
 
 def test_streamed_processes_are_resident_ones(runs: tuple[Path, Found, Found]) -> None:
