@@ -1,7 +1,7 @@
 """How much time and memory does a step on the scales of a quantised, OPT-shaped model take on a GPU?
 
-The layers' matrices are quantised on the device, by each library that is installed: to nf4 by bitsandbytes, resident and
-streamed from host memory, and to int4 by torchao, resident (its weights cannot be streamed). A library that
+The layers' matrices are quantised on the device, by each library that is installed: to nf4 by bitsandbytes, resident
+and streamed from host memory, and to int4 by torchao, resident (its weights cannot be streamed). A library that
 is not there is named in a line, and is no failure.
 
     python -m benchmarks.int4_streamed --size 6.7b --layers 8 --save
@@ -33,7 +33,9 @@ def to_nf4(model: nn.Module, device: torch.device) -> None:
             continue
         weight = linear.weight
         bias = linear.bias is not None
-        layer = Linear4bit(linear.in_features, linear.out_features, bias=bias, compute_dtype=weight.dtype, device="meta")
+        layer = Linear4bit(
+            linear.in_features, linear.out_features, bias=bias, compute_dtype=weight.dtype, device="meta"
+        )
         layer.weight = Params4bit(weight.data, requires_grad=False, quant_type="nf4", module=layer)
         layer.bias = linear.bias
         model.set_submodule(name, layer.to(device))

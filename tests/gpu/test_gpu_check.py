@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import SUITES
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 
 
@@ -36,3 +38,10 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None
     ended = (tmp_path / "summary").read_text().splitlines()
     assert len(ended) == 12
     assert all(line.endswith("exit status 1") for line in ended)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_suite_has_options_that_its_benchmarks_have(suite: str) -> None:
+    for name, *options in SUITES[suite]:
+        source = (SCRIPT.parent / f"{name}.py").read_text()
+        assert not [option for option in options if option.startswith("--") and f'"{option}"' not in source], name
