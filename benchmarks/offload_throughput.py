@@ -129,7 +129,8 @@ def main() -> None:
     save(
         f"offload-throughput-{args.tier}-{args.tokens}tokens-{args.dtype}",
         f"Streaming from {TIERS[args.tier]}: {args.layers} layers of width {args.width}, "
-        f"{size / 1e6:.0f} MB read and written a step at {rate / 1e9:.2f} GB/s, {args.tokens} tokens, {args.dtype}; bound {bound:.3f} s; "
+        f"{size / 1e6:.0f} MB read and written a step at {rate / 1e9:.2f} GB/s, "
+        f"{args.tokens} tokens, {args.dtype}; bound {bound:.3f} s; "
         f"median of {args.rounds} rounds",
         ["", "seconds", "÷ resident", "bound ÷ it"],
         rows,

@@ -1,6 +1,6 @@
 """What watches torch's operations sees all of them: those of other threads, and kernels that are launched by hand.
 
-FLOP counters, profilers, loggers and CUDA's sanitizer are dispatch modes. A mode is active in the thread that
+FLOP counters, loggers and CUDA's sanitizer are dispatch modes. A mode is active in the thread that
 entered it, and sees the operations that pass through torch's dispatcher.
 """
 

@@ -209,7 +209,7 @@ SEAMS = [
         Seam(
             f"torch.utils._python_dispatch:{name}",
             "zo_core/dispatch.py",
-            "or profilers, FLOP counters and CUDA's sanitizer see nothing of the threads of probes and copies",
+            "or FLOP counters and CUDA's sanitizer see nothing of the threads of probes and copies",
             runs.watched,
             ours="zo_core.dispatch",
         )

@@ -51,7 +51,8 @@ class Copies:
         self.device = device
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zo-offload")
         self.streams = torch.cuda if streams is None and device.type == "cuda" else streams
-        self.incoming, self.outgoing = (None if self.streams is None else self.streams.Stream(device) for _ in "io")
+        self.incoming = None if self.streams is None else self.streams.Stream(device)
+        self.outgoing = None if self.streams is None else self.streams.Stream(device)
 
     def fetch(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
         """Starts a copy to the device, once the moments ``after`` have passed."""
