@@ -12,7 +12,8 @@ import pytest
 import torch
 from models import batch, tiny
 from race_scenarios import LIVES, OTHERS, dropped, engine, live, loaded, loss_of, misses, on_disk, whole_life
-from simulated_device import CALLER, DEFAULT, POOL, Device, simulated
+from simulated_device import CALLER, DEFAULT, POOL, Device
+from simulated_streaming import simulated
 from torch import nn
 
 from zo_core.dispatch import declare
