@@ -97,18 +97,19 @@ class Pool(ThreadPoolExecutor):
         return value, self.device.mark(POOL)
 
 
-class Outcome:
-    """What a `Pool` returns for a task, instead of a future."""
+class Outcome(Future[Any]):
+    """A future whose taker comes after the end of its task; that order can be left out, and the wait stays."""
 
-    def __init__(self, device: Device, future: Future[tuple[Any, Event]]):
+    def __init__(self, device: Device, future: Future[tuple[Any, Event]] | None = None):
+        super().__init__()
         self.device, self.future = device, future
 
-    def result(self) -> Any:
-        """Waits for the task in any case; the order that this makes can be left out."""
-        value, end = self.future.result()
+    def result(self, timeout: float | None = None) -> Any:
+        value, end = (super().result(timeout), None) if self.future is None else self.future.result(timeout)
         if self.device.left_out(site()):
             return Event(self.device, None) if self.device.streams else None
-        self.device.follow(self.device.thread, end)
+        if end is not None:
+            self.device.follow(self.device.thread, end)
         return value
 
 
@@ -122,7 +123,7 @@ class Device:
         accesses: operations on memory that is watched, by line of time.
     """
 
-    def __init__(self, *, streams: bool = True, without: str | None = None):
+    def __init__(self, *, streams: bool, without: str | None):
         self.handler, self.lock = EventHandler(), threading.RLock()
         self.streams, self.without = streams, without
         self.here = threading.local()

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from simulated_device import Device, Places, Pool, address
+from simulated_device import Device, Outcome, Places, Pool, address
 from torch import Tensor
 from torch.cuda import _sanitizer
 
@@ -29,8 +29,21 @@ class Torch:
         return getattr(torch, name)
 
 
-def host_memory(device: Device) -> type[RamStore]:
-    """The class of a store as on CUDA: its memory is its own, and watched."""
+class Futures:
+    """Makes the futures of copies that the caller has begun."""
+
+    def __init__(self, device: Device):
+        self.device = device
+
+    def __getitem__(self, kind: Any) -> Futures:
+        return self
+
+    def __call__(self) -> Outcome:
+        return Outcome(self.device)
+
+
+def host_memory(device: Device, here: bool) -> type[RamStore]:
+    """The class of a store as on CUDA: its memory is its own, and watched; ``here`` as in `simulated`."""
 
     class HostMemory(RamStore):
         def __init__(self, pinned: bool = False):
@@ -39,6 +52,9 @@ def host_memory(device: Device) -> type[RamStore]:
 
         def _own(self, tensor: Tensor) -> Tensor:
             return device.keep(tensor.clone() if device.streams else tensor)
+
+        def returns_soon(self, nbytes: int) -> bool:
+            return here
 
     return HostMemory
 
@@ -76,11 +92,12 @@ def disk(device: Device) -> list[tuple[Any, str, Any]]:
 
 
 @contextmanager
-def simulated(*, streams: bool = True, without: str | None = None) -> Iterator[Device]:
+def simulated(*, streams: bool = True, here: bool = False, without: str | None = None) -> Iterator[Device]:
     """A context in which models are streamed through a simulated device.
 
     Args:
         streams: whether the device has streams, as CUDA has; without, copies run in a thread of the host, as on a CPU.
+        here: whether copies of host memory are begun by the caller, as on CUDA, and not by a thread.
         without: one of `Device.sites`, which is left out.
     """
     device = Device(streams=streams, without=without)
@@ -97,9 +114,10 @@ def simulated(*, streams: bool = True, without: str | None = None) -> Iterator[D
     changes = [
         (streaming, "Copies", partial(Copies, streams=device if streams else None)),
         (copies, "ThreadPoolExecutor", pool),
+        (copies, "Future", Futures(device)),
         (lockstep, "torch", Torch(device)),
         (Streaming, "_arena", made),
-        (build, "RamStore", host_memory(device)),
+        (build, "RamStore", host_memory(device, here)),
         (_sanitizer, "traceback", Places()),
         *disk(device),
     ]

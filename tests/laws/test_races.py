@@ -23,8 +23,8 @@ from zo_core.streaming import lockstep
 INCOMING, OUTGOING = DEFAULT + 1, DEFAULT + 2
 
 
-def check(run: Callable[[], object], *, streams: bool = True, without: str | None = None) -> Device:
-    with simulated(streams=streams, without=without) as device:
+def check(run: Callable[[], object], **how: Any) -> Device:
+    with simulated(**how) as device:
         run()
         device.finish()
     return device
@@ -38,12 +38,12 @@ def assert_no_races(device: Device) -> None:
 
 @pytest.mark.parametrize("life", LIVES, ids=str)
 def test_a_life_without_races(life: tuple[str, str, str, int]) -> None:
-    assert_no_races(check(lambda: live(*life, "cpu")))
+    assert_no_races(check(lambda: live(*life, "cpu"), here=True))
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_ways_to_live_without_races(name: str) -> None:
-    assert_no_races(check(lambda: OTHERS[name]("cpu")))
+    assert_no_races(check(lambda: OTHERS[name]("cpu"), here=True))
 
 
 @pytest.mark.parametrize("streams", [True, False], ids=["streams", "threads"])
@@ -77,22 +77,24 @@ def replaced(**settings: Any) -> None:
     loaded("cpu", **settings)
 
 
-def unnoticed(lives: tuple[Life, ...], streams: bool, **settings: Any) -> tuple[set[str], set[str]]:
+def unnoticed(lives: tuple[Life, ...], folder: Path | None = None, **how: Any) -> tuple[set[str], set[str]]:
     """The lines that record an event or wait for one, and those that no life misses if they are left out."""
+    settings = {} if folder is None else on_disk(folder)
     sites: set[str] = set()
     noticed: set[str] = set()
     for life in lives:
-        found = check(lambda life=life: life(**settings), streams=streams)
+        found = check(lambda life=life: life(**settings), **how)
         assert not found.races
         sites |= found.sites
         for site in sorted(found.sites - noticed):
-            if check(lambda life=life: life(**settings), streams=streams, without=site).races:
+            if check(lambda life=life: life(**settings), without=site, **how).races:
                 noticed.add(site)
     return sites, sites - noticed
 
 
-def test_every_wait_and_every_event_is_missed_if_it_is_left_out() -> None:
-    sites, quiet = unnoticed((short, replaced, jumpy), streams=True)
+@pytest.mark.parametrize("here", [True, False], ids=["begun by the caller", "begun by a thread"])
+def test_every_wait_and_every_event_is_missed_if_it_is_left_out(here: bool) -> None:
+    sites, quiet = unnoticed((short, replaced, jumpy), here=here)
     assert len(sites) >= 13, sites  # or the checker does not see the code that it mutates
     assert quiet == set(REDUNDANT)
 
@@ -105,7 +107,7 @@ def test_every_wait_for_a_thread_is_missed_if_it_is_left_out() -> None:
 
 @pytest.mark.slow
 def test_every_wait_for_a_file_is_missed_if_it_is_left_out(tmp_path: Path) -> None:
-    sites, quiet = unnoticed((short,), streams=False, **on_disk(tmp_path))
+    sites, quiet = unnoticed((short,), tmp_path, streams=False)
     assert len(sites) >= 5, sites
     assert not quiet
 
