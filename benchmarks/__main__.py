@@ -39,6 +39,7 @@ SUITES = {
     ),
     "gpu": (
         ["link", "--megabytes", "512"],
+        ["passes"],
         ["step_overhead", "--dtype", "float32", "--backends", "eager", "triton"],
         ["step_overhead", "--dtype", "bfloat16", "--backends", "eager", "triton"],
         ["throughput", "--dtype", "bfloat16"],
