@@ -5,7 +5,8 @@
 #     benchmarks/gpu_check.sh FOLDER --dry-run    # the same parts, small, on the CPU: does the script work?
 #
 # It needs torch, triton, transformers, accelerate, lightning and pytest, and nothing installed of this project. A part
-# that fails or takes too long does not stop the others; the last lines say how each of them ended.
+# that fails or takes too long does not stop the others; the last lines say how each of them ended. Parts that time
+# nothing run side by side, before those that do.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath "${1:?say where the results go: benchmarks/gpu_check.sh FOLDER [--dry-run]}")
@@ -17,8 +18,11 @@ export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 python=${PYTHON:-python3}
 : > "$folder/summary"
 
+patience=1
+[ "$dry" ] && patience=5 # a CPU may be busy with other things
+
 part() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 start=$SECONDS code
+    local name=$1 limit=$(($2 * patience)) start=$SECONDS code
     shift 2
     timeout "$limit" "$@" > "$folder/$name.log" 2>&1
     code=$?
@@ -38,16 +42,21 @@ export python dry
 if [ "$dry" ]; then
     steps=(--sizes tiny --tokens 16 --rounds 1) overhead=(--tokens 8 --rounds 1 --backends eager) megabytes=1
     big=(tiny) short=(--tokens 16 --rounds 1) passes=(--elements 4096 --small 2 --rounds 1)
+    int4=(--size tiny --tokens 16 --rounds 1)
+    few=0 many=0 races=(-m 'not gpu' -k misses tests/laws/test_races.py) # on the simulated device
 else
     steps=(--sizes 1.3b 6.7b --profile --save) overhead=(--backends eager triton --rounds 5 --save) megabytes=512
-    big=(13b) short=(--rounds 3 --save) passes=(--save)
+    big=(13b) short=(--rounds 3 --save) passes=(--save) int4=(--size 6.7b --layers 8 --rounds 3 --save)
+    few=4 many=8 races=(tests/gpu/test_races_cuda.py)
     part device 20 nvidia-smi
+    part quickstart 120 $python examples/quickstart.py &
 fi
 part versions 60 $python -c "
 import accelerate, lightning, torch, transformers
-for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)"
-part tests-kernels 150 bash -c 'tests -n 8 tests/gpu/test_triton.py' &
-part tests-offload 150 bash -c 'tests tests/gpu/test_offload_cuda.py'
+for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)" &
+part tests-kernels 150 bash -c 'tests "$@"' tests -n $many tests/gpu/test_triton.py &
+part tests-offload 150 bash -c 'tests "$@"' tests -n $few tests/gpu/test_offload_cuda.py &
+part races 60 bash -c 'tests "$@"' tests -n $few "${races[@]}" &
 wait
 part link 30 $python -m benchmarks.link --megabytes $megabytes
 part passes 60 $python -m benchmarks.passes "${passes[@]}"
@@ -55,7 +64,7 @@ part overhead-float32 60 $python -m benchmarks.step_overhead --dtype float32 "${
 part overhead-bfloat16 60 $python -m benchmarks.step_overhead --dtype bfloat16 "${overhead[@]}"
 part opt 120 $python -m benchmarks.opt_streamed "${steps[@]}"
 part opt-large 120 $python -m benchmarks.opt_streamed --sizes "${big[@]}" "${short[@]}"
-[ "$dry" ] || part quickstart 90 $python examples/quickstart.py
 part momentum 60 $python -m benchmarks.opt_streamed --sizes "${big[@]}" --layers 4 --rule momentum "${short[@]}"
+part int4 60 $python -m benchmarks.int4_streamed "${int4[@]}"
 cat "$folder/summary"
 ! grep -qv 'right$' "$folder/summary"

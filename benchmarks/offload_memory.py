@@ -26,16 +26,16 @@ from .report import save
 LEARNING = {"sgd": 1e-7, "momentum": 1e-8}
 
 
-def llama(layers: int, dtype: torch.dtype) -> Any:
-    """A Llama with small embeddings and 12.6 M weights a layer; values random."""
+def llama(layers: int, dtype: torch.dtype, width: int = 1024) -> Any:
+    """A Llama with small embeddings and, in its width of 1024, 12.6 M weights a layer; values random."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=layers,
-        num_attention_heads=16,
+        num_attention_heads=width // 64,
         vocab_size=4096,
         max_position_embeddings=4096,
         tie_word_embeddings=True,

@@ -2,9 +2,9 @@
 
 One model is trained in alternation in one process: resident; streamed; streamed without prefetch; and by the reference
 MeZO loop on accelerate's `cpu_offload`. The bound of a streamed step is the larger of the times of the resident
-step and of moving its bytes, measured here by reading and writing every block through the store with
-nothing else running. Files are dropped from the page cache after each read, so reads come from the disk (of
-a virtual machine, whose host may cache them); writes are synced.
+step and of moving its bytes, measured here by reading and writing every block through the store with nothing else
+running, on CUDA both ways at once. Files are dropped from the page cache after each read, so reads come from the
+disk (of a virtual machine, whose host may cache them); writes are synced.
 
     python -m benchmarks.offload_throughput --tier disk --tokens 512 --save
 """
@@ -16,7 +16,10 @@ import gc
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +27,13 @@ from accelerate import cpu_offload
 
 from zo_core import ZeroOrder
 from zo_core.streaming import Streaming
+from zo_core.streaming.copies import Moment
+from zo_core.streaming.tensor_file import Tensors
 
 from .offload_memory import llama
 from .report import save
 from .step_overhead import PublishedMezo
-from .timing import timed
+from .timing import synchronise, timed
 
 TIERS = {"cpu": "host memory", "disk": "disk"}
 
@@ -41,14 +46,24 @@ class NoPlan(dict[Any, Any]):
 
 
 def link_seconds(streaming: Streaming) -> float:
-    """Seconds for reading and writing every block once."""
+    """Seconds for bringing every block to the device and back, with at most two there: both ways at once on CUDA."""
     streaming.flush()
-    store, blocks = streaming.store, streaming.blocks
+    store, copies = streaming.store, streaming.copies
+    synchronise(streaming.device)
     start = time.perf_counter()
-    for block in blocks:
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in block.specs.items()}
-        store.read(block.name, tensors)
-        store.write(block.name, tensors, block.specs.keys())
+    there: deque[tuple[Future[Moment], Tensors]] = deque()
+    for block in streaming.blocks:
+        if len(there) == 2:
+            copies.wait(there.popleft()[0])
+        tensors = {
+            name: torch.empty(shape, dtype=dtype, device=streaming.device)
+            for name, (shape, dtype) in block.specs.items()
+        }
+        come = copies.fetch(partial(store.read, block.name, tensors), [copies.now()])
+        gone = copies.send(partial(store.write, block.name, tensors, block.specs.keys()), [come.result()])
+        there.append((gone, tensors))
+    for gone, _ in there:
+        copies.wait(gone)
     return time.perf_counter() - start
 
 
@@ -58,7 +73,7 @@ def measure(tier: str, dtype: torch.dtype, device: torch.device, args: Any, fold
     steps: dict[str, Callable[[], object]] = {}
     streamings = []
     for name in ("resident", "streamed", "no prefetch"):
-        model = llama(args.layers, dtype).eval()
+        model = llama(args.layers, dtype, args.width).eval()
         settings: dict[str, Any] = {"lr": 1e-7}
         if name == "resident":
             model.to(device)
@@ -71,7 +86,7 @@ def measure(tier: str, dtype: torch.dtype, device: torch.device, args: Any, fold
             streamings.append(zo.streaming)
             if name == "no prefetch":
                 zo.streaming.following = NoPlan({block: block for block in zo.streaming.blocks})
-    plain = llama(args.layers, dtype).eval()
+    plain = llama(args.layers, dtype, args.width).eval()
     values = {name: value.clone() for name, value in plain.state_dict().items()}
     mezo = PublishedMezo(plain)
     mezo.parameters = list({value.data_ptr(): value for value in values.values()}.values())
@@ -95,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=1024, help="4096 has 201 M weights a layer, 16 times as many")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="for the block files; default: a temporary one")
@@ -112,8 +128,9 @@ def main() -> None:
     rate = 2 * size / seconds["link"]
     save(
         f"offload-throughput-{args.tier}-{args.tokens}tokens-{args.dtype}",
-        f"Streaming from {TIERS[args.tier]}: {args.layers} layers, {size / 1e6:.0f} MB read and written a step at "
-        f"{rate / 1e9:.2f} GB/s, {args.tokens} tokens, {args.dtype}; bound {bound:.3f} s; "
+        f"Streaming from {TIERS[args.tier]}: {args.layers} layers of width {args.width}, "
+        f"{size / 1e6:.0f} MB read and written a step at {rate / 1e9:.2f} GB/s, "
+        f"{args.tokens} tokens, {args.dtype}; bound {bound:.3f} s; "
         f"median of {args.rounds} rounds",
         ["", "seconds", "÷ resident", "bound ÷ it"],
         rows,

@@ -88,6 +88,36 @@ def _reads_a_truth(_: Path) -> bool:
     return torch.ops.aten._local_scalar_dense.default in seen
 
 
+def _keyed_modes_go(_: Path) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from zo_core.dispatch import watched_by, watchers
+
+    with FakeTensorMode():
+        modes = watchers()
+    with watched_by(modes):
+        fake = torch.ones(2)
+    return type(fake) is not Tensor and not watchers()
+
+
+def _sanitizer_finds(_: Path) -> bool:
+    from torch.cuda._sanitizer import EventHandler
+
+    races = []
+    for waits in (False, True):
+        books = EventHandler()
+        books._handle_stream_creation(1)
+        books._handle_kernel_launch(0, set(), {8}, set(), "written", {8: []})
+        books._handle_event_creation(5)
+        books._handle_event_record(5, 0)
+        if waits:
+            books._handle_event_wait(5, 1)
+        books._handle_event_deletion(5)
+        found = books._handle_kernel_launch(1, {8}, set(), set(), "read", {8: []})
+        races.append([error.previous_access.operator for error in found])
+    return races == [["written"], []]
+
+
 def _compiled(_: Path) -> bool:
     in_place, wrapped = nn.Linear(2, 2), torch.compile(nn.Linear(2, 2))
     in_place.compile()
@@ -141,6 +171,19 @@ HABITS = [
         for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
     ),
     Habit("torch:_has_compatible_shallow_copy_type", "zo_core/stand_ins.py", "asked by Module.to", _moves_ask),
+    Habit("torch.utils._python_dispatch:_mode_key", "zo_core/dispatch.py", "modes of torch's own", _keyed_modes_go),
+    *(
+        Habit(f"torch.cuda._sanitizer:{name}", "tests/helpers/simulated_device.py", "finds races", _sanitizer_finds)
+        for name in (
+            "EventHandler",
+            "_handle_stream_creation",
+            "_handle_event_creation",
+            "_handle_event_record",
+            "_handle_event_wait",
+            "_handle_event_deletion",
+            "_handle_kernel_launch",
+        )
+    ),
     Habit("torch.ops.aten:_local_scalar_dense", "hf_zo/estimate/trace.py", "bool(tensor) on meta", _reads_a_truth),
     *(
         Habit(f"torch:{name}", f"zo_core/{file}.py", "tells compiled modules", _compiled)

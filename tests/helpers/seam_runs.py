@@ -11,6 +11,7 @@ import torch
 from hf_helpers import arguments, saved_llama, texts, zo_trainer
 from models import closure, tiny
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_zo import ZOTrainer, from_pretrained_offloaded, low_rank_adapter
 from hf_zo.auto_lr import samples, schedulers, unnoticed
@@ -41,6 +42,11 @@ def streamed(_: Path) -> None:
     for parameter in zo.model.parameters():  # whoever reads streamed weights gets them
         parameter.sum()
     zo.close()
+
+
+def watched(_: Path) -> None:
+    with FlopCounterMode(display=False):
+        step("llama", offload="cpu").close()
 
 
 def windows(_: Path) -> None:

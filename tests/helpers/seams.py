@@ -251,6 +251,16 @@ SEAMS = [
     ),
     *(
         Seam(
+            f"torch.utils._python_dispatch:{name}",
+            "zo_core/dispatch.py",
+            "or FLOP counters and CUDA's sanitizer see nothing of the threads of probes and copies",
+            runs.watched,
+            ours="zo_core.dispatch",
+        )
+        for name in ("_get_current_dispatch_mode_stack", "_push_mode", "_pop_mode")
+    ),
+    *(
+        Seam(
             "torch._C:_storage_Use_Count",
             f"zo_core/{name}.py",
             "or scratch memory is reused while a model still looks at it, or never",

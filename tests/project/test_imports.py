@@ -21,6 +21,7 @@ RANKS = {
     "files": 0,
     "registry": 0,
     "cache": 0,
+    "dispatch": 0,
     "stand_ins": 0,
     "modes": 0,
     "progress": 0,

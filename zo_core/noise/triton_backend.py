@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import declare
 from .changes import Change, Pass, flat, flat_target
 from .direction import Direction, float32
 from .gaussian import Gaussian, table
@@ -133,6 +134,8 @@ def _variant(work: Work) -> Variant:
 
 
 def _launch(variant: Variant, group: Sequence[Work]) -> None:
+    written = [tensor for work in group for tensor in (work.target, work.done.change.momentum) if tensor is not None]
+    declare([work.source for work in group], written)
     with torch.cuda.device_of(group[0].source):
         simple = variant.terms == 1 and variant.kind == ADD and variant.scales == WEIGHTS and not variant.masked
         if simple and len(group) == 1:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import Watchers, watched_by, watchers
 from ..errors import ConfigError
 
 #: A moment on a stream of the device; None where there are no streams, and everything has happened.
@@ -42,22 +43,24 @@ class Copies:
 
     Args:
         device: the device that they go to and come from.
+        streams: has the names of `torch.cuda` that make and use streams; None for CUDA's own, or, on a CPU, for no
+            streams.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, streams: Any = None):
         self.device = device
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zo-offload")
-        cuda = device.type == "cuda"
-        self.incoming = torch.cuda.Stream(device) if cuda else None
-        self.outgoing = torch.cuda.Stream(device) if cuda else None
+        self.streams = torch.cuda if streams is None and device.type == "cuda" else streams
+        self.incoming = None if self.streams is None else self.streams.Stream(device)
+        self.outgoing = None if self.streams is None else self.streams.Stream(device)
 
     def fetch(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
         """Starts a copy to the device, once the moments ``after`` have passed."""
-        return self.pool.submit(self._run, self.incoming, work, list(after))
+        return self.pool.submit(self._run, self.incoming, work, list(after), watchers())
 
     def send(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
         """Starts a copy from the device, once the moments ``after`` have passed."""
-        return self.pool.submit(self._run, self.outgoing, work, list(after))
+        return self.pool.submit(self._run, self.outgoing, work, list(after), watchers())
 
     def lend(self, memory: Tensor) -> Tensor:
         """Tells the allocator that copies use this memory: who drops it while one runs must not free it for others."""
@@ -68,13 +71,18 @@ class Copies:
 
     def now(self) -> Moment:
         """The moment at which the work that is queued on the current stream ends."""
-        return None if self.incoming is None else torch.cuda.current_stream(self.device).record_event()
+        return None if self.streams is None else self.streams.current_stream(self.device).record_event()
 
     def let_wait(self, copy: Future[Moment]) -> None:
         """Makes all later work on the current stream wait for a copy."""
         moment = copy.result()
         if moment is not None:
-            torch.cuda.current_stream(self.device).wait_event(moment)
+            self.streams.current_stream(self.device).wait_event(moment)
+
+    def drain(self) -> None:
+        """Blocks until the work that is queued on the current stream is done, and with it the copies it waits for."""
+        if self.streams is not None:
+            self.now().synchronize()
 
     def close(self) -> None:
         """Ends the thread."""
@@ -87,13 +95,13 @@ class Copies:
         if moment is not None:
             moment.synchronize()
 
-    @staticmethod
-    def _run(stream: Any, work: Callable[[], object], after: list[Moment]) -> Moment:
-        if stream is None:
-            work()
-            return None
-        with torch.cuda.stream(stream):
-            for moment in after:
-                stream.wait_event(moment)
-            work()
-            return stream.record_event()
+    def _run(self, stream: Any, work: Callable[[], object], after: list[Moment], watching: Watchers) -> Moment:
+        with watched_by(watching):
+            if stream is None:
+                work()
+                return None
+            with self.streams.stream(stream):
+                for moment in after:
+                    stream.wait_event(moment)
+                work()
+                return stream.record_event()

@@ -1,8 +1,8 @@
 """Several closures as coroutines: one runs at a time, and hands over at fixed places.
 
 A user's closure cannot be cut in half, but it can be a thread that only runs when it has the turn.
-Each thread sees the caller's grad mode, autocast, context variables and function modes, and computes with as
-many threads of its own as the caller: matrix products of some shapes round differently on one core and on two.
+Each thread sees the caller's grad mode, autocast, context variables, function modes and dispatch modes, and computes
+with as many threads of its own as the caller: matrix products of some shapes round differently on one core and on two.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
+
+from ..dispatch import watched_by, watchers
 
 Switch = Callable[[int], None]
 
@@ -158,7 +160,7 @@ def ambient() -> Callable[[Callable[[], Any]], Any]:
     casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
     cache = torch.is_autocast_cache_enabled()
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-    modes = list(_get_current_function_mode_stack())
+    modes, watching = list(_get_current_function_mode_stack()), watchers()
     variables = contextvars.copy_context()
 
     def run(function: Callable[[], Any]) -> Any:
@@ -175,6 +177,7 @@ def ambient() -> Callable[[Callable[[], Any]], Any]:
             for mode in modes:
                 if not any(mode is other for other in active):  # one that a thread enters twice, it cannot leave
                     stack.enter_context(mode)
+            stack.enter_context(watched_by(watching))
             return variables.copy().run(function)
 
     return run

@@ -222,6 +222,8 @@ class Streaming:
         if block.pending:
             self.values(block)
         self._finish(block)
+        if not to_read:
+            self.copies.drain()  # a forward that is queued may still have to fetch what is about to be overwritten
         self.point(block, self.store.mapped(block.name) if to_read else self.store.whole(block.name))
 
     def _take_whole(self, block: Block) -> None:
