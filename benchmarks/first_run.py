@@ -3,8 +3,13 @@
 The tasks are those of `task_list.py`. Each cell is one run from the task's trained model: task, seed (of the directions
 and of the order of the data) and contender. Cells are saved as they finish, and no cell is run twice.
 
-    python -m benchmarks.first_run --jobs 2 --save first-run
+    python -m benchmarks.first_run --workers 2 --save first-run
     python -m benchmarks.first_run --save first-run --table
+
+With `--powers` the grid is fixed, so that all of its cells can run at the same time; `--seconds` ends the work early:
+
+    python -m benchmarks.first_run --steps 300 --workers 14 --powers -7 4 --seconds 240
+    python -m benchmarks.first_run --steps 300 --workers 2 --powers -7 4 --seconds 240 --device cuda --tasks bert-large
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -28,13 +33,12 @@ import torch
 from zo_core import ConfigError, ZeroOrder, ZOConfig
 
 from .report import markdown, save, saved
-from .task_list import LARGE, TASKS, make_task
+from .task_list import LARGE, TASKS, lacking, make_task
 from .tasks import CACHE, Task, held_out
 
-CONTENDERS = ("default", "auto", "auto-one-batch", "grid")
+CONTENDERS = ("default", "constant-default", "auto", "auto-one-batch", "grid")
 COLUMNS = ["task", "seed", "steps", "schedule", "settings", "contender", "rate", "before", "after", "seconds"]
 RATES = 12
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,23 @@ class Outcome:
 # A run
 
 
-@lru_cache(maxsize=2)
-def _task(name: str, folder: Path) -> Task:
-    return make_task(name, folder)
+@lru_cache
+def _task(name: str, folder: Path, device: torch.device) -> Task:
+    return make_task(name, folder, device)
 
 
-def run(cell: Cell, folder: Path) -> Outcome:
+def prepare(name: str, folder: Path, device: torch.device) -> float:
+    """Trains the model of a task, unless it is in the folder; returns the seconds that it took."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    _task(name, folder, device)
+    return time.perf_counter() - start
+
+
+def run(cell: Cell, folder: Path, device: torch.device) -> Outcome:
     """Trains a copy of the task's model."""
     torch.set_num_threads(1)
-    task = _task(cell.task, folder)
+    task = _task(cell.task, folder, device)
     model = copy.deepcopy(task.model)
     before = held_out(task, model)
     start = time.perf_counter()
@@ -141,10 +153,32 @@ def runs_of(cell: Cell, contenders: Iterable[str]) -> Generator[Cell, Outcome, N
     near = 1e-3
     for contender in contenders:
         if contender != "grid":
-            outcome = yield replace(cell, contender=contender)
+            outcome = yield named(cell, contender)
             near = outcome.rate if math.isfinite(outcome.rate) and outcome.rate > 0 else near
     if "grid" in contenders:
         yield from grid(cell, near)
+
+
+def named(cell: Cell, contender: str) -> Cell:
+    """The cell of a contender that is not the grid."""
+    if contender == "constant-default":
+        return replace(cell, contender="default", schedule="constant")
+    return replace(cell, contender=contender)
+
+
+def independent(
+    cells: list[Cell], contenders: list[str], powers: tuple[int, int]
+) -> list[Generator[Cell, Outcome, None]]:
+    """Every cell by itself: first those without a rate, then the grid of each seed, the powers of 2 in these bounds."""
+    first = [named(cell, contender) for cell in cells for contender in contenders if contender != "grid"]
+    rates = range(powers[0], powers[1] + 1) if "grid" in contenders else ()
+    return [
+        _alone(cell) for cell in [*first, *(replace(cell, contender=f"{2.0**p:.6g}") for cell in cells for p in rates)]
+    ]
+
+
+def _alone(cell: Cell) -> Generator[Cell, Outcome, None]:
+    yield cell
 
 
 def grid(cell: Cell, near: float) -> Generator[Cell, Outcome, None]:
@@ -169,43 +203,55 @@ def grid(cell: Cell, near: float) -> Generator[Cell, Outcome, None]:
 def drive(
     plans: Iterable[Generator[Cell, Outcome, None]],
     known: dict[tuple[str, ...], Outcome],
-    folder: Path,
-    jobs: int,
+    work: Callable[[Cell], Outcome],
+    pool: Executor,
+    workers: int,
     finished: Callable[[Cell], object],
+    end: float = math.inf,
 ) -> None:
-    """Runs the cells that are not known yet, ``jobs`` at a time; each plan has one run at a time."""
+    """Runs the cells that are not known yet, ``workers`` at a time; each plan has one run at a time.
+
+    Args:
+        plans: they yield cells, and are sent the outcomes.
+        known: the outcomes so far, which new ones are added to.
+        work: runs a cell.
+        pool: runs ``work``.
+        workers: how many cells at a time.
+        finished: called with every cell whose outcome is new.
+        end: the time (`time.monotonic`) after which no cell is started.
+    """
     fresh = iter(plans)
     active: dict[Future[Outcome], tuple[Generator[Cell, Outcome, None], Cell]] = {}
-    with executor(jobs) as pool:
 
-        def advance(plan: Generator[Cell, Outcome, None] | None, outcome: Outcome | None) -> None:
-            """Submits the next unknown cell of the plan or, after its end, of the next one."""
-            while plan := plan or next(fresh, None):
-                try:
-                    cell = next(plan) if outcome is None else plan.send(outcome)
-                except StopIteration:
-                    plan = outcome = None
-                    continue
-                outcome = known.get(cell.key)
-                if outcome is None:
-                    active[pool.submit(run, cell, folder)] = (plan, cell)
-                    return
+    def advance(plan: Generator[Cell, Outcome, None] | None, outcome: Outcome | None) -> None:
+        """Submits the next unknown cell of the plan or, after its end, of the next one."""
+        while plan := plan or next(fresh, None):
+            try:
+                cell = next(plan) if outcome is None else plan.send(outcome)
+            except StopIteration:
+                plan = outcome = None
+                continue
+            outcome = known.get(cell.key)
+            if outcome is None:
+                if time.monotonic() < end:
+                    active[pool.submit(work, cell)] = (plan, cell)
+                return
 
-        for _ in range(jobs):
-            advance(None, None)
-        while active:
-            for future in wait(active, return_when=FIRST_COMPLETED).done:
-                plan, cell = active.pop(future)
-                known[cell.key] = future.result()
-                finished(cell)
-                advance(plan, known[cell.key])
+    for _ in range(workers):
+        advance(None, None)
+    while active:
+        for future in wait(active, return_when=FIRST_COMPLETED).done:
+            plan, cell = active.pop(future)
+            known[cell.key] = future.result()
+            finished(cell)
+            advance(plan, known[cell.key])
 
 
-def executor(jobs: int) -> Executor:
-    """Processes, or the current one for a single job."""
-    if jobs == 1:
+def executor(workers: int) -> Executor:
+    """Processes, or the current one for a single worker."""
+    if workers == 1:
         return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 # Results
@@ -223,9 +269,9 @@ def known_from(rows: Iterable[list[str]]) -> dict[tuple[str, ...], Outcome]:
 
 def table(known: dict[tuple[str, ...], Outcome], settings: Cell, tasks: Iterable[str], contenders: list[str]) -> str:
     """A line for each task: medians over the seeds that have a grid."""
-    named = [contender for contender in contenders if contender != "grid"]
+    shown = [contender for contender in contenders if contender != "grid"]
     columns = ["task", "seeds", "before", "best of grid", "best rate"]
-    for name in named:
+    for name in shown:
         columns += [f"{name}: loss", "rate / best", "share", "worse"]
     rows = []
     for task in tasks:
@@ -233,8 +279,10 @@ def table(known: dict[tuple[str, ...], Outcome], settings: Cell, tasks: Iterable
         for key, outcome in known.items():
             if key[0] == task and key[2:5] == settings.key[2:5]:
                 found.setdefault(key[1], {})[key[5]] = outcome
+            elif key[0] == task and key[2:] == named(settings, "constant-default").key[2:]:
+                found.setdefault(key[1], {})["constant-default"] = outcome
         if seeds := [_Seed.of(runs) for runs in found.values() if set(runs) - set(CONTENDERS)]:
-            rows.append([task, str(len(seeds)), *_line(seeds, named)])
+            rows.append([task, str(len(seeds)), *_line(seeds, shown)])
     return markdown(columns, rows)
 
 
@@ -250,13 +298,13 @@ class _Seed:
         return cls(runs, min((run for name, run in runs.items() if name not in CONTENDERS), key=lambda run: run.after))
 
 
-def _line(seeds: list[_Seed], named: Iterable[str]) -> list[str]:
+def _line(seeds: list[_Seed], names: Iterable[str]) -> list[str]:
     def median(of: Iterable[float]) -> float:
         return statistics.median([value for value in of if not math.isnan(value)] or [math.nan])
 
     before, best = median(s.best.before for s in seeds), median(s.best.after for s in seeds)
     line = [f"{before:.3f}", f"{best:.3f}", f"{median(s.best.rate for s in seeds):.1e}"]
-    for name in named:
+    for name in names:
         pairs = [(s.runs[name], s.best) for s in seeds if name in s.runs]
         if not pairs:
             line += [""] * 4
@@ -276,23 +324,46 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear")
     parser.add_argument("--settings", default="{}", help="fields of ZOConfig as JSON, for all runs")
     parser.add_argument("--contenders", nargs="+", default=["default", "auto", "grid"], choices=CONTENDERS)
-    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--powers", type=int, nargs=2, metavar=("LOW", "HIGH"), help="a fixed grid, of powers of 2")
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no cell is started after that many")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the models")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained models")
     parser.add_argument("--save", metavar="NAME", default="first-run", help="file in benchmarks/results to go on with")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what was saved")
     args = parser.parse_args(arguments)
+    end = time.monotonic() + args.seconds
     title = "First runs: held-out loss with no rate given, with an automatic one, and at the rates of a grid"
-    known = known_from(saved(args.save, CPU))
+    known = known_from(saved(args.save, args.device))
     settings = json.dumps(json.loads(args.settings), sort_keys=True)
-    cells = [Cell(t, seed, args.steps, args.schedule, settings, "") for seed in range(args.seeds) for t in args.tasks]
+    tasks = [task for task in args.tasks if able(task)]
+    cells = [Cell(t, seed, args.steps, args.schedule, settings, "") for seed in range(args.seeds) for t in tasks]
 
     def finished(cell: Cell) -> None:
         print(*cell.key, known[cell.key], flush=True)
-        save(args.save, title, COLUMNS, rows_of(known), CPU, write=True, show=False)
+        save(args.save, title, COLUMNS, rows_of(known), args.device, write=True, show=False)
 
     if not args.table:
-        drive((runs_of(cell, args.contenders) for cell in cells), known, args.cache, args.jobs, finished)
-    print(table(known, cells[0], args.tasks, args.contenders))
+        if args.powers is None:
+            plans = [runs_of(cell, args.contenders) for cell in cells]
+        else:
+            plans = independent(cells, args.contenders, args.powers)
+        with executor(args.workers) as pool:
+            if args.workers > 1:  # or every worker would train the same models, one after another
+                ready = partial(prepare, folder=args.cache, device=args.device)
+                for task, seconds in zip(tasks, pool.map(ready, tasks), strict=True):
+                    print(f"{task} was ready after {seconds:.1f} s", flush=True)
+            work = partial(run, folder=args.cache, device=args.device)
+            drive(plans, known, work, pool, args.workers, finished, end)
+    print(table(known, Cell("", 0, args.steps, args.schedule, settings, ""), tasks, args.contenders))
+
+
+def able(task: str) -> bool:
+    """Whether the packages of a task are installed; says so if not."""
+    missing = lacking(task)
+    if missing:
+        print(f"{task} is left out: it needs {', '.join(missing)}")
+    return not missing
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from . import tasks, text_tasks
-from .tasks import CACHE, Maker, Task
+from .tasks import CACHE, Batch, Maker, Task
 
 #: Those whose runs take seconds.
 TASKS: dict[str, Callable[[Maker], Task]] = {
@@ -34,6 +38,31 @@ TASKS: dict[str, Callable[[Maker], Task]] = {
 LARGE: dict[str, Callable[[Maker], Task]] = {"bert-large": text_tasks.bert_large}
 
 
-def make_task(name: str, folder: Path = CACHE) -> Task:
-    """The task of this name; its trained model is read from ``folder``, or written to it."""
-    return {**TASKS, **LARGE}[name](Maker(folder))
+#: What tasks need besides torch and transformers.
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("linear", "mlp", "cnn", "vit"), ("sklearn",)),
+    **dict.fromkeys(("bert-swapped-lora", "lm-lora", "llama-lora", "llama-prefix"), ("peft",)),
+    "llama-nf4": ("bitsandbytes",),
+}
+
+
+def lacking(name: str) -> list[str]:
+    """The packages that a task needs and that are not installed."""
+    return [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
+
+
+def make_task(name: str, folder: Path = CACHE, device: torch.device | None = None) -> Task:
+    """The task of this name; its trained model is read from ``folder``, or written to it.
+
+    Args:
+        name: of `TASKS` or `LARGE`.
+        folder: for trained models.
+        device: of the model and the batches; None takes the CPU.
+    """
+    device = device or torch.device("cpu")
+    task = {**TASKS, **LARGE}[name](Maker(folder, device))
+
+    def data(step: int) -> Batch:
+        return tuple(column.to(device) for column in task.data(step))
+
+    return replace(task, model=task.model.to(device), data=data)

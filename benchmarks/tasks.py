@@ -6,6 +6,7 @@ default below the system's temporary folder; delete it to train them again.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,9 +48,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes the models of tasks; those that were trained before are read from ``folder``."""
+    """Makes the models of tasks: those trained before are read from ``folder``, others are trained on ``device``."""
 
     folder: Path = field(default=CACHE)
+    device: torch.device = field(default=torch.device("cpu"))
 
     def trained(self, name: str, build: Callable[[], nn.Module], train: Callable[[nn.Module], object]) -> nn.Module:
         """The model of ``build`` after ``train``, in evaluation mode."""
@@ -59,9 +61,10 @@ class Maker:
         if file.exists():
             model.load_state_dict(torch.load(file, weights_only=True))
         else:
-            train(model)
+            train(model.to(self.device))
+            model.cpu()
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{id(model)}.partial")
+            partial = file.with_suffix(f".{os.getpid()}.partial")
             torch.save(model.state_dict(), partial)
             partial.replace(file)
         torch.manual_seed(0)  # what is added to the model is the same whether it was read or trained
@@ -79,10 +82,11 @@ def backprop(model: nn.Module, steps: int, data: Data, lr: float, loss: Loss = c
     """AdamW, with a short warmup and linear decay to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 30, 1 - step / steps))
+    device = next(model.parameters()).device
     model.train()
     for step in range(steps):
         optimizer.zero_grad()
-        loss(model, data(step)).backward()
+        loss(model, tuple(column.to(device) for column in data(step))).backward()
         optimizer.step()
         schedule.step()
     model.eval()

@@ -218,7 +218,7 @@ def bert_tokens(make: Maker) -> Task:
 def contrastive(model: nn.Module, pair: Batch) -> Tensor:
     """Cross-entropy of the cosine similarities in a batch at temperature 0.05: each row belongs to its partner."""
     first, second = (F.normalize(model(half).last_hidden_state.mean(1), dim=-1) for half in pair)
-    return F.cross_entropy(first @ second.T / 0.05, torch.arange(len(first)))
+    return F.cross_entropy(first @ second.T / 0.05, torch.arange(len(first), device=first.device))
 
 
 def bert_embed(make: Maker) -> Task:
