@@ -43,7 +43,7 @@ def batches(trainer: Trainer) -> list[Any]:
 def length(trainer: Trainer) -> int | None:
     """Number of steps of the run; None if it has no limit, or only one that is not known in advance."""
     steps = trainer.estimated_stepping_batches
-    return int(steps) if steps != math.inf else None
+    return int(steps) if 0 < steps < math.inf else None  # it is -1 for iterable datasets without max_steps
 
 
 def _placed(trainer: Trainer, batch: Any) -> Any:

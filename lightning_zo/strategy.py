@@ -31,6 +31,7 @@ from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches, length
 from .closure import StepGuard, not_executed
+from .decay import decay
 from .engine import FRONT_END, build, check, settings
 from .journal import Journal, log_path
 from .logs import log_line
@@ -139,6 +140,8 @@ class ZOStrategy(Processes):
         self._settings = settings(trainer, self.config, self.root_device)
         self._summary = Summary()
         self._start().listeners.append(self._summary.add)
+        if not self.lr_scheduler_configs:
+            self.lr_scheduler_configs = decay(trainer, self.optimizers[0])
         self.log_path = log_path(trainer, self.log)
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
         if self._journal is not None:

@@ -41,7 +41,8 @@ class ZOConfig:
         default=None,
         metadata={
             "help": "Learning rate. None takes the trainer's, and where that is not given either, the default for "
-            'normalised steps (see normalise). "auto" finds one by trial runs before the first step.'
+            'normalised steps (see normalise). "auto" finds one by trial runs before the first step; a run of '
+            "fewer than 5,120 forwards takes the default."
         },
     )
     eps: float | None = field(

@@ -51,8 +51,9 @@ def suggest_lr(
             since one batch does not show the noise between batches.
         config: the settings for training; estimator, eps, rule and target matter.
         optimizer: the optimizer for training, if any; the rates of its groups keep their proportions.
-        forwards: how many calls of closures the test may take; None takes 512, or a tenth of the run's if that is less.
-        steps: length of the run that the rate is for; None takes 20 times the length of a trial.
+        forwards: how many calls of closures the test may take; None takes 512.
+        steps: length of the run that the rate is for; None takes 20 times the length of a trial. Without ``forwards``,
+            the test may take a tenth of the forwards of the run, which have to be 512 or more.
         **overrides: fields of `ZOConfig`, taking precedence over ``config``.
 
     Returns:
@@ -60,7 +61,7 @@ def suggest_lr(
 
     Raises:
         ConfigError: settings are not valid, no rate lowers the loss, or a rule's state is streamed for another engine.
-        SearchError: there are too few forwards.
+        SearchError: there are too few forwards, or the run is too short for a test.
         StateError: a copy of streamed weights could not be written to temporary files.
         LossError: a closure returns no number, or one that is not finite at the current weights.
     """

@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 
-from .brake import Alarm, Done, rise
+from .brake import Alarm, Done
 from .directions import Directions
 from .errors import StateError
+from .normaliser import Curvature
 from .optimizer import number
 from .records import Probe, Rollback
 from .rules import RuleMove
@@ -28,7 +29,7 @@ class Reverting(Running, Protocol):
 
 
 def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback | None:
-    """Passes the loss of the step that was measured to the brake, and goes back if it has risen.
+    """Passes the loss of the step that was measured to the brake, and goes back or takes shorter steps if it says so.
 
     Args:
         engine: the engine, before the update of the step.
@@ -51,9 +52,9 @@ def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback 
         return None
     rollback = Rollback(braking.goal(alarm), engine.optimizer.factor / 2)
     logger.warning(
-        "%s; the weights go back to those before step %d, and from here on the learning rate is %.4g of what is set",
-        rise(step, alarm),
-        rollback.to,
+        "%s; the weights %s, and from here on the learning rate is %.4g of what is set",
+        alarm.said(step),
+        "stay" if rollback.to == step else f"go back to those before step {rollback.to}",
         rollback.factor,
     )
     roll_back(engine, rollback)
@@ -70,7 +71,7 @@ def repeated(engine: Reverting, loss: float, rollback: Rollback | None) -> None:
     if rollback is None:
         return
     if alarm is None:
-        engine.braking.brake.restart(engine.step_count + 1)
+        engine.braking.restart(engine.step_count + 1)
     roll_back(engine, rollback)
 
 
@@ -130,15 +131,27 @@ def moves_of(directions: Directions, slot: Slot, group: int, steps: Sequence[Don
 
 
 def note(engine: Reverting, probes: tuple[Probe, ...]) -> None:
-    """Called at the end of every step: keeps its update, so that it can be reverted."""
+    """Called at the end of every step: keeps its update, so that it can be reverted, and what it costs."""
     history, step = engine.braking.history, engine.step_count
     if not probes:
         return
+    groups, factor = engine.optimizer.param_groups, engine.optimizer.factor
+    lrs = tuple(number(group, "lr", 0.0) * factor for group in groups)
+    engine.braking.trust.paid(_cost(engine, probes, min(lrs)))
     if not engine.rule.undoable:
         history.forget(step + 1)
         return
-    groups, factor = engine.optimizer.param_groups, engine.optimizer.factor
-    lrs = tuple(number(group, "lr", 0.0) * factor for group in groups)
     eps = tuple(engine.directions.relative_eps(group) for group in groups)
     weight_decay = tuple(number(group, "weight_decay", 0.0) for group in groups)
     history.add(Done(step, probes, lrs, eps, weight_decay, engine.rule, engine.braking.normaliser), engine.seed)
+
+
+def _cost(engine: Reverting, probes: tuple[Probe, ...], lr: float) -> float:
+    """By how much the curvature along a step raises the loss; 0 if it is not measured, or the rule's step not known.
+
+    The smallest rate of all groups is taken, so the cost is never too high.
+    """
+    if not isinstance(engine.normaliser, Curvature) or engine.rule.reach is None:
+        return 0.0
+    lengths = [lr * engine.rule.reach * probe.coefficient for probe in probes]
+    return 0.5 * engine.normaliser.scale * sum(length * length for length in lengths)

@@ -44,14 +44,22 @@ def test_no_more_forwards_than_allowed(forwards: int, estimator: str) -> None:
     assert forwards / 4 < len(calls) <= forwards
 
 
-@pytest.mark.parametrize(("steps", "most"), [(700, 140), (1000, 200), (100_000, 512)])
-def test_at_most_a_tenth_of_the_run(steps: int, most: int) -> None:
+@pytest.mark.parametrize("steps", [2_560, 100_000])
+def test_at_most_a_tenth_of_the_run(steps: int) -> None:
     model, size = bowl(100)
     calls: list[int] = []
     loss = counted(lambda: model[0].square().sum() / size, calls)
     found = suggest_lr(model, [loss] * 8, steps=steps)
-    assert len(calls) == found.forwards <= most
+    assert len(calls) == found.forwards <= 512
     assert found.steps == steps
+
+
+def test_a_run_has_to_be_long_enough_for_a_search() -> None:
+    model, calls = tiny("mlp"), []
+    with pytest.raises(SearchError, match=r"^511 forwards, a tenth of what 2559 steps take, are too few .* takes 512;"):
+        suggest_lr(model, counted(closure("mlp", model), calls), steps=2_559)
+    assert not calls
+    assert suggest_lr(model, counted(closure("mlp", model), calls), steps=2_559, forwards=128).forwards <= 128
 
 
 def test_a_longer_run_gets_a_lower_rate() -> None:
@@ -67,18 +75,20 @@ def test_too_few_forwards() -> None:
     assert not calls
 
 
-def test_a_run_that_is_too_short_keeps_its_rate(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("steps", [300, 2_559])
+def test_a_run_that_is_too_short_takes_the_default(steps: int, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("mlp")
     zo = ZeroOrder(model, lr="auto")
     before = zo.lr
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            zo.find_lr(lambda: nullcontext([closure("mlp", model)]), steps=300)
+            zo.find_lr(lambda: nullcontext([closure("mlp", model)]), steps=steps)
     assert zo.lr == before
     assert zo.suggestion is None
     assert len(caplog.messages) == 1
     assert "the learning rate is" in caplog.messages[0]
-    assert "a tenth of what 300 steps take" in caplog.messages[0]
+    assert f"a tenth of what {steps} steps take" in caplog.messages[0]
+    assert "better than the default" in caplog.messages[0]
 
 
 def test_one_line_says_what_was_found(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
-"""The brake: when the loss has risen (the statistic), and what a run keeps to go back (the state)."""
+"""Has the loss risen (the statistic), are steps too long (trust), what is kept to go back (the state)."""
 
-from .state import Braking, Done, rise
+from .state import Braking, Done
 from .statistic import Alarm, Brake, in_float32
 
-__all__ = ["Alarm", "Brake", "Braking", "Done", "in_float32", "rise"]
+__all__ = ["Alarm", "Brake", "Braking", "Done", "in_float32"]

@@ -14,6 +14,7 @@ from typing import Any
 from ..records import Probe
 from ..rules import RULES, UpdateRule
 from .statistic import Alarm, Brake, in_float32
+from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ class Braking:
 
     Attributes:
         brake: the test for losses that have risen.
+        trust: the test for steps that are too long for the noise.
         history: the updates since the best block, if the brake may have to revert them.
         next_step: the step that `see` expects; None before the first one.
         normaliser: state of the step normaliser before the step in progress, as in `Done`.
@@ -157,23 +159,35 @@ class Braking:
         """Forgets everything; the next step begins the statistics."""
         self.next_step: int | None = None
         self.normaliser: tuple[float, int] | None = None
-        self.brake, self.history = Brake(), History()
+        self.brake, self.trust, self.history = Brake(), Trust(), History()
 
     def see(self, step: int, loss: float) -> Alarm | None:
-        """Takes the loss of a step; returns an alarm if it has risen.
+        """Takes the loss of a step; returns an alarm if it has risen, or has fallen by less than it should have.
 
         Every step of a run comes here once, repeated and skipped ones included, so that a resumed run has the
         statistics of the run that it continues. After a jump in the steps they begin anew.
         """
         if step != self.next_step:
-            self.brake, self.history = Brake(step), History(step)
+            self.brake, self.trust, self.history = Brake(step), Trust(), History(step)
         self.next_step = step + 1
         if self.mode is None:
             return None
-        alarm = self.brake.see(step, in_float32(loss))
+        logged = in_float32(loss)
+        alarm = self.brake.see(step, logged) or self.trust.see(step, logged, self._best(step))
         if alarm is None:
             self.history.drop_before(self.brake.earliest())
+        else:
+            self.restart(step + 1)
         return alarm
+
+    def _best(self, step: int) -> int:
+        block = self.brake.goal()
+        return step if block is None else block.middle
+
+    def restart(self, step: int) -> None:
+        """Begins the tests again at a step, after an alarm; the best blocks are kept."""
+        self.brake.restart(step)
+        self.trust.restart()
 
     def goal(self, alarm: Alarm) -> int:
         """The step to go back to, given an alarm."""
@@ -196,8 +210,8 @@ class Braking:
         """Warns of a rise that is left alone: of the first one, the second, the fourth, ..."""
         self.alarms += 1
         if self.alarms & (self.alarms - 1) == 0:
-            often = f" (rise number {self.alarms} of this run)" if self.alarms > 1 else ""
-            logger.warning("%s%s; %s", rise(step, alarm), often, advice)
+            often = f" (alarm number {self.alarms} of this run)" if self.alarms > 1 else ""
+            logger.warning("%s%s; %s", alarm.said(step), often, advice)
 
     # Checkpoints
 
@@ -205,7 +219,8 @@ class Braking:
         """The state, as plain values; empty before the first step."""
         if self.next_step is None:
             return {}
-        return {"next_step": self.next_step, "brake": self.brake.saved(), "history": self.history.saved()}
+        tests = {"brake": self.brake.saved(), "trust": self.trust.saved()}
+        return {"next_step": self.next_step, **tests, "history": self.history.saved()}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `saved` returned."""
@@ -213,12 +228,5 @@ class Braking:
         if saved:
             self.next_step = saved["next_step"]
             self.brake.load(saved["brake"])
+            self.trust.load(saved.get("trust", {}))
             self.history.load(saved["history"])
-
-
-def rise(step: int, alarm: Alarm) -> str:
-    """Describes an alarm at a step."""
-    return (
-        f"step {step}: the loss has risen to {alarm.loss:.4g} ({alarm.reason}), and it was {alarm.best:.4g} around "
-        f"step {alarm.step}"
-    )

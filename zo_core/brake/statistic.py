@@ -126,6 +126,13 @@ class Alarm:
     loss: float
     reason: str
 
+    def said(self, step: int) -> str:
+        """Describes the alarm, which was raised at a step."""
+        return (
+            f"step {step}: the loss has risen to {self.loss:.4g} ({self.reason}), and it was {self.best:.4g} around "
+            f"step {self.step}"
+        )
+
 
 class Brake:
     """The test; `see` takes the loss of each step.
@@ -297,15 +304,19 @@ def _rise(now: float, best: float, fraction: float) -> bool:
     return now - best > fraction * abs(best)
 
 
+def deviate(now: Block, best: Block) -> float:
+    """The normal deviate of the difference between two blocks, by Welch's t; positive if the first one is above."""
+    a, b = now.variance / now.count, best.variance / best.count
+    difference = now.mean - best.mean
+    if a + b == 0.0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    freedom = (a + b) ** 2 / (a * a / (now.count - 1) + b * b / (best.count - 1))
+    return normal_deviate(difference / math.sqrt(a + b), freedom)
+
+
 def _worse(now: Block, best: Block) -> bool:
     """Whether a block is significantly above another one, and by more than `RISE`."""
-    if not _rise(now.mean, best.mean, RISE):
-        return False
-    a, b = now.variance / now.count, best.variance / best.count
-    if a + b == 0.0:
-        return True
-    freedom = (a + b) ** 2 / (a * a / (now.count - 1) + b * b / (best.count - 1))
-    return normal_deviate((now.mean - best.mean) / math.sqrt(a + b), freedom) > LIMIT
+    return _rise(now.mean, best.mean, RISE) and deviate(now, best) > LIMIT
 
 
 def _above(later: list[float], start: list[float]) -> bool:

@@ -18,8 +18,8 @@ from ..running import Running
 from ..step import mean
 from .trials import Trial, Trials
 
-#: Forwards of the search, and the part of the run's forwards that it may take. Fewer than these forwards or steps
-#: are of no use.
+#: Forwards of the search, and the part of the run's forwards that it may take. A run in which that is less than
+#: `FORWARDS` takes the default rate, which was better then. Whoever passes a budget needs these forwards and steps.
 FORWARDS, SHARE, LEAST, LEAST_STEPS = 512, 0.1, 128, 24
 #: If the length of the run is not known, it is taken to be this many times that of a trial.
 LONGER = 20
@@ -88,8 +88,9 @@ def range_test(
     Args:
         engine: must have measured nothing since its last step. The rates of its groups keep their proportions.
         closures: one per batch, each returning the loss of its batch.
-        forwards: how many calls of closures it may take; None takes 512, or a tenth of the run's if that is less.
-        steps: length of the run that the rate is for; None if it is not known.
+        forwards: how many calls of closures it may take; None takes 512.
+        steps: length of the run that the rate is for; None if it is not known. Without ``forwards``, a search may take
+            a tenth of the forwards of the run, which have to be 512 or more.
 
     Raises:
         SearchError: no rate lowers the loss, or so few forwards are of no use.
@@ -105,13 +106,19 @@ def range_test(
             raise ConfigError([f"{name}={value!r} must be a whole number of at least 1, or None"])
     points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
     points += len(engine.estimator.multiples)
-    budget = forwards or (FORWARDS if steps is None else min(FORWARDS, int(SHARE * steps * points)))
-    least = max(LEAST, LEAST_STEPS * points)
-    if budget < least:
-        share = "" if forwards else f", a tenth of what {steps} steps take,"
+    if forwards is None and steps is not None and SHARE * steps * points < FORWARDS:
         raise SearchError(
             [
-                f"{budget} forwards{share} are too few to search a learning rate with; pass forwards={least} or more "
+                f"{int(SHARE * steps * points)} forwards, a tenth of what {steps} steps take, are too few to search a "
+                f"learning rate that is better than the default, which takes {FORWARDS}; leave the learning rate out, "
+                "or pass forwards= to suggest_lr"
+            ]
+        )
+    budget, least = forwards or FORWARDS, max(LEAST, LEAST_STEPS * points)
+    if budget < least:
+        raise SearchError(
+            [
+                f"{budget} forwards are too few to search a learning rate with; pass forwards={least} or more "
                 "to suggest_lr, or write a number for the learning rate"
             ]
         )

@@ -36,6 +36,11 @@ class UpdateRule:
     scale_free: ClassVar[bool] = False
     undoable: ClassVar[bool] = False
 
+    @property
+    def reach(self) -> float | None:
+        """How far an estimate moves the weights in the end, in units of ``lr`` times itself; None if it varies."""
+        return None
+
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype by name of each tensor that this rule keeps for a slot between steps; initially zeros."""
         return {}

@@ -32,6 +32,10 @@ class Momentum(UpdateRule):
     undoable: ClassVar[bool] = True
     beta: float = 0.9
 
+    @property
+    def reach(self) -> float:
+        return 1.0 / (1.0 - self.beta)
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta < 1.0:
             raise ValueError(f"beta={self.beta!r} must be at least 0 and below 1, for example 0.9")

@@ -24,6 +24,10 @@ class Sgd(UpdateRule):
     linear: ClassVar[bool] = True
     undoable: ClassVar[bool] = True
 
+    @property
+    def reach(self) -> float:
+        return 1.0
+
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
