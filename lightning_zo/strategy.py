@@ -31,7 +31,7 @@ from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches, length
 from .closure import StepGuard, not_executed
-from .decay import decay
+from .decay import decay, kept
 from .engine import FRONT_END, build, check, settings
 from .journal import Journal, log_path
 from .logs import log_line
@@ -365,6 +365,7 @@ class ZOStrategy(Processes):
         face, state = self.zo.optimizer, checkpoint["optimizer_states"][0]
         load = face.load_sgd_state_dict if isinstance(face, SGDFace) else face.load_state_dict
         load(state)
+        self.lr_scheduler_configs = kept(self.lr_scheduler_configs, checkpoint)
 
 
 def register() -> None:
