@@ -131,9 +131,9 @@ class ZOConfig:
     brake: str | None = field(
         default="auto",
         metadata={
-            "help": 'What to do when the loss has risen clearly above the best it had: "rollback" goes back to the '
-            'best step, halves the learning rate and goes on; "warn" says so; None does nothing. "auto" is "rollback" '
-            'in the trainers and "warn" in a bare loop.'
+            "help": "What to do when the loss has risen clearly above the best it had, or does not fall because steps "
+            'are too long for the noise: "rollback" goes back to the best step, halves the learning rate and goes on; '
+            '"warn" says so; None does nothing. "auto" is "rollback" in the trainers and "warn" in a bare loop.'
         },
     )
     dropout: bool = field(

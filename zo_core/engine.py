@@ -299,7 +299,7 @@ class ZeroOrder(TrainedModel):
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
         rollback = braked(self, loss, plan.own)
         if rollback is not None:
-            return self._done(loss, math.nan, (), skipped="the loss has risen", rollback=rollback)
+            return self._done(loss, math.nan, (), skipped="braked", rollback=rollback)
         if estimate.skip is None:
             if self.normaliser is not None:
                 self.normaliser.see(self.step_count, probes, losses, self.eps)
