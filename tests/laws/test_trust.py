@@ -17,6 +17,7 @@ from traces import same_bits, weights
 from benchmarks.first_run import Cell, run
 from zo_core import SeedLog, SeedLogWriter, StepRecord, ZeroOrder, replay
 from zo_core.brake.trust import TooLong, Trust
+from zo_core.records import Rollback
 
 NOISE = 0.2
 
@@ -153,6 +154,26 @@ def test_a_run_takes_shorter_steps_and_its_log_replays(
         again = guessing()[0]
         replay(again, tmp_path / "log", until)
         assert same_bits(weights(again), seen[until])
+
+
+def test_the_weights_stay_if_the_loss_has_fallen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, closure = guessing()
+    zo = ZeroOrder(model, brake="rollback")
+
+    def easier(step: int) -> Callable[[], Tensor]:
+        loss = closure(step)
+        return lambda: loss() + 0.0075 * (STEPS - step)
+
+    with caplog.at_level(logging.WARNING):
+        records, seen = train(tmp_path / "log", zo, easier)
+    ((step, rollback),) = [(record.step, record.rollback) for record in records if record.rollback is not None]
+    assert rollback == Rollback(step, 0.5)
+    assert same_bits(seen[step], seen[step + 1])
+    assert records[step].normaliser == records[step - 1].normaliser
+    assert "the weights stay, and from here on the learning rate is 0.5" in caplog.text
+    again = guessing()[0]
+    replay(again, tmp_path / "log")
+    assert same_bits(weights(again), seen[-1])
 
 
 @pytest.mark.parametrize("stop", [20, 40, 70, 110, 130])
