@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def test_one_line_says_so_and_monitors_see_it(tmp_path: Path, caplog: pytest.Log
         rates(tmp_path, left, None, LearningRateMonitor("step"), max_steps=4, logger=logger)
     (line,) = [message for message in caplog.messages if "decays" in message]
     assert "the rate decays linearly to zero over 4 steps; return a scheduler" in line
-    logged = [float(row["lr-ZOOptimizer"]) for row in logger.experiment.metrics if "lr-ZOOptimizer" in row]
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        logged = [float(row["lr-ZOOptimizer"]) for row in csv.DictReader(file) if row["lr-ZOOptimizer"]]
     assert logged == [0.25, 0.1875, 0.125, 0.0625]
 
 
@@ -105,10 +107,7 @@ def test_a_run_from_before_the_decay_goes_on_without_it(tmp_path: Path) -> None:
     settings = {"max_epochs": 1, "enable_checkpointing": True, "callbacks": [saving]}
     trainer(tmp_path, "zo", **settings).fit(Wrapped("mlp", given), loader("mlp", 4))
     seen = Rates()
-    run = trainer(tmp_path, {"normalise": "curvature"}, max_epochs=2, callbacks=[seen])
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    state["optimizer_states"][0]["zo"]["settings"]["normalise"] = "curvature"
-    torch.save(state, tmp_path / "old.ckpt")
-    run.fit(Wrapped("mlp", left), loader("mlp", 4), ckpt_path=tmp_path / "old.ckpt")
+    run = trainer(tmp_path, "zo", max_epochs=2, enable_checkpointing=True, callbacks=[seen, saving])
+    run.fit(Wrapped("mlp", left), loader("mlp", 4), ckpt_path=tmp_path / "last.ckpt")
     assert seen.seen == [0.25] * 4
     assert not run.lr_scheduler_configs
