@@ -311,15 +311,18 @@ class ForwardState:
 
     def get(self) -> tuple[list[tuple[_Part, Any]], list[Any]]:
         """The state as the running probe has changed it."""
+        if not self.shared:  # as usual, and probes take turns often
+            return [], self._beside()
         with torch.no_grad(), torch.DisableTorchFunction():
             return [(part, part.take()) for part in self.shared.values()], self._beside()
 
     def put(self, state: tuple[list[tuple[_Part, Any]], list[Any]]) -> None:
         """Puts back what `get` returned."""
         parts, beside = state
-        with torch.no_grad(), torch.DisableTorchFunction():
-            for part, value in parts:
-                part.put(value)
+        if parts:
+            with torch.no_grad(), torch.DisableTorchFunction():
+                for part, value in parts:
+                    part.put(value)
         self._put_beside(beside)
 
     @property

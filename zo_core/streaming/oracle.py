@@ -24,6 +24,7 @@ from ..probing.resident import Closure, as_scalar
 from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
+from .own_state import OwnState
 from .streaming import Block, Streaming
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,6 @@ class LockstepOracle:
         trained = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in trained] for b in streaming.blocks}
         self._checked = False
-        # The first sweep of several probes looks at the model's state at every hand-over, later ones at their end.
-        self._looking, self._seen = True, False
         self.quiet: bool | None = None
         self.keep_mode = keep_mode
         held = [tensor for block in streaming.blocks for tensors in block.holders.values() for tensor in tensors]
@@ -80,13 +79,7 @@ class LockstepOracle:
         self.state = ForwardState(model, moving, carried)
         self.trims = streaming.device.type == "cpu" and max(b.nbytes for b in streaming.blocks) >= TRIM_BYTES
         self.views: list[ProbeView] = []
-        self.states: list[list[Any]] = []
-        #: State that is kept separately for each probe; random states come first.
-        self.carried: list[Carried] = [
-            (rng_state, set_rng_state),
-            (lambda: modes(model), lambda flags: set_modes(model, flags)),
-            (self.state.get, self.state.put),
-        ]
+        self.own = OwnState(model, self.state)
         self.originals: Originals = {}
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
@@ -99,34 +92,48 @@ class LockstepOracle:
         Examples are drawing random numbers or changing a buffer; then each closure has its own sweep from now on.
         """
         if self.quiet is not False and len(closures) > 1:
-            start = [get() for get, _ in self.carried]
+            back = self._start(rng_state())
             found = self._sweep(points, closures)
             if self.quiet:
                 return [found[at : at + len(points)] for at in range(0, len(found), len(points))]
-            self._carry(start)
-            self.state.rewind()
+            back()
         return [self.losses(points, closure) for closure in closures]
 
     def _sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         """The losses of the first closure at all points, then of the second, and so on."""
-        start = [get() for get, _ in self.carried]
+        start = rng_state()
+        back = self._start(start)
+        self.own.seen = False
         while True:
             try:
                 losses = self._one_sweep(points, closures)
             except Exception:
-                if not self._seen:  # otherwise state of another probe may have caused it
+                if not self.own.seen:  # otherwise state of another probe may have caused it
                     raise
             else:
-                self._seen |= self.state.share()
-            if not self._seen:
+                self.own.seen |= self.state.share()
+            if not self.own.seen:
                 break
-            self._seen = False
-            self._carry(start)
-            self.state.rewind()
-        self._looking &= len(points) * len(closures) == 1
-        silent = same_rng(start[0], rng_state()) and not self.state.shared and not self.state.beside_changed
+            self.own.seen = False
+            back()
+        self.own.looking &= len(points) * len(closures) == 1  # one probe alone shows nothing about turns
+        drew = self.own.drew and not same_rng(start, rng_state())
+        silent = not drew and not self.state.shared and not self.state.beside_changed
         self.quiet = silent and self.quiet is not False
         return losses
+
+    def _start(self, generators: dict[str, Any]) -> Callable[[], None]:
+        """Records the state of the process, besides that of the generators; returns what puts it back after a sweep."""
+        modules = list(self.model.modules())
+        flags, forwards = modes(modules), self.state.get()
+
+        def back() -> None:
+            set_rng_state(generators)
+            set_modes(modules, flags)
+            self.state.put(forwards)
+            self.state.rewind()
+
+        return back
 
     def _one_sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         with ExitStack() as stack:
@@ -153,7 +160,7 @@ class LockstepOracle:
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
         self.state.begin()
         stack.enter_context(self.streaming.sweep())
-        self.states = [[get() for get, _ in self.carried]] * len(points)
+        self.own.begin(len(points))
         self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
         self.views = [self.realisation.view(point, self._original) for point in points]
         for view in self.views:
@@ -192,25 +199,18 @@ class LockstepOracle:
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
-        if self._looking:
-            self._seen |= self.state.share()
-        self.states[index] = [get() for get, _ in self.carried]
+        self.own.leave(index)
         self.views[index].suspend()
         if self.trims:
             trim_heaps()
 
     def _enter(self, index: int) -> None:
-        self._carry(self.states[index])
+        self.own.enter(index)
         self.views[index].resume()
-
-    def _carry(self, state: list[Any]) -> None:
-        for (_, put), value in zip(self.carried, state, strict=True):
-            put(value)
 
     def _end(self) -> None:
         self.state.own_hooks = 0
         self.realisation.used |= any(view.used for view in self.views)
         restore(self.originals)
-        if self.states:
-            self._carry(self.states[-1])
-        self.views, self.states, self.originals = [], [], {}
+        self.own.end()
+        self.views, self.originals = [], {}
