@@ -8,6 +8,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from .noise import Alternatives, Direction, Noise, Passes, Terms
+from .noise.direction import Scaling
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
 from .step import StepPlan
@@ -34,6 +35,8 @@ class Directions:
     ):
         self.noise, self.backend, self.optimizer, self.eps, self.stochastic = noise, backend, optimizer, eps, stochastic
         self.plan: StepPlan | None = None
+        self._passes: dict[Scaling | None, Passes] = {}
+        self._passes_of: StepPlan | None = None
 
     def relative_eps(self, group: dict[str, Any]) -> float:
         """The eps of a group in units of the step's eps."""
@@ -44,7 +47,8 @@ class Directions:
     def ratios(self, slots: list[Slot]) -> dict[Slot, float]:
         """By slot, the eps of its group in units of the step's eps."""
         groups = self.optimizer.groups_of(slots)
-        return {slot: self.relative_eps(groups[slot]) for slot in slots}
+        ratios = {id(group): self.relative_eps(group) for group in self.optimizer.param_groups}
+        return {slot: ratios[id(groups[slot])] for slot in slots}
 
     def unit(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
@@ -61,19 +65,25 @@ class Directions:
     def _at(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Direction:
         plan = self.plan
         ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
-        terms = tuple((point.seed, point.scale * ratio) for point in points)
-        # Masks that are needed for the first time become part of the run with the update, not before.
-        thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
-        return updater.effective(self._along(slot, terms, None, thresholds))
+        terms = tuple([(point.seed, point.scale * ratio) for point in points])
+        if self._passes_of is not plan or plan is None:
+            self._passes, self._passes_of = {}, plan
+        passes = self._passes.get(slot.scaling)
+        if passes is None:
+            # Masks that are needed for the first time become part of the run with the update, not before.
+            thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
+            passes = self._passes[slot.scaling] = Passes(None, self.backend, slot.scaling, thresholds)
+        return updater.effective(self.noise.direction(slot.key, slot.tensor.shape, terms, passes))
 
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
         groups = self.optimizer.groups_of(slots)
         factor = self.optimizer.factor
-        return [
-            self.move(slot, probes, self.relative_eps(group), number(group, "lr", math.nan) * factor, _decay(group))
-            for slot, group in groups.items()
-        ]
+        how = {
+            id(group): (self.relative_eps(group), number(group, "lr", math.nan) * factor, _decay(group))
+            for group in self.optimizer.param_groups
+        }
+        return [self.move(slot, probes, *how[id(group)]) for slot, group in groups.items()]
 
     def move(self, slot: Slot, probes: tuple[Probe, ...], ratio: float, lr: float, weight_decay: float) -> Move:
         """The move of a slot in a step with these probes.
@@ -86,7 +96,7 @@ class Directions:
             lr: learning rate of the group.
             weight_decay: weight decay of the group.
         """
-        terms = tuple((probe.seed, probe.coefficient / ratio) for probe in probes)
+        terms = tuple([(probe.seed, probe.coefficient / ratio) for probe in probes])
         direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)
         return slot, direction, lr, weight_decay / self.noise.share
 

@@ -156,7 +156,8 @@ def run_probe(
     with ExitStack() as stack:
         for context in (torch.no_grad(), eval_mode(model), _FusedAttention(), trace):
             stack.enter_context(context)
-        stack.enter_context(realisation.at(Point(0, 1.0)))
+        originals = stack.enter_context(realisation.measuring())
+        stack.enter_context(realisation.at(Point(0, 1.0), originals))
         for block in blocks:
             stack.callback(block.register_forward_hook(lambda *_: trace.cut()).remove)
         closure()

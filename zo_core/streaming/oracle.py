@@ -19,13 +19,15 @@ from ..errors import ConfigError
 from ..forward_state import Carried, ForwardState
 from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
-from ..probing.materialise import Materialised, Originals, ProbeView, restore
-from ..probing.resident import Closure, as_scalar
+from ..probing.materialise import Materialised
+from ..probing.resident import ASTRAY, Closure, as_scalar, finite
+from ..probing.view import Originals, ProbeView
 from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
 from .own_state import OwnState
 from .streaming import Block, Streaming
+from .tensor_file import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class LockstepOracle:
         realisation: how the model is made to compute with the perturbed weights.
         carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
+        repeated: the repeated layers of the model, resident ones included.
 
     Attributes:
         quiet: whether no sweep so far has changed random states or the model; None before the first.
@@ -63,9 +66,13 @@ class LockstepOracle:
         realisation: type[Materialised] = Materialised,
         carried: Sequence[Carried] = (),
         keep_mode: nn.Module | None = None,
+        repeated: Sequence[nn.Module] = (),
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
-        self.realisation = realisation(model, slots, direction)
+        blocks = {block.module for block in streaming.blocks}
+        # Probes take turns at the end of a block, and a layer is copied at once for one probe.
+        closed = [m for m in repeated if m in blocks or blocks.isdisjoint(m.modules())]
+        self.realisation = realisation(model, slots, direction, closed)
         self.lockstep = Lockstep(self._leave, self._enter)
         self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
         self.resident = [slot for slot in slots if slot not in self.home]
@@ -81,6 +88,8 @@ class LockstepOracle:
         self.views: list[ProbeView] = []
         self.own = OwnState(model, self.state)
         self.originals: Originals = {}
+        #: The block whose forward is running, with its values.
+        self.opened: tuple[Block, Tensors] | None = None
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
@@ -103,6 +112,25 @@ class LockstepOracle:
         """The losses of the first closure at all points, then of the second, and so on."""
         start = rng_state()
         back = self._start(start)
+        losses = self._settled_sweep(points, closures, back)
+        if self.realisation.unobserved and not finite(losses):
+            back()
+            self.realisation.be_careful(True)
+            losses = self._settled_sweep(points, closures, back)
+            if finite(losses):
+                logger.warning(ASTRAY)
+            else:
+                self.realisation.be_careful(False)
+        self.own.looking &= len(points) * len(closures) == 1  # one probe alone shows nothing about turns
+        drew = self.own.drew and not same_rng(start, rng_state())
+        silent = not drew and not self.state.shared and not self.state.beside_changed
+        self.quiet = silent and self.quiet is not False
+        return losses
+
+    def _settled_sweep(
+        self, points: Sequence[Point], closures: Sequence[Closure], back: Callable[[], None]
+    ) -> list[Tensor]:
+        """A sweep whose probes have not seen each other's state."""
         self.own.seen = False
         while True:
             try:
@@ -113,14 +141,9 @@ class LockstepOracle:
             else:
                 self.own.seen |= self.state.share()
             if not self.own.seen:
-                break
+                return losses
             self.own.seen = False
             back()
-        self.own.looking &= len(points) * len(closures) == 1  # one probe alone shows nothing about turns
-        drew = self.own.drew and not same_rng(start, rng_state())
-        silent = not drew and not self.state.shared and not self.state.beside_changed
-        self.quiet = silent and self.quiet is not False
-        return losses
 
     def _start(self, generators: dict[str, Any]) -> Callable[[], None]:
         """Records the state of the process, besides that of the generators; returns what puts it back after a sweep."""
@@ -143,6 +166,8 @@ class LockstepOracle:
             self._begin([point for _ in closures for point in points], stack)
             wanted = [closure for closure in closures for _ in points]
             losses = self.lockstep.run([self._coroutine(*pair) for pair in zip(self.views, wanted, strict=True)])
+            for view in self.views:
+                self.realisation.learn(view)
         if not self._checked:
             self._checked = True
             if all(bool(loss.isnan()) for loss in losses):
@@ -161,12 +186,9 @@ class LockstepOracle:
         self.state.begin()
         stack.enter_context(self.streaming.sweep())
         self.own.begin(len(points))
-        self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
+        self.originals = stack.enter_context(self.realisation.measuring(self.resident))
         self.views = [self.realisation.view(point, self._original) for point in points]
-        for view in self.views:
-            for slot in self.realisation.slots:
-                view.release(slot)
-        self.realisation.hook(lambda: self.views[self.lockstep.current], stack)
+        self.realisation.hook()
         for block in self.streaming.blocks:
             # Registered after the hooks above: prepended, so first before the forward, and last after it.
             for handle in (
@@ -179,22 +201,27 @@ class LockstepOracle:
 
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with view.mode():
+            with view.mode:
                 return as_scalar(closure())
 
         return run
 
     def _original(self, slot: Slot) -> Tensor:
-        if slot in self.home:
-            block, name = self.home[slot]
-            return self.streaming.values(block)[name]
-        return self.originals[slot][0]
+        home = self.home.get(slot)
+        if home is None:
+            return self.originals[slot][0]
+        block, name = home
+        if self.opened is not None and self.opened[0] is block:
+            return self.opened[1][name]
+        return self.streaming.values(block)[name]
 
     def _open(self, block: Block) -> None:
         with torch.DisableTorchFunction():
             self.streaming.open(block, only=self.frozen[block])
+            self.opened = block, self.streaming.values(block)  # which stay where they are until `shut`
 
     def _shut(self, block: Block) -> None:
+        self.opened = None
         with torch.DisableTorchFunction():
             self.streaming.shut(block, only=self.frozen[block])
 
@@ -206,11 +233,11 @@ class LockstepOracle:
 
     def _enter(self, index: int) -> None:
         self.own.enter(index)
+        self.realisation.running = self.views[index]
         self.views[index].resume()
 
     def _end(self) -> None:
         self.state.own_hooks = 0
         self.realisation.used |= any(view.used for view in self.views)
-        restore(self.originals)
         self.own.end()
-        self.views, self.originals = [], {}
+        self.views, self.originals, self.opened = [], {}, None

@@ -281,7 +281,11 @@ class Streaming:
                 self.following[self.previous] = block
             self.previous = block
             upcoming = self.following[block]
-            if upcoming not in self.loaded and (self.arenas or len(self.loaded) < self.slots or len(self.loaded) > 1):
+            room = self.arenas or len(self.loaded) < self.slots
+            # A weight that is used within another block's forward leaves no slot to spare: that block's is taken, too.
+            if upcoming not in self.loaded and (
+                room or any(b not in self.pinned and b is not block for b in self.loaded)
+            ):
                 self._start_fetch(upcoming)
                 self.loaded.move_to_end(block)
         return tensors
