@@ -202,9 +202,9 @@ class ForwardState:
             own = vars(module)
             self.hooks += _hooks_of(own)
             self._remember(path, own, {k: v for k, v in own.items() if k not in INTERNAL}, found)
-            if own["_buffers"]:
-                self._remember(path, own["_buffers"], own["_buffers"].copy(), found)
-            for name, parameter in own["_parameters"].items():
+            if module._buffers:
+                self._remember(path, module._buffers, dict(module._buffers), found)
+            for name, parameter in module._parameters.items():
                 if id(parameter) not in moving and parameter is not None and _is_followed(parameter):
                     found[id(parameter)] = f"{path}.{name}", parameter
         self.count = self._hooked()
