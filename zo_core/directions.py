@@ -35,8 +35,10 @@ class Directions:
     ):
         self.noise, self.backend, self.optimizer, self.eps, self.stochastic = noise, backend, optimizer, eps, stochastic
         self.plan: StepPlan | None = None
-        self._passes: dict[Scaling | None, Passes] = {}
-        self._passes_of: StepPlan | None = None
+        #: What the slots of a step have in common, for the thresholds that they share.
+        self._passes: dict[tuple[int | None, Scaling | None], Passes] = {}
+        self._thresholds: MutableMapping[str, float] | None = None
+        self._of: StepPlan | None = None
 
     def relative_eps(self, group: dict[str, Any]) -> float:
         """The eps of a group in units of the step's eps."""
@@ -66,14 +68,15 @@ class Directions:
         plan = self.plan
         ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
         terms = tuple([(point.seed, point.scale * ratio) for point in points])
-        if self._passes_of is not plan or plan is None:
-            self._passes, self._passes_of = {}, plan
-        passes = self._passes.get(slot.scaling)
-        if passes is None:
-            # Masks that are needed for the first time become part of the run with the update, not before.
-            thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
-            passes = self._passes[slot.scaling] = Passes(None, self.backend, slot.scaling, thresholds)
-        return updater.effective(self.noise.direction(slot.key, slot.tensor.shape, terms, passes))
+        # Masks that are needed for the first time become part of the run with the update, not before.
+        if plan is None or plan is not self._of:
+            self._of, own = plan, {} if plan is None else plan.thresholds
+            self._alike(ChainMap(own, self.optimizer.thresholds))
+        assert self._thresholds is not None
+        return updater.effective(self._along(slot, terms, None, self._thresholds))
+
+    def _alike(self, thresholds: MutableMapping[str, float]) -> None:
+        self._passes, self._thresholds = {}, thresholds
 
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
@@ -107,7 +110,12 @@ class Directions:
         rounding: int | None,
         thresholds: MutableMapping[str, float],
     ) -> Direction:
-        passes = Passes(rounding, self.backend, slot.scaling, thresholds)
+        if thresholds is not self._thresholds:
+            self._alike(thresholds)
+            self._of = None
+        passes = self._passes.get((rounding, slot.scaling))
+        if passes is None:
+            passes = self._passes[rounding, slot.scaling] = Passes(rounding, self.backend, slot.scaling, thresholds)
         return self.noise.direction(slot.key, slot.tensor.shape, terms, passes)
 
 
