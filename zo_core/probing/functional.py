@@ -218,5 +218,5 @@ class FunctionalView(ProbeView):
     def used(self) -> bool:
         return self.given or self.sight.used
 
-    def _mode(self) -> TorchFunctionMode:
-        return super()._mode() if self.whole else FunctionalMode(self.sight, losses=True)
+    def mode(self) -> TorchFunctionMode:
+        return super().mode() if self.whole else FunctionalMode(self.sight, losses=True)

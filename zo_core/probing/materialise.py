@@ -122,7 +122,7 @@ class Materialised:
                     view.materialise(slot)
             else:
                 self.hook()
-            with view.mode:
+            with view.mode():
                 yield
             self.learn(view)
         finally:

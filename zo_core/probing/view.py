@@ -38,7 +38,7 @@ class Frame:
     Attributes:
         slots: those that lose their values at its end.
         layer: the layer whose slots lose their values together, or None.
-        away: whether torch functions are not intercepted until its end.
+        away: the mode that intercepts torch functions again from its end on, or None.
         looked: whether the probe looks at the layer until its end.
     """
 
@@ -47,7 +47,8 @@ class Frame:
     def __init__(self) -> None:
         self.slots: list[Slot] = []
         self.layer: Layer | None = None
-        self.away = self.looked = False
+        self.away: TorchFunctionMode | None = None
+        self.looked = False
 
 
 class ProbeView:
@@ -59,7 +60,6 @@ class ProbeView:
         original: the unperturbed values of a slot.
 
     Attributes:
-        mode: the mode that has to be active while the probe runs.
         looks: what it has seen of layers that no probe had seen before.
         outside: slots of layers that got their values outside of their layer's forward.
     """
@@ -73,9 +73,9 @@ class ProbeView:
         self.looks: dict[Layer, Look] = {}
         self.outside: set[Slot] = set()
         self.look: Look | None = None
-        self.mode = self._mode()
 
-    def _mode(self) -> TorchFunctionMode:
+    def mode(self) -> TorchFunctionMode:
+        """The mode that has to be active while the probe runs. It refers to this object, so this one must not to it."""
         return ProbeMode(self.absent, self.serve, self.upcast)
 
     @property
@@ -116,15 +116,22 @@ class ProbeView:
             else:  # some have values already: they were used before, or this is a forward within a forward
                 self._give(layer.own)
         self._give(own)
-        if layer.unobserved and not careful and _get_current_function_mode_stack()[-1:] == [self.mode]:
-            self.mode.__exit__(None, None, None)
-            frame.away = True
+        if layer.unobserved and not careful:
+            frame.away = self._look_away()
+
+    def _look_away(self) -> TorchFunctionMode | None:
+        """Ends the interception of torch functions, unless a mode of the closure is active above that of the probe."""
+        modes = _get_current_function_mode_stack()
+        if not modes or not isinstance(modes[-1], ProbeMode) or modes[-1].absent is not self.absent:
+            return None
+        modes[-1].__exit__(None, None, None)
+        return modes[-1]
 
     def leave(self) -> None:
         """Called when a module's forward ends: releases the slots that got values for it."""
         frame = self.frames.pop()
-        if frame.away:
-            self.mode.__enter__()
+        if frame.away is not None:
+            frame.away.__enter__()
         if frame.looked:
             self.look = None
         if frame.layer is not None:

@@ -201,7 +201,7 @@ class LockstepOracle:
 
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            with view.mode:
+            with view.mode():
                 return as_scalar(closure())
 
         return run
