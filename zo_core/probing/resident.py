@@ -34,7 +34,7 @@ ASTRAY = (
 
 def finite(losses: Sequence[Tensor]) -> bool:
     """Whether all losses are finite; waits for their device."""
-    return bool(torch.stack(list(losses)).isfinite().all())
+    return not losses or bool(torch.stack(list(losses)).isfinite().all())
 
 
 class ResidentOracle:
