@@ -6,12 +6,18 @@ forward is measured and subtracted.
 
     python -m benchmarks.host_overhead                     # 12, 24 and 48 layers
     python -m benchmarks.host_overhead --layers 24 --save
+    python -m benchmarks.host_overhead --before ../main    # beside another checkout, in turns
+
+Layers are copied at once, as on a GPU; see `zo_core.probing.layers.MODULE_BY_MODULE`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -22,6 +28,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zo_core import ZeroOrder
 from zo_core.noise import Direction
+from zo_core.probing import layers as probed
 
 from .report import save
 from .timing import timed
@@ -89,22 +96,55 @@ def times(layers: int, repeats: int) -> list[float]:
 
 def row(layers: int, repeats: int) -> list[str]:
     """A row of the table: two probes per step; "handing over" is what a streamed step takes beyond a resident one."""
-    with without_noise():
+    with without_noise(), patch.object(probed, "MODULE_BY_MODULE", frozenset()):
         plain, resident, streamed = times(layers, repeats)
     numbers = plain, resident / 2 - plain, (streamed - resident) / 2, resident, streamed
     return [str(layers), *(f"{number:.3f}" for number in numbers)]
+
+
+def beside(folder: str, layers: int, repeats: int, rounds: int) -> list[list[str]]:
+    """Rows of another checkout and of this one, from processes that take turns: for each number the lowest."""
+    found: dict[str, list[list[float]]] = {"before": [], "after": []}
+    command = [sys.executable, "-m", "benchmarks.host_overhead", "--layers", str(layers), "--repeats", str(repeats)]
+    for _ in range(rounds):
+        for name, where in (("before", os.path.abspath(folder)), ("after", os.getcwd())):
+            run = subprocess.run(
+                command, cwd=where, env=os.environ | {"PYTHONPATH": where}, capture_output=True, text=True, check=True
+            )
+            line = next(line for line in run.stdout.splitlines() if line.startswith(f"| {layers} "))
+            found[name].append([float(cell) for cell in line.strip("| ").split(" | ")[1:]])
+    rows = []
+    for name, runs in found.items():
+        plain, _, _, resident, streamed = map(min, zip(*runs, strict=True))
+        numbers = plain, resident / 2 - plain, (streamed - resident) / 2, resident, streamed
+        rows.append([f"{layers}, {name}", *(f"{number:.3f}" for number in numbers)])
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--before", help="another checkout, to measure in turns with this one")
+    parser.add_argument("--rounds", type=int, default=5, help="with --before")
     parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = [row(layers, args.repeats) for layers in args.layers]
+    if args.before is None:
+        rows = [row(layers, args.repeats) for layers in args.layers]
+    else:
+        rows = [r for layers in args.layers for r in beside(args.before, layers, args.repeats, args.rounds)]
     title = "The host's part of a step without noise, in ms per layer (and per probe in the second and third column)"
-    save("host-overhead", title, COLUMNS, rows, CPU, write=args.save)
+    if args.before is not None:
+        title += f"; lowest of {args.rounds} runs in turns"
+    save(
+        "host-overhead" if args.before is None else "host-overhead-before-after",
+        title,
+        COLUMNS,
+        rows,
+        CPU,
+        write=args.save,
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from .noise import Alternatives, Direction, Noise, Passes, Terms
+from .noise.direction import Scaling
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
 from .step import StepPlan, times
@@ -34,6 +35,10 @@ class Directions:
     ):
         self.noise, self.backend, self.optimizer, self.eps, self.stochastic = noise, backend, optimizer, eps, stochastic
         self.plan: StepPlan | None = None
+        #: What the slots of a step have in common, for the thresholds that they share.
+        self._passes: dict[tuple[int | None, Scaling | None], Passes] = {}
+        self._thresholds: MutableMapping[str, float] | None = None
+        self._of: StepPlan | None = None
 
     def relative_eps(self, group: dict[str, Any]) -> float:
         """The eps of a group in units of the step's eps."""
@@ -44,7 +49,8 @@ class Directions:
     def ratios(self, slots: list[Slot]) -> dict[Slot, float]:
         """By slot, the eps of its group in units of the step's eps."""
         groups = self.optimizer.groups_of(slots)
-        return {slot: self.relative_eps(groups[slot]) for slot in slots}
+        ratios = {id(group): self.relative_eps(group) for group in self.optimizer.param_groups}
+        return {slot: ratios[id(groups[slot])] for slot in slots}
 
     def unit(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
@@ -62,23 +68,30 @@ class Directions:
         plan, rounding = self.plan, None
         ratio = self.ratios([slot])[slot] if plan is None else plan.ratios[slot]
         if plan is None or not plan.probes:
-            terms = tuple((point.seed, point.scale * ratio) for point in points)
+            terms = tuple([(point.seed, point.scale * ratio) for point in points])
         else:  # computed and rounded as the update will be
             steps = [times(probe, point.scale) for point in points for probe in plan.probes]
-            terms = tuple((step.seed, step.coefficient / ratio * -plan.rates[slot]) for step in steps)
+            terms = tuple([(step.seed, step.coefficient / ratio * -plan.rates[slot]) for step in steps])
             rounding = plan.probes[0].seed if self.stochastic else None
         # Masks that are needed for the first time become part of the run with the update, not before.
-        thresholds = ChainMap({} if plan is None else plan.thresholds, self.optimizer.thresholds)
-        return updater.effective(self._along(slot, terms, rounding, thresholds))
+        if plan is None or plan is not self._of:
+            self._of, own = plan, {} if plan is None else plan.thresholds
+            self._alike(ChainMap(own, self.optimizer.thresholds))
+        assert self._thresholds is not None
+        return updater.effective(self._along(slot, terms, rounding, self._thresholds))
+
+    def _alike(self, thresholds: MutableMapping[str, float]) -> None:
+        self._passes, self._thresholds = {}, thresholds
 
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
         groups = self.optimizer.groups_of(slots)
         factor = self.optimizer.factor
-        return [
-            self.move(slot, probes, self.relative_eps(group), number(group, "lr", math.nan) * factor, _decay(group))
-            for slot, group in groups.items()
-        ]
+        how = {
+            id(group): (self.relative_eps(group), number(group, "lr", math.nan) * factor, _decay(group))
+            for group in self.optimizer.param_groups
+        }
+        return [self.move(slot, probes, *how[id(group)]) for slot, group in groups.items()]
 
     def move(self, slot: Slot, probes: tuple[Probe, ...], ratio: float, lr: float, weight_decay: float) -> Move:
         """The move of a slot in a step with these probes.
@@ -91,7 +104,7 @@ class Directions:
             lr: learning rate of the group.
             weight_decay: weight decay of the group.
         """
-        terms = tuple((probe.seed, probe.coefficient / ratio) for probe in probes)
+        terms = tuple([(probe.seed, probe.coefficient / ratio) for probe in probes])
         direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)
         return slot, direction, lr, weight_decay / self.noise.share
 
@@ -102,7 +115,12 @@ class Directions:
         rounding: int | None,
         thresholds: MutableMapping[str, float],
     ) -> Direction:
-        passes = Passes(rounding, self.backend, slot.scaling, thresholds)
+        if thresholds is not self._thresholds:
+            self._alike(thresholds)
+            self._of = None
+        passes = self._passes.get((rounding, slot.scaling))
+        if passes is None:
+            passes = self._passes[rounding, slot.scaling] = Passes(rounding, self.backend, slot.scaling, thresholds)
         return self.noise.direction(slot.key, slot.tensor.shape, terms, passes)
 
 

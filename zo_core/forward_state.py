@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ INTERNAL = frozenset(vars(nn.Module()))
 
 #: The dicts with the hooks of a module.
 HOOKS = tuple(name for name in sorted(INTERNAL) if "forward" in name and "hooks" in name)
+
+_hooks_of = itemgetter(*HOOKS)
 
 #: Containers whose entries are followed, up to `MAX_ENTRIES` of them.
 CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
@@ -198,14 +201,15 @@ class ForwardState:
         self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
         found: dict[int, tuple[str, Tensor]] = {}
+        moving = self.moving
         for path, module in self.model.named_modules():
             own = vars(module)
-            self.hooks += [own[name] for name in HOOKS]
+            self.hooks += _hooks_of(own)
             self._remember(path, own, {k: v for k, v in own.items() if k not in INTERNAL}, found)
             if module._buffers:
                 self._remember(path, module._buffers, dict(module._buffers), found)
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in self.moving and _is_followed(parameter):
+                if id(parameter) not in moving and parameter is not None and _is_followed(parameter):
                     found[id(parameter)] = f"{path}.{name}", parameter
         self.count = self._hooked()
         room = IN_ADVANCE
@@ -245,8 +249,11 @@ class ForwardState:
         for owner, start in self.places:
             if sets_up and owner.keys() >= INTERNAL:
                 continue
-            for name, value in owner.items():
-                if name not in INTERNAL and start.get(name, _MISSING) is not value:
+            names = owner.keys() - INTERNAL
+            if len(names) == len(start) and all(owner[name] is start.get(name, _MISSING) for name in names):
+                continue  # as usual, for hundreds of modules at every step
+            for name in names:
+                if start.get(name, _MISSING) is not owner[name]:
                     parts.append(_Entry(owner, name, start.get(name, _MISSING)))
             parts += [_Entry(owner, name, value) for name, value in start.items() if name not in owner]
         parts += [part for part in self.contents if part.moved]
@@ -274,6 +281,12 @@ class ForwardState:
     def note_own_hooks(self) -> None:
         """Counts the hooks since `begin` as those of an oracle, which removes them again."""
         self.own_hooks = self._hooked() - self.count
+
+    def around_hooks(self, change: Callable[[], None]) -> None:
+        """Runs what adds hooks of an oracle to modules or removes them, and counts these as the oracle's."""
+        before = self._hooked()
+        change()
+        self.own_hooks += self._hooked() - before
 
     def rewind(self) -> bool:
         """Restores the state that `begin` recorded.
@@ -326,15 +339,18 @@ class ForwardState:
 
     def get(self) -> tuple[list[tuple[_Part, Any]], list[Any]]:
         """The state as the running probe has changed it."""
+        if not self.shared:  # as usual, and probes take turns often
+            return [], self._beside()
         with torch.no_grad(), torch.DisableTorchFunction():
             return [(part, part.take()) for part in self.shared.values()], self._beside()
 
     def put(self, state: tuple[list[tuple[_Part, Any]], list[Any]]) -> None:
         """Puts back what `get` returned."""
         parts, beside = state
-        with torch.no_grad(), torch.DisableTorchFunction():
-            for part, value in parts:
-                part.put(value)
+        if parts:
+            with torch.no_grad(), torch.DisableTorchFunction():
+                for part, value in parts:
+                    part.put(value)
         self._put_beside(beside)
 
     @property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,40 +53,80 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def modes(model: nn.Module) -> list[bool]:
-    """The ``training`` flag of every module."""
-    return [module.training for module in model.modules()]
+def modes(modules: Iterable[nn.Module]) -> list[bool]:
+    """The ``training`` flag of each module."""
+    return [module.training for module in modules]
 
 
-def set_modes(model: nn.Module, flags: list[bool]) -> None:
+def set_modes(modules: Iterable[nn.Module], flags: list[bool]) -> None:
     """Puts back what `modes` returned; like `eval_mode`, without calling `nn.Module.train`."""
-    for module, flag in zip(model.modules(), flags, strict=True):
+    for module, flag in zip(modules, flags, strict=True):
         if module.training != flag:
             module.training = flag
 
 
-def rng_state() -> dict[str, Any]:
-    """State of the global generators of random, numpy (if it is imported) and torch."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if "numpy" in sys.modules:
-        state["numpy"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+def _numpy() -> Any:
+    return sys.modules["numpy"].random if "numpy" in sys.modules else None
+
+
+def _set_numpy(state: Any) -> None:
+    if state is not None:
+        _numpy().set_state(state)
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return bool(a[1].tobytes() == b[1].tobytes() and a[2:] == b[2:])
+
+
+def _set_cuda(states: Any) -> None:
+    if states is not None:
+        torch.cuda.set_rng_state_all(states)
+
+
+def _same_cuda(a: Any, b: Any) -> bool:
+    return a is b if a is None or b is None else all(map(torch.equal, a, b))
+
+
+@dataclass(frozen=True)
+class Generators:
+    """Global random generators of one kind: how to save, restore and compare their state."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], object]
+    same: Callable[[Any, Any], bool]
+
+
+#: All global generators. The states of numpy and CUDA are None while they are not in use.
+GENERATORS = {
+    "python": Generators(random.getstate, random.setstate, operator.eq),
+    "torch": Generators(torch.get_rng_state, torch.set_rng_state, torch.equal),
+    "numpy": Generators(lambda: None if _numpy() is None else _numpy().get_state(), _set_numpy, _same_numpy),
+    "cuda": Generators(
+        lambda: torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+        _set_cuda,
+        _same_cuda,
+    ),
+}
+
+
+def rng_state(kinds: Iterable[str] = GENERATORS) -> dict[str, Any]:
+    """State of the global generators of random, numpy (if it is imported) and torch, or of some ``kinds`` of them."""
+    return {kind: GENERATORS[kind].get() for kind in kinds}
+
+
+def moved_generators(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    """The kinds of generators that have different states in two results of `rng_state`."""
+    return {kind for kind, state in a.items() if not GENERATORS[kind].same(state, b[kind])}
 
 
 def same_rng(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two results of `rng_state` are the same state."""
-    tensors = [(a["torch"], b["torch"]), *zip(a.get("cuda", ()), b.get("cuda", ()), strict=False)]
-    numpy = [(state["numpy"][1].tobytes(), state["numpy"][2:]) if "numpy" in state else None for state in (a, b)]
-    return a["python"] == b["python"] and numpy[0] == numpy[1] and all(torch.equal(x, y) for x, y in tensors)
+    return not moved_generators(a, b)
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Puts back what `rng_state` returned."""
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "numpy" in state:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for kind, value in state.items():
+        GENERATORS[kind].put(value)

@@ -49,7 +49,8 @@ class Start:
     """
 
     def __init__(self, oracle: Oracle, before: Start | None = None):
-        self.model, self.random, self.modes = oracle.model, rng_state(), modes(oracle.model)
+        self.modules = list(oracle.model.modules())
+        self.random, self.modes = rng_state(), modes(self.modules)
         self.state: ForwardState
         if before is None or before.state.moved:
             self.state = ForwardState(oracle.model, oracle.state.moving, oracle.state.carried)
@@ -60,7 +61,7 @@ class Start:
     def put(self) -> None:
         """Restores it."""
         set_rng_state(self.random)
-        set_modes(self.model, self.modes)
+        set_modes(self.modules, self.modes)
         self.state.rewind()
 
 

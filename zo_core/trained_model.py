@@ -22,7 +22,7 @@ from .placement import check_streamable, offload_model, slots_of
 from .probing import ResidentOracle, StackedOracle, realisation
 from .records import Point
 from .rules import UpdateRule
-from .streaming import LockstepOracle, Streaming
+from .streaming import LockstepOracle, Streaming, repeated_layers
 from .targets import Slot, Target
 from .updates import Places, Updaters
 
@@ -103,6 +103,7 @@ class TrainedModel(LiveSettings):
             "realisation": realisation(self.noise),
             "carried": self._carried,
             "keep_mode": self._kept,
+            "repeated": repeated_layers(self.model, self.config.blocks),
         }
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:

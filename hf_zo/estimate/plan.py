@@ -14,7 +14,15 @@ from zo_core import ConfigError, ModelError, Slot, ZOConfig
 from zo_core.cache import HEAP_BYTES
 from zo_core.noise import noise_bytes
 from zo_core.sizes import parse_bytes
-from zo_core.streaming import ARENA_SLOTS, TRIM_BYTES, Block, beyond, plan_blocks, resident_bytes
+from zo_core.streaming import (
+    ARENA_SLOTS,
+    TRIM_BYTES,
+    Block,
+    beyond,
+    plan_blocks,
+    repeated_layers,
+    resident_bytes,
+)
 from zo_core.targets import slot_keys
 
 from .rates import Rates
@@ -244,9 +252,11 @@ def _segments(
     ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64, device="meta")
     config: Any = getattr(model, "config", None)
     modules = [block.module for block in blocks]
+    # A CPU copies module by module.
+    repeated = [] if work.device == "cpu" else repeated_layers(model, work.config.blocks)
     for inputs in _inputs(type(model).__name__, ids):
         try:
-            return run_probe(model, slots, modules, partial(model, **inputs)), True
+            return run_probe(model, slots, modules, partial(model, **inputs), repeated), True
         except Exception:  # a forward that needs values, which do not exist, may raise any error
             continue
     width = int(getattr(config, "hidden_size", 0) or getattr(config, "d_model", 0) or 0)

@@ -127,6 +127,10 @@ class _Unmoved(Direction):
         return theta if out is None else out
 
 
+def _unmoved(slot: Slot, point: Point) -> Direction:
+    return _Unmoved(Rademacher(), slot.key, ((0, 1.0),))
+
+
 class _CountedPool(ScratchPool):
     """Labels its tensors as perturbed copies."""
 
@@ -141,22 +145,41 @@ class _CountedPool(ScratchPool):
         finally:
             self.trace.kind = None
 
+    def take_all(self, likes: list[Tensor]) -> list[Tensor]:
+        return [self.take(like) for like in likes]
+
 
 def run_probe(
-    model: nn.Module, slots: list[Slot], blocks: Collection[nn.Module], closure: Callable[[], Any]
+    model: nn.Module,
+    slots: list[Slot],
+    blocks: Collection[nn.Module],
+    closure: Callable[[], Any],
+    repeated: Sequence[nn.Module] = (),
 ) -> list[Segment]:
     """Runs one probe of a model on the meta device; its trace is cut at the ends of ``blocks``.
+
+    Args:
+        model: the model.
+        slots: what is perturbed.
+        blocks: the layers that are streamed.
+        closure: runs the model.
+        repeated: the layers whose weights are copied at once, if an earlier probe has shown that they can be.
 
     Raises:
         Exception: any error of the model, for example because its forward depends on values.
     """
     trace = Trace([*model.parameters(), *model.buffers()])
-    realisation = Materialised(model, slots, lambda slot, point: _Unmoved(Rademacher(), slot.key, ((0, 1.0),)))
-    realisation.pool = _CountedPool(trace)
+    realisation = Materialised(model, slots, _unmoved, repeated)
     with ExitStack() as stack:
-        for context in (torch.no_grad(), eval_mode(model), _FusedAttention(), trace):
+        for context in (torch.no_grad(), eval_mode(model), _FusedAttention()):
             stack.enter_context(context)
-        stack.enter_context(realisation.at(Point(0, 1.0)))
+        originals = stack.enter_context(realisation.measuring())
+        if repeated:
+            with Trace([]), realisation.at(Point(0, 1.0), originals):
+                closure()
+        realisation.pool = _CountedPool(trace)
+        stack.enter_context(trace)
+        stack.enter_context(realisation.at(Point(0, 1.0), originals))
         for block in blocks:
             stack.callback(block.register_forward_hook(lambda *_: trace.cut()).remove)
         closure()

@@ -247,6 +247,7 @@ SEAMS = [
                 runs.windows,
             ),
             ("streaming.lockstep", "function modes are active in the thread of each probe, too", runs.streamed),
+            ("probing.view", "or a closure's own function mode is taken away in place of the probe's", runs.streamed),
         )
     ),
     *(

@@ -21,7 +21,7 @@ from hf_zo.estimate.trace import Segment, together
 from hf_zo.estimate.variants import Int4Linear
 from zo_core import ZeroOrder, ZOConfig
 from zo_core.cache import HEAP_BYTES
-from zo_core.streaming import plan_blocks
+from zo_core.streaming import plan_blocks, repeated_layers
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +55,16 @@ def test_resident_copies_are_those_of_a_step(name: str, tied: bool) -> None:
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
     assert row.parts["weights"] == sum(t.numel() * t.element_size() for t in tensors.values())
     assert (row.host, row.disk, row.read, row.written) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_on_a_gpu_the_copies_of_a_layer_are_there_together(name: str) -> None:
+    model = on_meta(name, tied=False)
+    layers = repeated_layers(model)
+    row = {r.name: r for r in estimate(model, Workload(2, 8, "cuda"))}["all weights, resident"]
+    own = sum(p.numel() * p.element_size() for p in layers[0].parameters())
+    assert row.traced
+    assert own <= row.parts["copies"] < 2 * own
 
 
 @pytest.mark.parametrize(("num_probes", "rule"), [(1, "sgd"), (2, "momentum")])

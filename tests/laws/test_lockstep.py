@@ -22,7 +22,7 @@ def quiet() -> Lockstep:
     return Lockstep(lambda index: None, lambda index: None)
 
 
-def test_closures_take_turns_and_those_that_end_early_are_passed_over() -> None:
+def test_closures_hand_over_to_one_that_is_behind_and_those_that_end_early_are_passed_over() -> None:
     lockstep, seen = quiet(), []
 
     def closure(name: str, stops: int) -> str:
@@ -33,14 +33,26 @@ def test_closures_take_turns_and_those_that_end_early_are_passed_over() -> None:
 
     results = lockstep.run([lambda: closure("a", 3), lambda: closure("b", 1), lambda: closure("c", 2)])
     assert results == ["a", "b", "c"]
-    assert seen == ["a0", "b0", "c0", "a1", "c1", "a2"]
+    assert seen == ["a0", "b0", "c0", "c1", "a1", "a2"]
+
+
+def test_the_last_closure_at_a_place_is_the_first_to_go_on() -> None:
+    lockstep, seen = quiet(), []
+
+    def closure(name: str) -> None:
+        for stop in range(3):
+            seen.append(f"{name}{stop}")
+            lockstep.rendezvous()
+
+    lockstep.run([lambda: closure("a"), lambda: closure("b")])
+    assert seen == ["a0", "b0", "b1", "a1", "a2", "b2"]
 
 
 def test_the_switches_surround_every_turn() -> None:
     calls: list[str] = []
     lockstep = Lockstep(lambda i: calls.append(f"-{i}"), lambda i: calls.append(f"+{i}"))
     lockstep.run([lockstep.rendezvous, lockstep.rendezvous])
-    assert calls == ["+0", "-0", "+1", "-1", "+0", "-0", "+1", "-1"]
+    assert calls == ["+0", "-0", "+1", "-1", "+0", "-0"]
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])

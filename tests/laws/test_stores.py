@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from offload_helpers import deep
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zo_core import ConfigError, StateError
+from zo_core import ConfigError, StateError, ZeroOrder
 from zo_core.streaming import store as stores
 from zo_core.streaming import tensor_file
 from zo_core.streaming.store import DiskStore, RamStore
@@ -165,3 +167,30 @@ def test_a_folder_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         DiskStore(tmp_path / "taken")
+
+
+@pytest.mark.parametrize("soon", [0, 1 << 30])
+def test_small_blocks_are_copied_by_the_caller_and_large_ones_by_a_thread(
+    soon: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zo_core.streaming.store.SOON_BYTES", soon)
+    resident, inputs = deep()
+    streamed, _ = deep()
+    zos = ZeroOrder(resident, lr=1e-3), ZeroOrder(streamed, lr=1e-3, offload="cpu")
+    store, names = zos[1].streaming.store, set()
+    read = store.read
+    monkeypatch.setattr(store, "read", lambda *args: (names.add(threading.current_thread().name), read(*args)))
+    losses = [[float(zo.step(lambda zo=zo: zo.model(**inputs).loss)) for _ in range(3)] for zo in zos]
+    zos[1].close()
+    assert losses[0] == losses[1]
+    assert all(map(torch.equal, resident.parameters(), streamed.parameters()))
+    assert any(name.startswith("zo-offload") for name in names) == (soon == 0)
+
+
+def test_registered_memory_is_copied_by_the_caller_and_refused_memory_is_not() -> None:
+    store = RamStore(pinned=False)
+    store.pinned = store.registers = True
+    assert store.returns_soon(1 << 40)
+    store.registers = False  # after the driver has refused, a copy waits for the device
+    assert not store.returns_soon(1)
+    assert not DiskStore().returns_soon(1)

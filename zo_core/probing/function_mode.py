@@ -59,12 +59,12 @@ class ProbeMode(TorchFunctionMode):
     Args:
         absent: tensors without values at the moment, by ``id``; shared with the owner.
         serve: called with a key of ``absent`` when a function is about to use that tensor.
+        notice: called when an input of a loss function is upcast.
     """
 
-    def __init__(self, absent: dict[int, Any], serve: Callable[[int], None]):
+    def __init__(self, absent: dict[int, Any], serve: Callable[[int], None], notice: Callable[[], None]):
         super().__init__()
-        self.absent = absent
-        self.serve = serve
+        self.absent, self.serve, self.notice = absent, serve, notice
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -75,6 +75,8 @@ class ProbeMode(TorchFunctionMode):
             if kwargs:
                 self._look_for_absent(kwargs.values())
         if func in LOSS_FUNCTIONS:
+            if any(isinstance(value, Tensor) and value.dtype in HALF for value in (*args, *kwargs.values())):
+                self.notice()
             args = tuple(upcast(value) for value in args)
             kwargs = {name: upcast(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)

@@ -25,9 +25,10 @@ from ..noise.direction import float32
 from ..records import Point
 from ..stand_ins import METADATA
 from ..targets import Slot
-from .function_mode import LOSS_FUNCTIONS, ProbeMode, upcast
-from .materialise import Materialised, ProbeView
+from .function_mode import LOSS_FUNCTIONS, upcast
+from .materialise import Materialised
 from .scratch import ScratchPool
+from .view import ProbeView
 
 #: Assignments to the parameter object, which do not use its values.
 ASSIGNMENTS = {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")} | {Tensor.requires_grad_}
@@ -201,7 +202,7 @@ class Functional(Materialised):
     def view(self, point: Point, original: Callable[[Slot], Tensor]) -> ProbeView:
         return FunctionalView(self, point, original)
 
-    def hook(self, *_: Any) -> None:
+    def hook(self) -> None:
         """Does nothing: no hooks are needed at the beginning and end of modules."""
 
 
@@ -209,20 +210,13 @@ class FunctionalView(ProbeView):
     """What one probe sees: the parameters show NaN, and torch functions get the perturbed weights in their place."""
 
     def __init__(self, owner: Materialised, point: Point, original: Callable[[Slot], Tensor]):
-        super().__init__(owner, point, original)
         self.sight = Sight(owner.slots, original, lambda slot: owner.direction(slot, point), owner.pool)
+        self.whole = owner.whole
+        super().__init__(owner, point, original)
 
     @property
     def used(self) -> bool:
         return self.given or self.sight.used
 
     def mode(self) -> TorchFunctionMode:
-        if self.owner.whole:
-            return ProbeMode(self.absent, self.serve)
-        return FunctionalMode(self.sight, losses=True)
-
-    def suspend(self) -> None:
-        """Does nothing: the parameters show NaN to every probe."""
-
-    def resume(self) -> None:
-        """Does nothing: the parameters still show NaN."""
+        return super().mode() if self.whole else FunctionalMode(self.sight, losses=True)

@@ -5,23 +5,29 @@ written during a probe. During a module's forward its parameters point at pertur
 otherwise they point at NaN. If other code uses a parameter in between, the call of the torch
 function is intercepted and the parameter gets its copy there; a use that Python cannot see gives a
 NaN loss, never a silently wrong one.
+
+Intercepting every torch function, and copying weight by weight, takes the host longer than a GPU takes for a small
+layer. So the first probe looks at the repeated layers of the model. Where one uses only weights of its own, functions
+are not intercepted in later probes, and on a GPU all its weights are copied when its forward begins. If such a layer
+then uses another weight after all, the loss is NaN, and the oracle measures again and intercepts everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..noise import Direction
 from ..noise.changes import together
 from ..records import Point
 from ..targets import Slot
-from .function_mode import ProbeMode
+from .layers import Layer, layers_of
 from .scratch import ScratchPool, nan_like
+from .view import Originals, ProbeView, point_at
 
 
 class Materialised:
@@ -32,41 +38,99 @@ class Materialised:
         slots: what is perturbed.
         direction: called with a slot and a point, returns the `Direction` from the slot's weights in memory
             to the weights at that point: ``scale * z``, and pending updates.
+        repeated: the repeated layers of the model.
 
     Attributes:
         whole: copy everything at the start of the probe instead of layer by layer; needs memory for
             a second set of the slots, and works for modules whose code Python cannot see.
         used: whether any probe so far has used a slot.
+        running: what the running probe sees.
+        around: runs what adds or removes hooks on the model's modules.
     """
 
-    def __init__(self, model: nn.Module, slots: list[Slot], direction: Callable[[Slot, Point], Direction]):
-        self.model = model
-        self.slots = slots
-        self.direction = direction
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: list[Slot],
+        direction: Callable[[Slot, Point], Direction],
+        repeated: Sequence[nn.Module] = (),
+    ):
+        self.model, self.slots, self.direction = model, slots, direction
         self.whole = any(is_compiled(module) for module in model.modules())
         self.used = False
         self.pool = ScratchPool()
+        self.layers = layers_of(repeated, slots)
+        self.absent = {id(tensor): slot for slot in slots for tensor in slot.tensors}
+        self.nothing: Originals = {}
+        self.running: ProbeView | None = None
+        self.around: Callable[[Callable[[], None]], None] = lambda change: change()
+        self._handles: list[Any] = []
+        self._careful = False
+        self._hooked = self._modules_to_hook()
+
+    @property
+    def unobserved(self) -> bool:
+        """Whether probes run without looking at all torch functions."""
+        return not (self._careful or self.whole) and any(layer.unobserved for layer in self.layers.values())
+
+    def be_careful(self, careful: bool) -> None:
+        """Looks at every torch function from now on, or else where earlier probes have shown that it is needed."""
+        self._careful = careful
+        self.unhook()
 
     @contextmanager
-    def at(self, point: Point) -> Iterator[None]:
-        """A context in which the model computes with ``theta + point.scale * z(point.seed)``."""
-        originals: Originals = {}
-        with ExitStack() as stack:
-            stack.callback(restore, originals)
-            perturbed = self.slots if self.moves(point) else []
-            view = self.view(point, lambda slot: originals[slot][0])
-            for slot in perturbed:
-                originals[slot] = [tensor.data for tensor in slot.tensors]
-                view.release(slot)
-            if self.whole:
+    def measuring(self, slots: Sequence[Slot] | None = None) -> Iterator[Originals]:
+        """A context for probes: parameters point at NaN wherever a probe does not point them at copies.
+
+        Args:
+            slots: those that are in memory; None for all. The others point at NaN already.
+
+        Yields:
+            The values of these slots.
+        """
+        slots = self.slots if slots is None else slots
+        # In eval mode torch has kernels for whole attention layers, except where somebody looks at torch functions.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        originals = {slot: [tensor.data for tensor in slot.tensors] for slot in slots}
+        known: dict[object, Tensor] = {}
+        self.nothing = {slot: [_nothing(known, slot, tensor) for tensor in slot.tensors] for slot in self.slots}
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            point_at({slot: self.nothing[slot] for slot in slots})
+            yield originals
+        finally:
+            self.unhook()
+            torch.backends.mha.set_fastpath_enabled(fast)
+            point_at(originals)
+            self.nothing, self.running = {}, None
+            self.pool.end()
+
+    @contextmanager
+    def at(self, point: Point, originals: Originals) -> Iterator[None]:
+        """A context in which the model computes with ``theta + point.scale * z(point.seed)``.
+
+        Args:
+            point: where to measure.
+            originals: what `measuring` has yielded.
+        """
+        view = self.running = self.view(point, lambda slot: originals[slot][0])
+        try:
+            if not self.moves(point):
+                view.absent.clear()
+                point_at(originals)
+            elif self.whole:
                 with together():
-                    for slot in perturbed:
+                    for slot in self.slots:
                         view.materialise(slot)
-            elif perturbed:
-                self.hook(lambda: view, stack)
-            stack.enter_context(view.mode())
-            yield
-            self.used |= view.used
+            else:
+                self.hook()
+            with view.mode():
+                yield
+            self.learn(view)
+        finally:
+            view.end()
+            if not self.moves(point):
+                point_at(self.nothing)
 
     def moves(self, point: Point) -> bool:
         """Whether the weights at a point differ from those in memory."""
@@ -76,15 +140,64 @@ class Materialised:
         """What the probe at a point sees; ``original`` returns the values of a slot in memory."""
         return ProbeView(self, point, original)
 
-    def hook(self, current: Callable[[], ProbeView], stack: ExitStack) -> None:
-        """Notifies the running probe of the beginning and end of every module's forward, until ``stack`` ends."""
-        for module, own in self.hooked_modules():
-            pre = module.register_forward_pre_hook(lambda *_, own=own: current().enter(own), prepend=True)
-            post = module.register_forward_hook(lambda *_: current().leave(), always_call=True)
-            stack.callback(pre.remove)
-            stack.callback(post.remove)
+    def learn(self, view: ProbeView) -> None:
+        """Takes over what a probe has seen, after its end."""
+        self.used |= view.used
+        for layer, look in view.looks.items():
+            layer.learn(look, view.outside)
+        if view.looks:
+            self.unhook()
 
-    def hooked_modules(self) -> list[tuple[nn.Module, list[Slot]]]:
+    # Hooks
+
+    def hook(self) -> None:
+        """Notifies the running probe of the beginning and end of modules' forwards, until `unhook`."""
+        if not self._handles:
+            self.around(self._hook)
+
+    def unhook(self) -> None:
+        """Removes the hooks."""
+        if self._handles:
+            self.around(self._unhook)
+
+    def _hook(self) -> None:
+        within: set[nn.Module] = set()
+        for module, own in self._hooked:
+            if module in within:
+                continue
+            layer = self.layers.get(module)
+            if layer is not None and layer.at_once and not self._careful:
+                within.update(module.modules())
+                own = layer.rest
+            self._handles.append(module.register_forward_pre_hook(self._enter(layer, own), prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave(), always_call=True))
+
+    def _unhook(self) -> None:
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+
+    # Hooks are plain functions: a closure may copy the model, and with a bound method it would copy this object.
+
+    def _enter(self, layer: Layer | None, own: list[Slot]) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            view = self.running
+            assert view is not None
+            if layer is None:
+                view.enter(own)
+            else:
+                view.begin(layer, own, self._careful)
+
+        return enter
+
+    def _leave(self) -> Callable[..., None]:
+        def leave(*_: Any) -> None:
+            assert self.running is not None
+            self.running.leave()
+
+        return leave
+
+    def _modules_to_hook(self) -> list[tuple[nn.Module, list[Slot]]]:
         """The modules that hold slots, directly or in a submodule, with those held directly."""
         own: dict[nn.Module, list[Slot]] = {}
         for slot in self.slots:
@@ -93,102 +206,13 @@ class Materialised:
         return [(m, own.get(m, [])) for m in self.model.modules() if any(sub in own for sub in m.modules())]
 
 
-class ProbeView:
-    """What one probe sees of the slots: which have values, and at the end of which module they lose them.
-
-    Args:
-        owner: has the directions and the scratch memory.
-        point: where this probe measures.
-        original: the unperturbed values of a slot.
-    """
-
-    def __init__(self, owner: Materialised, point: Point, original: Callable[[Slot], Tensor]):
-        self.owner, self.point, self.original = owner, point, original
-        self.given = False
-        self.absent: dict[int, Slot] = {}
-        self.present: dict[Slot, Tensor] = {}
-        self.frames: list[list[Slot]] = [[]]
-
-    @property
-    def used(self) -> bool:
-        """Whether the probe has used any slot so far."""
-        return self.given
-
-    def mode(self) -> TorchFunctionMode:
-        """The mode that has to be active while the probe runs."""
-        return ProbeMode(self.absent, self.serve)
-
-    def enter(self, own: list[Slot]) -> None:
-        """Called when a module's forward begins: gives the slots that it holds their values."""
-        self.frames.append([])
-        for slot in own:
-            if id(slot.tensor) in self.absent:
-                self.materialise(slot)
-                # Tied weights are used again: one copy serves the whole probe.
-                self.frames[0 if len(slot.modules) > 1 else -1].append(slot)
-
-    def leave(self) -> None:
-        """Called when a module's forward ends: releases the slots that got values for it."""
-        for slot in self.frames.pop():
-            self.release(slot)
-
-    def serve(self, identity: int) -> None:
-        """Gives a slot its copy outside its module's forward, until the enclosing module ends."""
-        slot = self.absent[identity]
-        self.materialise(slot)
-        self.frames[-1].append(slot)
-
-    def materialise(self, slot: Slot) -> None:
-        """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
-        self.given = True
-        with torch.DisableTorchFunction():
-            original = self.original(slot)
-            scratch = original
-            if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
-                scratch = slot.room(original, self.owner.pool.take)
-                direction.add_to(original, out=scratch)
-            self.present[slot] = scratch
-            for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
-                self.absent.pop(id(tensor))
-                tensor.data = shown
-        # Autocast caches casts by parameter object, and the object has just changed its values.
-        torch.clear_autocast_cache()
-
-    def release(self, slot: Slot) -> None:
-        """Points the slot at NaN."""
-        self.present.pop(slot, None)
-        with torch.DisableTorchFunction():
-            for tensor in slot.tensors:
-                tensor.data = nan_like(tensor, dense=slot.scaling is not None)
-                self.absent[id(tensor)] = slot
-        torch.clear_autocast_cache()
-
-    def suspend(self) -> None:
-        """Called when this probe gives up the turn: points its parameters at NaN."""
-        with torch.DisableTorchFunction():
-            for slot in self.present:
-                for tensor in slot.tensors:
-                    tensor.data = nan_like(tensor, dense=slot.scaling is not None)
-        torch.clear_autocast_cache()
-
-    def resume(self) -> None:
-        """Called when this probe gets the turn again: points its parameters at its copies."""
-        with torch.DisableTorchFunction():
-            for slot, scratch in self.present.items():
-                for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
-                    tensor.data = shown
-        torch.clear_autocast_cache()
-
-
-Originals = dict[Slot, list[Tensor]]
-
-
-def restore(originals: Originals) -> None:
-    """Points the slots at their own memory again."""
-    for slot, data in originals.items():
-        for tensor, original in zip(slot.tensors, data, strict=True):
-            tensor.data = original
-    torch.clear_autocast_cache()
+def _nothing(known: dict[object, Tensor], slot: Slot, tensor: Tensor) -> Tensor:
+    """NaN in the shape of a slot's tensor; ``known`` keeps those of a model, which has few shapes."""
+    what = tensor.shape, tensor.dtype, tensor.device, slot.scaling is not None
+    found = known.get(what)
+    if found is None:
+        found = known[what] = nan_like(tensor, dense=slot.scaling is not None)
+    return found
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -20,10 +20,21 @@ from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Materialised
+from .view import Originals
 
 logger = logging.getLogger(__name__)
 
 Closure = Callable[[], Any]
+
+ASTRAY = (
+    "a layer of the model has used weights of another one for the first time; from now on probes look at every torch "
+    "function in it, which costs a GPU some time"
+)
+
+
+def finite(losses: Sequence[Tensor]) -> bool:
+    """Whether all losses are finite; waits for their device."""
+    return not losses or bool(torch.stack(list(losses)).isfinite().all())
 
 
 class ResidentOracle:
@@ -37,6 +48,7 @@ class ResidentOracle:
         realisation: how the model is made to compute with the perturbed weights.
         carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
+        repeated: the repeated layers of the model.
 
     Attributes:
         state: what forwards may change besides the weights.
@@ -52,12 +64,14 @@ class ResidentOracle:
         realisation: type[Materialised] = Materialised,
         carried: Sequence[Carried] = (),
         keep_mode: nn.Module | None = None,
+        repeated: Sequence[nn.Module] = (),
     ):
         self.model = model
         self.dropout = dropout
         self.keep_mode = keep_mode
         self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors], carried)
-        self.realisation = realisation(model, slots, direction)
+        self.realisation = realisation(model, slots, direction, repeated)
+        self.realisation.around = self.state.around_hooks
         self._checked = self.realisation.whole
         self._warned_half = False
 
@@ -88,12 +102,32 @@ class ResidentOracle:
             stack.enter_context(probe_modes(self.model, dropout=self.dropout, keep=self.keep_mode))
             start = rng_state()
             self.state.begin()
-            results = []
-            for index, point in enumerate(points):
-                if index:
-                    self._rewind(start)
-                results.append(self._loss(point, closure, start))
+            results = self._measured(points, closure, start)
+            if self.realisation.unobserved and not finite(results):
+                self._rewind(start)
+                results = self._again(results, points, closure, start)
             return results
+
+    def _measured(self, points: Sequence[Point], closure: Closure, start: dict[str, Any]) -> list[Tensor]:
+        results: list[Tensor] = []
+        with self.realisation.measuring() as originals:
+            for point in points:
+                if results:
+                    self._rewind(start)
+                results.append(self._loss(point, closure, start, originals))
+        return results
+
+    def _again(
+        self, found: list[Tensor], points: Sequence[Point], closure: Closure, start: dict[str, Any]
+    ) -> list[Tensor]:
+        """Measures losses that are not finite once more, with care, in case that a layer uses weights of another."""
+        self.realisation.be_careful(True)
+        results = self._measured(points, closure, start)
+        if finite(results):
+            logger.warning(ASTRAY)
+        else:
+            self.realisation.be_careful(False)
+        return results
 
     def _rewind(self, start: dict[str, Any]) -> None:
         set_rng_state(start)
@@ -103,8 +137,8 @@ class ResidentOracle:
         """The losses of several closures, the micro-batches of one step, at the same points."""
         return [self.losses(points, closure) for closure in closures]
 
-    def _loss(self, point: Point, closure: Closure, start: dict[str, Any]) -> Tensor:
-        value = self._run(point, closure)
+    def _loss(self, point: Point, closure: Closure, start: dict[str, Any], originals: Originals) -> Tensor:
+        value = self._run(point, closure, originals)
         if self._checked or not self.realisation.moves(point):
             return value
         if math.isfinite(value.item()):
@@ -114,7 +148,7 @@ class ResidentOracle:
         # shows it. Copies of all weights at once tell the two apart.
         self._rewind(start)
         self.realisation.whole = True
-        whole = self._run(point, closure)
+        whole = self._run(point, closure, originals)
         if math.isfinite(whole.item()):
             self._checked = True
             logger.warning(
@@ -125,8 +159,8 @@ class ResidentOracle:
             self.realisation.whole = False
         return whole
 
-    def _run(self, point: Point, closure: Closure) -> Tensor:
-        with self.realisation.at(point):
+    def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor:
+        with self.realisation.at(point, originals):
             value = closure()
         if isinstance(value, Tensor) and value.dtype in HALF and not self._warned_half:
             self._warned_half = True

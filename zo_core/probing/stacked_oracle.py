@@ -17,10 +17,10 @@ from ..noise.direction import float64
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
-from .materialise import Originals, restore
 from .resident import Closure, ResidentOracle
 from .scratch import nan_like
 from .stacked import NotStackable, StackedMode, StackedSight, is_stack
+from .view import Originals, point_at
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class StackedOracle(ResidentOracle):
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(probe_modes(self.model, dropout=self.dropout, keep=self.keep_mode))
-            stack.callback(restore, originals)
+            stack.callback(point_at, originals)
             for slot in slots:
                 originals[slot] = [tensor.data for tensor in slot.tensors]
                 for tensor in slot.tensors:

@@ -1,6 +1,6 @@
 """Training models larger than the device, or than the memory, block by block."""
 
-from .blocks import find_blocks
+from .blocks import find_blocks, repeated_layers
 from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
 from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
@@ -24,5 +24,6 @@ __all__ = [
     "offload",
     "plan_blocks",
     "read_header",
+    "repeated_layers",
     "resident_bytes",
 ]

@@ -55,5 +55,13 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     return _outermost(found)
 
 
+def repeated_layers(model: nn.Module, names: Sequence[str] | None = None) -> list[nn.Module]:
+    """As `find_blocks`; an empty list if there are none."""
+    try:
+        return list(find_blocks(model, names).values())
+    except (ConfigError, ModelError):
+        return []
+
+
 def _outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {n: m for n, m in found.items() if not any(n.startswith(f"{other}.") for other in found)}

@@ -54,13 +54,23 @@ class Copies:
         self.incoming = None if self.streams is None else self.streams.Stream(device)
         self.outgoing = None if self.streams is None else self.streams.Stream(device)
 
-    def fetch(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
-        """Starts a copy to the device, once the moments ``after`` have passed."""
-        return self.pool.submit(self._run, self.incoming, work, list(after), watchers())
+    def fetch(self, work: Callable[[], object], after: Iterable[Moment], here: bool = False) -> Future[Moment]:
+        """Starts a copy to the device, once the moments ``after`` have passed; ``here`` calls ``work`` at once."""
+        return self._start(here, self.incoming, work, list(after))
 
-    def send(self, work: Callable[[], object], after: Iterable[Moment]) -> Future[Moment]:
-        """Starts a copy from the device, once the moments ``after`` have passed."""
-        return self.pool.submit(self._run, self.outgoing, work, list(after), watchers())
+    def send(self, work: Callable[[], object], after: Iterable[Moment], here: bool = False) -> Future[Moment]:
+        """Starts a copy from the device, as `fetch` does one to it."""
+        return self._start(here, self.outgoing, work, list(after))
+
+    def _start(self, here: bool, stream: Any, work: Callable[[], object], after: list[Moment]) -> Future[Moment]:
+        if not here:
+            return self.pool.submit(self._run, stream, work, after, watchers())
+        done: Future[Moment] = Future()
+        try:
+            done.set_result(self._run(stream, work, after, ()))  # in the thread of whoever watches
+        except Exception as error:
+            done.set_exception(error)  # raised by whoever needs the copy, as that of a thread is
+        return done
 
     def lend(self, memory: Tensor) -> Tensor:
         """Tells the allocator that copies use this memory: who drops it while one runs must not free it for others."""

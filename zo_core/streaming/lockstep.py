@@ -1,5 +1,8 @@
 """Several closures as coroutines: one runs at a time, and hands over at fixed places.
 
+A closure that arrives at such a place hands over to one that is behind it, and goes on if none is. So the last one to
+leave a block is the first to enter the next, and n closures change turns n - 1 times per block.
+
 A user's closure cannot be cut in half, but it can be a thread that only runs when it has the turn.
 Each thread sees the caller's grad mode, autocast, context variables, function modes and dispatch modes, and computes
 with as many threads of its own as the caller: matrix products of some shapes round differently on one core and on two.
@@ -40,6 +43,8 @@ class Lockstep:
         self.leave, self.enter = leave, enter
         self.workers: list[_Worker] = []
         self.live: list[int] = []
+        #: How many rendezvous each closure has come to.
+        self.passed: list[int] = []
         self.current = -1
         self.error: BaseException | None = None
         self.main = threading.Semaphore(0)
@@ -51,6 +56,7 @@ class Lockstep:
             self.workers.append(_Worker(len(self.workers)))
         self.error = None
         self.live = list(range(len(closures)))
+        self.passed = [0] * len(closures)
         context = ambient()
         for worker, closure in zip(self.workers, closures, strict=False):
             worker.task = partial(self._task, worker, partial(context, closure))
@@ -70,12 +76,13 @@ class Lockstep:
         return results
 
     def rendezvous(self) -> None:
-        """Called by the running closure: hands over to the next live one, and returns when the turn comes back."""
+        """Called by the running closure: hands over to one that is behind, and returns when the turn comes back."""
         if self.error is not None:
             raise _Abort
         index = self.current
-        following = self.live[(self.live.index(index) + 1) % len(self.live)]
-        if following == index:
+        self.passed[index] += 1
+        following = min(self.live, key=self.passed.__getitem__)
+        if self.passed[following] == self.passed[index]:
             return
         self.leave(index)
         self._hand_to(following)
@@ -102,10 +109,9 @@ class Lockstep:
         except BaseException as error:
             self.error = self.error or error
         self.leave(worker.index)
-        place = self.live.index(worker.index)
         self.live.remove(worker.index)
         if self.live:
-            self._hand_to(self.live[place % len(self.live)])
+            self._hand_to(min(self.live, key=self.passed.__getitem__))
         else:
             self.current = -1
             self.main.release()
@@ -121,7 +127,8 @@ class _Worker(threading.Thread):
     def __init__(self, index: int):
         super().__init__(name=f"zo-probe-{index}", daemon=True)
         self.index = index
-        self.turn = threading.Semaphore(0)
+        self.turn = threading.Lock()
+        self.turn.acquire()
         self.task: Callable[[], None] | None = None
         self.result: Any = None
         self.start()

@@ -19,12 +19,15 @@ from ..errors import ConfigError
 from ..forward_state import Carried, ForwardState
 from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
-from ..probing.materialise import Materialised, Originals, ProbeView, restore
-from ..probing.resident import Closure, as_scalar
+from ..probing.materialise import Materialised
+from ..probing.resident import ASTRAY, Closure, as_scalar, finite
+from ..probing.view import Originals, ProbeView
 from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
+from .own_state import OwnState
 from .streaming import Block, Streaming
+from .tensor_file import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class LockstepOracle:
         realisation: how the model is made to compute with the perturbed weights.
         carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
+        repeated: the repeated layers of the model, resident ones included.
 
     Attributes:
         quiet: whether no sweep so far has changed random states or the model; None before the first.
@@ -62,17 +66,19 @@ class LockstepOracle:
         realisation: type[Materialised] = Materialised,
         carried: Sequence[Carried] = (),
         keep_mode: nn.Module | None = None,
+        repeated: Sequence[nn.Module] = (),
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
-        self.realisation = realisation(model, slots, direction)
+        blocks = {block.module for block in streaming.blocks}
+        # Probes take turns at the end of a block, and a layer is copied at once for one probe.
+        closed = [m for m in repeated if m in blocks or blocks.isdisjoint(m.modules())]
+        self.realisation = realisation(model, slots, direction, closed)
         self.lockstep = Lockstep(self._leave, self._enter)
         self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
         self.resident = [slot for slot in slots if slot not in self.home]
         trained = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in trained] for b in streaming.blocks}
         self._checked = False
-        # The first sweep of several probes looks at the model's state at every hand-over, later ones at their end.
-        self._looking, self._seen = True, False
         self.quiet: bool | None = None
         self.keep_mode = keep_mode
         held = [tensor for block in streaming.blocks for tensors in block.holders.values() for tensor in tensors]
@@ -80,14 +86,10 @@ class LockstepOracle:
         self.state = ForwardState(model, moving, carried)
         self.trims = streaming.device.type == "cpu" and max(b.nbytes for b in streaming.blocks) >= TRIM_BYTES
         self.views: list[ProbeView] = []
-        self.states: list[list[Any]] = []
-        #: State that is kept separately for each probe; random states come first.
-        self.carried: list[Carried] = [
-            (rng_state, set_rng_state),
-            (lambda: modes(model), lambda flags: set_modes(model, flags)),
-            (self.state.get, self.state.put),
-        ]
+        self.own = OwnState(model, self.state)
         self.originals: Originals = {}
+        #: The block whose forward is running, with its values.
+        self.opened: tuple[Block, Tensors] | None = None
 
     def losses(self, points: Sequence[Point], closure: Closure) -> list[Tensor]:
         """As `ResidentOracle.losses`, in one sweep over the blocks."""
@@ -99,34 +101,62 @@ class LockstepOracle:
         Examples are drawing random numbers or changing a buffer; then each closure has its own sweep from now on.
         """
         if self.quiet is not False and len(closures) > 1:
-            start = [get() for get, _ in self.carried]
+            back = self._start(rng_state())
             found = self._sweep(points, closures)
             if self.quiet:
                 return [found[at : at + len(points)] for at in range(0, len(found), len(points))]
-            self._carry(start)
-            self.state.rewind()
+            back()
         return [self.losses(points, closure) for closure in closures]
 
     def _sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         """The losses of the first closure at all points, then of the second, and so on."""
-        start = [get() for get, _ in self.carried]
+        start = rng_state()
+        back = self._start(start)
+        losses = self._settled_sweep(points, closures, back)
+        if self.realisation.unobserved and not finite(losses):
+            back()
+            self.realisation.be_careful(True)
+            losses = self._settled_sweep(points, closures, back)
+            if finite(losses):
+                logger.warning(ASTRAY)
+            else:
+                self.realisation.be_careful(False)
+        self.own.looking &= len(points) * len(closures) == 1  # one probe alone shows nothing about turns
+        drew = self.own.drew and not same_rng(start, rng_state())
+        silent = not drew and not self.state.shared and not self.state.beside_changed
+        self.quiet = silent and self.quiet is not False
+        return losses
+
+    def _settled_sweep(
+        self, points: Sequence[Point], closures: Sequence[Closure], back: Callable[[], None]
+    ) -> list[Tensor]:
+        """A sweep whose probes have not seen each other's state."""
+        self.own.seen = False
         while True:
             try:
                 losses = self._one_sweep(points, closures)
             except Exception:
-                if not self._seen:  # otherwise state of another probe may have caused it
+                if not self.own.seen:  # otherwise state of another probe may have caused it
                     raise
             else:
-                self._seen |= self.state.share()
-            if not self._seen:
-                break
-            self._seen = False
-            self._carry(start)
+                self.own.seen |= self.state.share()
+            if not self.own.seen:
+                return losses
+            self.own.seen = False
+            back()
+
+    def _start(self, generators: dict[str, Any]) -> Callable[[], None]:
+        """Records the state of the process, besides that of the generators; returns what puts it back after a sweep."""
+        modules = list(self.model.modules())
+        flags, forwards = modes(modules), self.state.get()
+
+        def back() -> None:
+            set_rng_state(generators)
+            set_modes(modules, flags)
+            self.state.put(forwards)
             self.state.rewind()
-        self._looking &= len(points) * len(closures) == 1
-        silent = same_rng(start[0], rng_state()) and not self.state.shared and not self.state.beside_changed
-        self.quiet = silent and self.quiet is not False
-        return losses
+
+        return back
 
     def _one_sweep(self, points: Sequence[Point], closures: Sequence[Closure]) -> list[Tensor]:
         with ExitStack() as stack:
@@ -136,6 +166,8 @@ class LockstepOracle:
             self._begin([point for _ in closures for point in points], stack)
             wanted = [closure for closure in closures for _ in points]
             losses = self.lockstep.run([self._coroutine(*pair) for pair in zip(self.views, wanted, strict=True)])
+            for view in self.views:
+                self.realisation.learn(view)
         if not self._checked:
             self._checked = True
             if all(bool(loss.isnan()) for loss in losses):
@@ -153,13 +185,10 @@ class LockstepOracle:
     def _begin(self, points: Sequence[Point], stack: ExitStack) -> None:
         self.state.begin()
         stack.enter_context(self.streaming.sweep())
-        self.states = [[get() for get, _ in self.carried]] * len(points)
-        self.originals = {slot: [tensor.data for tensor in slot.tensors] for slot in self.resident}
+        self.own.begin(len(points))
+        self.originals = stack.enter_context(self.realisation.measuring(self.resident))
         self.views = [self.realisation.view(point, self._original) for point in points]
-        for view in self.views:
-            for slot in self.realisation.slots:
-                view.release(slot)
-        self.realisation.hook(lambda: self.views[self.lockstep.current], stack)
+        self.realisation.hook()
         for block in self.streaming.blocks:
             # Registered after the hooks above: prepended, so first before the forward, and last after it.
             for handle in (
@@ -178,39 +207,37 @@ class LockstepOracle:
         return run
 
     def _original(self, slot: Slot) -> Tensor:
-        if slot in self.home:
-            block, name = self.home[slot]
-            return self.streaming.values(block)[name]
-        return self.originals[slot][0]
+        home = self.home.get(slot)
+        if home is None:
+            return self.originals[slot][0]
+        block, name = home
+        if self.opened is not None and self.opened[0] is block:
+            return self.opened[1][name]
+        return self.streaming.values(block)[name]
 
     def _open(self, block: Block) -> None:
         with torch.DisableTorchFunction():
             self.streaming.open(block, only=self.frozen[block])
+            self.opened = block, self.streaming.values(block)  # which stay where they are until `shut`
 
     def _shut(self, block: Block) -> None:
+        self.opened = None
         with torch.DisableTorchFunction():
             self.streaming.shut(block, only=self.frozen[block])
 
     def _leave(self, index: int) -> None:
-        if self._looking:
-            self._seen |= self.state.share()
-        self.states[index] = [get() for get, _ in self.carried]
+        self.own.leave(index)
         self.views[index].suspend()
         if self.trims:
             trim_heaps()
 
     def _enter(self, index: int) -> None:
-        self._carry(self.states[index])
+        self.own.enter(index)
+        self.realisation.running = self.views[index]
         self.views[index].resume()
-
-    def _carry(self, state: list[Any]) -> None:
-        for (_, put), value in zip(self.carried, state, strict=True):
-            put(value)
 
     def _end(self) -> None:
         self.state.own_hooks = 0
         self.realisation.used |= any(view.used for view in self.views)
-        restore(self.originals)
-        if self.states:
-            self._carry(self.states[-1])
-        self.views, self.states, self.originals = [], [], {}
+        self.own.end()
+        self.views, self.originals, self.opened = [], {}, None

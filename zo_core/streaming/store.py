@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 PORTABLE = 1
 
 
+#: Bytes that a CPU copies in the time that another thread needs to begin.
+SOON_BYTES = 256 << 10
+
+
 class RamStore:
     """Blocks in host memory, each tensor exactly once.
 
@@ -88,6 +92,10 @@ class RamStore:
         """Takes the new values of the tensors named in ``changed``; ``tensors`` are all of the block."""
         for name in changed:
             self.blocks[block][name].copy_(tensors[name], non_blocking=True)
+
+    def returns_soon(self, nbytes: int) -> bool:
+        """Whether `read` and `write` of so many bytes return sooner than another thread would have begun."""
+        return self.registers if self.pinned else nbytes <= SOON_BYTES  # copies of registered memory are only enqueued
 
     def whole(self, block: str) -> Tensors:
         """The stored tensors themselves."""
@@ -157,6 +165,10 @@ class DiskStore:
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
         """Adds a tensor of zeros to a block; it takes no space until the block is written."""
         self.pieces[block][name] = Piece(shape, dtype)
+
+    def returns_soon(self, nbytes: int) -> bool:
+        """Never: files take their time."""
+        return False
 
     def read(self, block: str, into: Tensors) -> None:
         """Reads a block's values into tensors of the same names and shapes.

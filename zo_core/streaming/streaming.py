@@ -243,6 +243,7 @@ class Streaming:
         self.slots = min(ARENA_SLOTS, len(self.blocks))
         self.arenas: list[Tensor] = []
         self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
+        self._carved: dict[tuple[object, ...], Tensors] = {}
 
     @property
     def slot_bytes(self) -> int:
@@ -284,7 +285,11 @@ class Streaming:
                 self.following[self.previous] = block
             self.previous = block
             upcoming = self.following[block]
-            if upcoming not in self.loaded and (self.arenas or len(self.loaded) < self.slots or len(self.loaded) > 1):
+            room = self.arenas or len(self.loaded) < self.slots
+            # A weight that is used within another block's forward leaves no slot to spare: that block's is taken, too.
+            if upcoming not in self.loaded and (
+                room or any(b not in self.pinned and b is not block for b in self.loaded)
+            ):
                 self._start_fetch(upcoming)
                 self.loaded.move_to_end(block)
         return tensors
@@ -411,12 +416,17 @@ class Streaming:
                 after += self._moments(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
         arena = self.arenas.pop()
-        with torch.inference_mode(False):  # or views of another dtype are inference tensors, which cannot be filled
-            tensors = _carve(arena, block)
+        layout = (id(arena), *block.specs.items())  # a model has few, and arenas live as long as these views
+        tensors = self._carved.get(layout)
+        if tensors is None:
+            with torch.inference_mode(False):  # or views of another dtype are inference tensors, which cannot be filled
+                tensors = self._carved[layout] = _carve(arena, block)
         self.loaded[block] = (arena, tensors)
         after += self._moments(block)
-        self.bytes_read += block.nbytes
-        self.fetching[block] = self.copies.fetch(partial(self.store.read, block.name, tensors), after)
+        nbytes = block.nbytes
+        self.bytes_read += nbytes
+        read = partial(self.store.read, block.name, tensors)
+        self.fetching[block] = self.copies.fetch(read, after, here=self.store.returns_soon(nbytes))
 
     def _moments(self, block: Block) -> list[Moment]:
         """The moments at which the copies in progress for a block are done."""
@@ -447,9 +457,11 @@ class Streaming:
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
         self._after_write(block)
-        self.bytes_written += block.nbytes
+        nbytes = block.nbytes
+        self.bytes_written += nbytes
         write = partial(self.store.write, block.name, tensors, changed)
-        self.writing[block] = self.copies.send(write, [self.copies.now()])
+        here = self.store.returns_soon(nbytes)
+        self.writing[block] = self.copies.send(write, [self.copies.now()], here=here)
 
     def flush(self) -> None:
         """Applies all pending updates and waits until they are stored.
