@@ -2,7 +2,8 @@
 
 On a GPU this Python runs beside the kernels, and decides the time of a step for models of up to a few billion
 parameters. It needs no GPU to be measured: the passes over the weights are replaced by nothing, and the model's own
-forward is measured and subtracted.
+forward is measured and subtracted. What is measured is the processor time of all threads, of which other programs on
+the machine take none; what a thread waits for another one is not in it.
 
     python -m benchmarks.host_overhead                     # 12, 24 and 48 layers
     python -m benchmarks.host_overhead --layers 24 --save
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -28,10 +29,8 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from zo_core import ZeroOrder
 from zo_core.noise import Direction
-from zo_core.probing import layers as probed
 
 from .report import save
-from .timing import timed
 
 CPU = torch.device("cpu")
 COLUMNS = ["layers", "plain forward", "hooks and mode", "handing over", "step, resident", "step, streamed"]
@@ -65,8 +64,26 @@ def without_noise() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def at_once() -> Iterator[None]:
+    """A context in which layers are copied at once, as on a GPU; another checkout may not know of that."""
+    module = sys.modules.get("zo_core.probing.layers")
+    if module is None:
+        yield
+    else:
+        with patch.object(module, "MODULE_BY_MODULE", frozenset()):
+            yield
+
+
+def processor_time(run: Callable[[], object]) -> float:
+    """Seconds that all threads of this process compute during one call."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def times(layers: int, repeats: int) -> list[float]:
-    """Milliseconds per layer: a plain forward, a resident step, and a streamed step (medians, interleaved)."""
+    """Milliseconds per layer: a plain forward, a resident step, and a streamed step (lowest, interleaved)."""
     ids = torch.arange(LENGTH)[None]
     models = [model_of(layers) for _ in range(3)]
     resident = ZeroOrder(models[1], lr=1e-9, brake=None)
@@ -88,24 +105,35 @@ def times(layers: int, repeats: int) -> list[float]:
     try:
         for run in runs * 3:  # the first steps look closely
             run()
-        found = [[timed(run, CPU) for run in runs] for _ in range(repeats)]
+        found = [[processor_time(run) for run in runs] for _ in range(repeats)]
     finally:
         streamed.close()
-    return [1e3 * statistics.median(column) / layers for column in zip(*found, strict=True)]
+    return [1e3 * min(column) / layers for column in zip(*found, strict=True)]
 
 
 def row(layers: int, repeats: int) -> list[str]:
     """A row of the table: two probes per step; "handing over" is what a streamed step takes beyond a resident one."""
-    with without_noise(), patch.object(probed, "MODULE_BY_MODULE", frozenset()):
+    with without_noise(), at_once():
         plain, resident, streamed = times(layers, repeats)
     numbers = plain, resident / 2 - plain, (streamed - resident) / 2, resident, streamed
     return [str(layers), *(f"{number:.3f}" for number in numbers)]
 
 
+#: Runs this very file among the packages of another checkout.
+AS_MODULE = """
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("benchmarks.host_overhead", {path!r})
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+module.main({arguments!r})
+"""
+
+
 def beside(folder: str, layers: int, repeats: int, rounds: int) -> list[list[str]]:
     """Rows of another checkout and of this one, from processes that take turns: for each number the lowest."""
     found: dict[str, list[list[float]]] = {"before": [], "after": []}
-    command = [sys.executable, "-m", "benchmarks.host_overhead", "--layers", str(layers), "--repeats", str(repeats)]
+    arguments = ["--layers", str(layers), "--repeats", str(repeats)]
+    command = [sys.executable, "-c", AS_MODULE.format(path=os.path.abspath(__file__), arguments=arguments)]
     for _ in range(rounds):
         for name, where in (("before", os.path.abspath(folder)), ("after", os.getcwd())):
             run = subprocess.run(
@@ -134,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row(layers, args.repeats) for layers in args.layers]
     else:
         rows = [r for layers in args.layers for r in beside(args.before, layers, args.repeats, args.rounds)]
-    title = "The host's part of a step without noise, in ms per layer (and per probe in the second and third column)"
+    title = "The host's part of a step without noise: ms of processor time per layer (per layer and probe in between)"
     if args.before is not None:
         title += f"; lowest of {args.rounds} runs in turns"
     save(

@@ -335,6 +335,19 @@ def test_a_run_gives_the_weights_of_an_eager_one(
     assert all(same(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
+def test_the_copies_of_a_layer_take_one_launch(launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zo_core.probing.layers.MODULE_BY_MODULE", frozenset())  # as on a GPU
+    model = tiny("llama").to(DEVICE)
+    zo = ZeroOrder(model, lr=1e-2)
+    zo.directions.backend = "triton"
+    zo.step(loss_of("llama", model))  # looks at the layers
+    launches.clear()
+    zo.step(loss_of("llama", model))
+    sizes = [len(layer.own) for layer in zo.oracle.realisation.layers.values()]
+    assert len(sizes) > 1
+    assert launches.count(sizes[0]) == 2 * len(sizes)  # for each of the two probes
+
+
 def test_the_update_of_a_resident_model_takes_a_launch_for_all_tensors_that_are_alike(launches: list[int]) -> None:
     model = tiny("mlp").to(DEVICE)
     zo = ZeroOrder(model, lr=1e-2, rule="momentum")
