@@ -406,7 +406,7 @@ class Streaming:
     # Movement
 
     def _start_fetch(self, block: Block) -> None:
-        after = [self.copies.now()]  # work that is queued on the device may still use the slot
+        after: list[Moment] = []
         if not self.arenas:
             full = len(self.loaded) >= self.slots
             oldest = next((b for b in self.loaded if b not in self.pinned), None) if full else None
@@ -415,6 +415,7 @@ class Streaming:
             else:
                 after += self._moments(oldest)
                 self.arenas.append(self.loaded.pop(oldest)[0])
+        after.append(self.copies.now())  # work that is queued on the device may still use the slot, or had its memory
         arena = self.arenas.pop()
         layout = (id(arena), *block.specs.items())  # a model has few, and arenas live as long as these views
         tensors = self._carved.get(layout)
