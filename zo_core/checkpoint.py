@@ -62,7 +62,7 @@ class Run(Protocol):
     estimator: Estimator
     noise: Noise
     rule: UpdateRule
-    num_probes: int
+    own_probes: int
     seed: int
     merged: bool
     normaliser: Normaliser | None
@@ -149,7 +149,7 @@ def settings_of(engine: Run) -> dict[str, Any]:
         "noise": NOISES.describe(engine.noise),
         "rule": RULES.describe(engine.rule),
         "target": TARGETS.describe(engine.target),
-        "num_probes": engine.num_probes,
+        "num_probes": engine.own_probes,
         "eps": [engine.eps] if torch_rule else [float(group["eps"]) for group in groups],
         "clip": engine.config.clip,
         "dropout": engine.config.dropout,

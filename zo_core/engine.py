@@ -66,6 +66,8 @@ class ZeroOrder(TrainedModel):
         regroup: adds slots that have become trainable to the optimizer's groups. For an optimizer that was passed
             in it does nothing, and slots that it does not hold do not move. See `cover_new`.
         lr, eps, weight_decay: of the first parameter group; setting one sets it in all groups.
+        num_probes, own_probes: directions of a step, and those of them that the setting ``num_probes`` counts: with
+            several processes each may have its own.
         braking: what goes back when the loss has risen; see the setting ``brake``.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
@@ -93,7 +95,8 @@ class ZeroOrder(TrainedModel):
         settings = self._settings = resolve(self.config, optimizer, model)
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
         self.exchange: Exchange = exchange_of(self.config.ranks)
-        self.num_probes, self.backend = self.exchange.directions(settings.num_probes), settings.backend
+        self.own_probes, self.backend = settings.num_probes, settings.backend
+        self.num_probes = self.exchange.directions(self.own_probes)
         self.seed = 0 if self.config.seed is None else self.config.seed
         self.step_count = 0
         self.suggestion: LrSuggestion | None = None

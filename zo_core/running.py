@@ -29,6 +29,8 @@ class Running(Driver, Protocol):
     trainable: list[nn.Parameter]
     oracle: ResidentOracle | LockstepOracle
     step_count: int
+    num_probes: int
+    own_probes: int
     first_steps: FirstSteps | None
     listeners: list[Callable[[StepRecord], object]]
     followers: list[Callable[[], object]]

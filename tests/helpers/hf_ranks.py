@@ -55,7 +55,6 @@ def trainer(
 ) -> Ordered:
     args = ZOTrainingArguments(
         str(folder),
-        max_steps=STEPS,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=accumulate,
         use_cpu=True,
@@ -66,7 +65,7 @@ def trainer(
         eval_strategy="steps",
         eval_steps=3,
         zo_ranks=mode,
-        **{"learning_rate": 1e-3, **settings},
+        **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": STEPS, **settings},
     )
     return Ordered(model(), args, train_dataset=rows(), eval_dataset=rows()[:16], callbacks=list(callbacks))
 

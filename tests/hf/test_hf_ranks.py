@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], t
 
 def test_streamed_processes_are_resident_ones(runs: tuple[Path, Found, Found]) -> None:
     assert equal(runs[1]["streamed"]["state"], runs[1]["directions"]["state"])
+
+
+def test_one_process_continues_what_two_began(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs[0] / "directions", folder)
+    found = hf_ranks.train(folder, resume=True, max_steps=hf_ranks.STEPS + 2)
+    model = hf_ranks.model()
+    replay(model, folder / "seedlog.zo")
+    assert equal(found["state"], model.state_dict())
+    assert [len(step.probes) for step in SeedLog.read(folder / "seedlog.zo").steps] == [2] * hf_ranks.STEPS + [1] * 2
 
 
 def test_a_resumed_run_is_an_uninterrupted_one(runs: tuple[Path, Found, Found]) -> None:

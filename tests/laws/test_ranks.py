@@ -17,7 +17,7 @@ from processes import together
 from torch import Tensor, nn
 
 from zo_core import ConfigError, RanksError, StateError, ZeroOrder
-from zo_core.seedlog import SeedLogWriter, replay
+from zo_core.seedlog import SeedLog, SeedLogWriter, replay
 
 STEPS = 4
 State = dict[str, Tensor]
@@ -147,6 +147,38 @@ def test_the_log_of_rank_0_replays_on_one_process(tmp_path: Path) -> None:
     replay(model, tmp_path / "seedlog.zo")
     assert equal(first, second)
     assert equal(first, state(model))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_continues_with_another_number_of_processes(
+    tmp_path: Path, before: int, after: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(rank: int) -> State:
+        model, file = model_of(), tmp_path / "checkpoint.pt"
+        zo = ZeroOrder(model, lr=1e-2, rule="momentum", num_probes=2)
+        if file.exists():
+            weights, run = torch.load(file, weights_only=True)
+            model.load_state_dict(weights)
+            zo.load_state_dict(run)
+        begun = zo.step_count
+        if rank == 0:
+            SeedLogWriter.attach(zo, tmp_path / "seedlog.zo", follow=begun > 0)
+        for step in range(begun, begun + STEPS):
+            zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+        if rank == 0 and not begun:
+            torch.save((model.state_dict(), zo.state_dict()), file)
+        return state(model)
+
+    for index, size in enumerate((before, after)):
+        found = together(work, tmp_path / str(index), size=size) if size > 1 else [work(0)]
+        assert all(equal(each, found[0]) for each in found)
+    model = model_of()
+    replay(model, tmp_path / "seedlog.zo")
+    assert equal(model.state_dict(), found[0])
+    counts = [len(step.probes) for step in SeedLog.read(tmp_path / "seedlog.zo").steps]
+    assert counts == [2 * before] * STEPS + [2 * after] * STEPS
+    said = [line for line in caplog.messages if "from step 4 on a step has 2 directions instead of 4" in line]
+    assert len(said) == (after == 1)
 
 
 def test_all_processes_find_the_same_rate(tmp_path: Path) -> None:

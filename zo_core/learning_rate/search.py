@@ -104,7 +104,7 @@ def range_test(
     for name, value in (("forwards", forwards), ("steps", steps)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError([f"{name}={value!r} must be a whole number of at least 1, or None"])
-    points = len(engine.estimator.points(tuple(range(engine.num_probes)), engine.eps))
+    points = len(engine.estimator.points(tuple(range(engine.own_probes)), engine.eps))
     points += len(engine.estimator.multiples)
     if forwards is None and steps is not None and SHARE * steps * points < FORWARDS:
         raise SearchError(

@@ -8,7 +8,8 @@
 Everything is little-endian. Each checksum starts from the previous one, so a record that is missing,
 repeated or taken from another log is detected. With one direction and one learning rate a step is 24 bytes, and
 32 if it is normalised. Seeds are not stored: they derive from the run's seed, the step and the direction. The
-coefficients of a skipped step are NaN. Settings that change during the run (`Settings`) are in change-records.
+coefficients of a skipped step are NaN. Settings that change during the run (`Settings`) are in change-records, and so
+is the number of directions, which changes with the number of processes.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ class Parsed:
         offsets: byte offset of each step.
         checkpoints: the steps at which the writing of a checkpoint began.
         changes: number of change-records.
-        settings, rule, draws, merged, next_step: their values after the last record.
+        settings, rule, draws, merged, next_step, num_probes: their values after the last record.
         rollback: that of the next step. If the log ends here, that step was not done.
         pending: byte offset of the change-record with ``rollback``.
         end: byte offset of the end of the last good record; anything after it is damaged.
@@ -155,6 +156,7 @@ class Parsed:
     rule: Any
     end: int
     chain: int
+    num_probes: int
     steps: list[LoggedStep] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     checkpoints: list[int] = field(default_factory=list)
@@ -172,9 +174,10 @@ class Parsed:
         """Whether the steps are normalised."""
         return self.header.get("normaliser") is not None
 
-    def layout(self, num_probes: int) -> struct.Struct:
+    @property
+    def layout(self) -> struct.Struct:
         """The layout of the next step-record."""
-        return step_struct(num_probes, 1 + max(self.settings.columns) + self.normalised)
+        return step_struct(self.num_probes, 1 + max(self.settings.columns) + self.normalised)
 
 
 def parse(data: bytes, name: str) -> Parsed:
@@ -191,15 +194,14 @@ def parse(data: bytes, name: str) -> Parsed:
     try:
         settings = Settings.from_dict(header["settings"])
         chain = CRC.unpack_from(data, end - CRC.size)[0]
-        parsed = Parsed(header, settings, header["first_step"], header["rule"], end, chain)
-        num_probes = header["num_probes"]
+        parsed = Parsed(header, settings, header["first_step"], header["rule"], end, chain, header["num_probes"])
     except (KeyError, TypeError) as error:
         raise StateError(f"{name} is damaged: its header lacks {error}") from error
     while parsed.end < len(data):
-        problem = _record(data, parsed, num_probes)
+        problem = _record(data, parsed)
         if problem is None:
             continue
-        parsed.followed = _another(data, parsed, num_probes)
+        parsed.followed = _another(data, parsed)
         if problem == "torn" and not parsed.followed:
             parsed.torn = len(data) - parsed.end
         else:
@@ -228,13 +230,13 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     return json.loads(zlib.decompress(data[PREFIX.size : end - CRC.size])), end
 
 
-def _record(data: bytes, parsed: Parsed, num_probes: int) -> str | None:
+def _record(data: bytes, parsed: Parsed) -> str | None:
     """Adds the record at ``parsed.end`` to ``parsed``; returns what is wrong with it, or None."""
     at, rest = parsed.end, len(data) - parsed.end
     if rest < 8:
         return "torn"
     first, second = CHANGE_PREFIX.unpack_from(data, at)
-    layout = parsed.layout(num_probes)
+    layout, num_probes = parsed.layout, parsed.num_probes
     size = (CHANGE_PREFIX.size + second if first == CHANGE else layout.size) + CRC.size
     if rest < size:
         return "torn"
@@ -277,6 +279,7 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
     if "settings" in change:
         parsed.settings = Settings.from_dict(change["settings"])
     parsed.rule = change.get("rule", parsed.rule)
+    parsed.num_probes = change.get("num_probes", parsed.num_probes)
     parsed.draws = change.get("draws", parsed.draws)
     parsed.merged = change.get("merged", parsed.merged)
     parsed.next_step = change.get("next_step", parsed.next_step)
@@ -286,9 +289,9 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
         parsed.checkpoints.append(change["checkpoint"])
 
 
-def _another(data: bytes, parsed: Parsed, num_probes: int) -> bool:
+def _another(data: bytes, parsed: Parsed) -> bool:
     """Whether there is a good step-record after ``parsed.end``; the damage is then not a torn tail."""
-    layout = parsed.layout(num_probes)
+    layout = parsed.layout
     for at in range(parsed.end + 4, len(data) - layout.size - CRC.size + 1):
         body = data[at : at + layout.size]
         chain = CRC.unpack_from(data, at - 4)[0]

@@ -36,6 +36,7 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
     """
     logged = next((entry.settings for entry in log.steps if entry.step >= engine.step_count), log.parsed.settings)
     theirs = {name: log.header[name] for name in (*_facts(engine), *MEASURING) if name in log.header}
+    theirs["num_probes"] = log.header.get("own_probes", log.header["num_probes"])
     theirs["normalise"] = (log.header.get("normaliser") or {"name": False})["name"]
     eps = theirs.pop("eps")  # of the first group; the other groups have ratios, which are compared in each step
     if eps != engine.continuity.given["eps"][0]:
@@ -80,6 +81,8 @@ def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True
     now = _facts(engine)
     if _varies(log) and RULES.resolve(log.header["rule"]).name == engine.rule.name:
         del now["rule"]
+    total, own = log.header["num_probes"], log.header.get("own_probes")
+    now["num_probes"] = total if engine.own_probes in (total, own) else engine.own_probes
     for key, value in now.items():
         if log.header[key] != value:
             raise StateError(f"{name} is of a run with {key}={log.header[key]!r}, and this one has {key}={value!r}")
@@ -97,7 +100,6 @@ def _facts(engine: ZeroOrder) -> dict[str, Any]:
         "target": TARGETS.describe(engine.target),
         "noise": NOISES.describe(engine.noise),
         "rule": RULES.describe(engine.rule),
-        "num_probes": engine.num_probes,
         "stochastic_rounding": config.stochastic_rounding,
     }
 
@@ -132,6 +134,8 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "torch": torch.__version__,
         "first_step": engine.step_count,
         **_facts(engine),
+        "num_probes": engine.num_probes,
+        "own_probes": engine.own_probes,  # of each process
         "estimator": ESTIMATORS.describe(engine.estimator),
         "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,

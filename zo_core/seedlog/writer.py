@@ -47,6 +47,7 @@ class SeedLogWriter:
         self.engine, self.path = engine, path
         self.next_step, self.chain = parsed.next_step, parsed.chain
         self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
+        self.num_probes = parsed.num_probes
         self._logged = {entry.step: entry for entry in parsed.steps if entry.step >= engine.step_count}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._drew = False
@@ -63,6 +64,7 @@ class SeedLogWriter:
         parsed = SeedLog.read(self.path).parsed
         self.next_step, self.chain, self._logged = parsed.next_step, parsed.chain, {}
         self.settings, self.rule, self.draws = parsed.settings, parsed.rule, parsed.draws
+        self.num_probes = parsed.num_probes
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self.engine.braking.logged_from = parsed.header["first_step"]
 
@@ -165,6 +167,13 @@ class SeedLogWriter:
         rule = RULES.describe(self.engine.rule)
         if rule != self.rule:
             changes["rule"] = rule
+        if self.engine.num_probes != self.num_probes:
+            changes["num_probes"] = self.engine.num_probes
+            logger.warning(
+                "from step %d on a step has %d directions instead of %d: the run continues with another number of "
+                "processes",
+                *(record.step, self.engine.num_probes, self.num_probes),
+            )
         if self._drew != self.draws:
             changes["draws"] = self._drew
         if self.engine.merged:
@@ -176,6 +185,7 @@ class SeedLogWriter:
         if changes:
             self.note(changes)
         self.settings, self.rule, self.draws, self._drew = settings, rule, self._drew, False
+        self.num_probes = self.engine.num_probes
         width = 1 + max(settings.columns)
         columns = [lrs[settings.columns.index(column)] for column in range(width)]
         if record.normaliser is not None:
