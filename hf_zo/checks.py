@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from transformers import TrainingArguments
@@ -45,6 +46,18 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
     args.logging_nan_inf_filter = False
     if args.fp16 and args.device.type == "cpu":
         logger.warning("fp16=True does nothing on a CPU, the run is in the model's own precision; use bf16=True")
+
+
+def check_processes(args: TrainingArguments, ranks: str | None) -> None:
+    """Raises `ConfigError` if several processes were started and Trainer takes each of them for the only one."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1 and ranks is not None:
+        raise ConfigError(
+            [
+                f"WORLD_SIZE={started}: as many processes were started, and Trainer takes each for the only one, as "
+                "it does on machines without GPUs; write use_cpu=True, or zo_ranks=None to train a model in each"
+            ]
+        )
 
 
 def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:

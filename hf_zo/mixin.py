@@ -34,7 +34,7 @@ from zo_core.targets import check_values
 from .arguments import ZOArguments, front_end
 from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import check_arguments, warn_about_numbers
+from .checks import check_arguments, check_processes, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
@@ -90,6 +90,7 @@ class ZOTrainerMixin(_Trainer):
             super().__init__(*args, **kwargs)
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
         self.zo_config = self._resolve_config(zo_config)
+        check_processes(self.args, self.zo_config.ranks)
         streamed = self.zo_config.offload is not None and Streaming.of(self._zo_model()) is None
         check_values(self._zo_model(), frozen=streamed)
         self.create_optimizer = self._zo_finish_optimizer  # type: ignore[method-assign]

@@ -204,6 +204,14 @@ def test_one_process_with_several_devices_trains_on_one(tmp_path: Path, caplog: 
     assert [line for line in caplog.messages if "sees 3 GPUs" in line and "--nproc_per_node 3" in line]
 
 
+def test_processes_that_trainer_does_not_know_of_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* write use_cpu=True, or zo_ranks=None"):
+        ZOTrainer(tiny("llama"), args)
+    ZOTrainer(tiny("llama"), args, zo_config=ZOConfig(ranks=None))
+
+
 def test_settings_come_from_one_place(tmp_path: Path) -> None:
     args = arguments(tmp_path, ZOTrainingArguments, zo_eps=1e-2, zo_seed=1)
     with pytest.raises(ConfigError, match=r"came twice, in zo_config and in args \(zo_eps, zo_seed\)"):
