@@ -70,9 +70,7 @@ def main() -> None:
         rows = torch.randint(0, len(mine), (128,), generator=generator)
         zo.step(lambda: F.cross_entropy(model(mine[rows]), wanted[rows]))  # noqa: B023
     if rank == 0:
-        print(
-            f"processes: {size}, directions a step: {zo.num_probes}, accuracy before: {before:.3f}, after: {accuracy():.3f}"
-        )
+        print(f"processes: {size}, directions a step: {zo.num_probes}, accuracy {before:.3f}, then {accuracy():.3f}")
     if several:
         equal = same_everywhere(model)
         if rank == 0:
