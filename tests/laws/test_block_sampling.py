@@ -31,7 +31,8 @@ from zo_core import (
     derive_seed,
     replay,
 )
-from zo_core.noise import Passes
+from zo_core.noise import Passes, compile_backend
+from zo_core.noise.changes import Change, Pass
 from zo_core.noise.sampled import block_of
 from zo_core.streaming import DiskStore
 
@@ -264,10 +265,12 @@ def test_probes_are_at_the_stated_values_also_where_the_low_rank_is_not_multipli
             assert found != pytest.approx(closure("functional_tied_head", model)().item(), rel=1e-8)
 
 
-def test_the_fused_passes_serve_drawn_blocks_and_not_masks() -> None:
-    shape, terms = torch.Size([8]), ((Sampled(1.0).seed(0, 0, 0), 1.0),)
-    assert Sampled(1.0).direction("w", shape, terms, Passes(backend="compile")).backend == "compile"
-    assert Sampled(1.0, "sparse").direction("w", shape, terms, Passes(backend="compile")).backend == "eager"
+def test_drawn_blocks_and_masks_keep_the_backend_which_has_no_compiled_form_for_masks() -> None:
+    theta, terms = torch.randn(8), ((Sampled(1.0).seed(0, 0, 0), 1.0),)
+    for noise, fused in ((Sampled(1.0, "gaussian"), True), (Sampled(1.0, "sparse"), False)):
+        direction = noise.direction("w", theta.shape, terms, Passes(backend="compile"))
+        assert direction.backend == "compile"
+        assert compile_backend.supports(Pass(theta, direction, Change(), theta)) == fused
 
 
 # Anywhere, and again
