@@ -28,6 +28,7 @@ assert out.tolist() == list(range(3, 11))
 """
 
 
+@pytest.mark.slow
 def test_kernels_give_the_bits_of_eager_passes(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     (tmp_path / "trial.py").write_text(TRIAL)  # Triton reads the source

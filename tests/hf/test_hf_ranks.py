@@ -15,6 +15,8 @@ import torch
 
 from zo_core.seedlog import SeedLog, replay
 
+pytestmark = pytest.mark.slow
+
 Found = dict[str, dict[str, Any]]
 
 

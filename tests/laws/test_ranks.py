@@ -253,7 +253,7 @@ def test_an_exception_during_the_search_for_a_rate_reaches_all(tmp_path: Path) -
     assert second == "ValueError: broken"
 
 
-@pytest.mark.parametrize("how", ["killed", "hangs"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_process_that_is_gone_is_named(tmp_path: Path, how: str) -> None:
     def work(rank: int) -> tuple[str, State, State]:
         model = model_of()

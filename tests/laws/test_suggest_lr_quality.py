@@ -68,6 +68,7 @@ class Contrastive(nn.Module):
         return F.cross_entropy(scores, torch.arange(len(scores)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", [False, True], ids=["constant", "linear"])
 @pytest.mark.parametrize("make", [Classifier, pytest.param(Contrastive, marks=pytest.mark.slow)])
 def test_the_rate_holds_for_ten_times_a_trial(make: type[Classifier | Contrastive], linear: bool) -> None:

@@ -41,7 +41,7 @@ def steps(zo: ZeroOrder, first: int, count: int) -> list[dict[str, Any]]:
     return [zo.step(closure("llama", zo.model, index)).as_dict() for index in range(first, first + count)]
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("offload", ["cpu", pytest.param("disk", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
 def test_streamed_is_as_resident(tmp_path: Path, offload: str, settings: dict[str, Any]) -> None:
     """In mid-run, so that there are momentum, windows and pending updates: the same suggestion, and the same steps."""

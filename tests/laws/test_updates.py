@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from models import closure, tiny
 
 from zo_core import RULES, Momentum, Point, SeedLogWriter, Sgd, Sign, StateError, StepRecord, ZeroOrder, replay
+from zo_core.exchange import Alone, Rows, combined
 from zo_core.stand_ins import same_bits
 
 LOW_RANK = {"name": "low_rank", "refresh": 50}
@@ -145,21 +147,22 @@ def test_a_log_says_that_its_run_had_no_windows(tmp_path: Path, rule: str) -> No
     assert all(same_bits(value, weights(zo)[name]) for name, value in base.state_dict().items())
 
 
-class Halves:
+class Halves(Alone):
     """An exchange of two processes in which this one has the even points; the other's losses are known."""
 
     def __init__(self, other: ZeroOrder):
         self.other = other
 
-    def share(self, points: tuple[Point, ...]) -> tuple[int, ...]:
-        self.points = points
+    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
         return tuple(range(0, len(points), 2))
 
-    def gather(self, losses: list[float]) -> list[float]:
-        theirs = self.other.oracle.losses(list(self.points[1::2]), closure("llama", self.other.model, 0))
-        found = dict(zip(range(0, len(self.points), 2), losses, strict=True))
-        found |= dict(zip(range(1, len(self.points), 2), [float(loss) for loss in theirs], strict=True))
-        return [found[index] for index in range(len(self.points))]
+    def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
+        theirs = self.other.oracle.losses(list(points[1::2]), closure("llama", self.other.model, 0))
+        other = dict(zip(range(1, len(points), 2), [float(loss) for loss in theirs], strict=True))
+        return [dict(zip(range(0, len(points), 2), losses, strict=True)), other]
+
+    def combine(self, points: Sequence[Point], rows: Rows) -> list[float]:
+        return combined("points", points, rows)
 
 
 def test_a_step_whose_points_are_shared_is_the_step_of_one_process() -> None:

@@ -14,6 +14,8 @@ import torch
 
 from zo_core.seedlog import SeedLog, replay
 
+pytestmark = pytest.mark.slow  # five launches of two processes
+
 Found = dict[str, Any]
 
 

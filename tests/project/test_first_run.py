@@ -38,6 +38,7 @@ def test_a_second_call_runs_nothing_again(
     assert capsys.readouterr().out.splitlines() == shown[-4:]
 
 
+@pytest.mark.slow
 def test_cells_of_a_fixed_grid_run_in_processes_of_their_own(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tasks", "linear", "--seeds", "1", "--steps", "4", "--powers", "-2", "-1", "--workers", "2"]
     words += ["--contenders", "default", "constant-default", "grid", "--cache", str(results / "models")]
