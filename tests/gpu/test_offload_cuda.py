@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from models import VOCAB
+from race_scenarios import LIVES, live
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_zo import ZOTrainer, from_pretrained_offloaded
-from zo_core import ZeroOrder, ZOConfig
+from zo_core import LowRank, ZeroOrder, ZOConfig
 from zo_core.streaming.store import RamStore
 
 pytestmark = [
@@ -64,6 +65,22 @@ def test_streamed_is_resident(tier: str, dtype: torch.dtype, tmp_path: Path) -> 
     assert all(torch.equal(value, resident[name]) for name, value in weights.items())
     if tier != "auto":
         assert peak < whole
+
+
+@pytest.mark.parametrize("estimator", ["fzoo", "conservative"])
+@pytest.mark.parametrize("noise", [LowRank(refresh=4), "sparse", "gaussian", "sampled"], ids=str)
+def test_every_noise_and_a_second_round_stream(noise: LowRank | str, estimator: str) -> None:
+    settings: dict[str, Any] = {"noise": noise, "estimator": estimator}
+    numbers, weights, _ = train(torch.float32, "cpu", offload="cpu", device="cuda", **settings)
+    expected, resident, _ = train(torch.float32, "cuda", **settings)
+    assert numbers == expected
+    assert all(torch.equal(value, resident[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("life", LIVES, ids=str)
+def test_every_life_is_lived(life: tuple[str, str, str, int]) -> None:
+    """State dicts, checkpoints, loads, writes and closing meet weights on the host and state on the device."""
+    live(*life, "cuda")
 
 
 @pytest.mark.parametrize("rule", ["sgd", "momentum"])

@@ -221,6 +221,22 @@ def test_momentum_is_projected_to_the_next_bases() -> None:
 # Streaming, replay, checkpoints
 
 
+def test_pending_updates_are_added_where_the_weights_are() -> None:
+    """The factor of a streamed matrix stays on the device, and a state dict is made of the values on the host."""
+    model = tiny("llama")
+    zo = engine(model)
+    run(zo, 1)
+    slot = next(slot for slot, window in zo.updaters.windows.of.items() if window.factor is not None)
+    waiting = zo.updaters.windows.waiting(slot)
+    assert waiting is not None
+    elsewhere = torch.device("meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert all(part.device == elsewhere for part in waiting.factors_in(dtype, elsewhere))
+    theta = torch.empty(slot.tensor.shape, device=elsewhere)
+    assert waiting.add_to(theta, out=torch.empty_like(theta)).device == elsewhere
+    zo.close()
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_a_streamed_run_is_the_resident_one_bit_for_bit(where: str, rule: str) -> None:

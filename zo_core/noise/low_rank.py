@@ -190,10 +190,15 @@ class LowRankDirection(Direction):
     def still(self) -> bool:
         return not self.terms and self.base is None
 
+    def base_on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """``base`` where the weights are that it is added to: the host, if the store of a streamed model is read."""
+        return None if self.base is None else (self.base[0].to(device), self.base[1].to(device))
+
     def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``left`` ``[m, K]`` and ``right`` ``[K, columns]``, float32."""
         noise = self.factors_of
-        lefts, rights = ([], []) if self.base is None else ([self.base[0]], [self.base[1]])
+        base = self.base_on(device)
+        lefts, rights = ([], []) if base is None else ([base[0]], [base[1]])
         for seed, c in self.terms:
             lefts.append(noise.left(seed, self.slot, self.shape, device) * float32(c / math.sqrt(noise.rank)))
             rights.append(noise.right(seed, self.slot, self.shape, device))
@@ -208,12 +213,12 @@ class LowRankDirection(Direction):
         if self.base is None or not shared or dtype not in (torch.float32, torch.float64):
             left, right = self.factors(device)
             return left.to(dtype), right.to(dtype)
-        noise, (left, right) = self.factors_of, self.base
-        left = left.to(dtype)
+        noise = self.factors_of
+        left, right = self.base[0].to(device, dtype), self.base[1].to(device, dtype)
         for seed, c in self.terms:
             term = noise.left(seed, self.slot, self.shape, device).to(dtype)
             left = torch.add(left, term, alpha=float32(c / math.sqrt(noise.rank)))
-        return left, right.to(dtype)
+        return left, right
 
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         left, right = self.factors(device)
@@ -284,10 +289,11 @@ def stacked_factors(
     signs = left if rows is None else left[rows]
     # Fresh memory of this size would cost page faults at every matrix.
     result = workspace("lefts", len(factor) * signs.numel(), device).view(len(factor), *signs.shape)
-    if direction.base is None:
+    waiting = direction.base_on(device)
+    if waiting is None:
         torch.mul(signs, factor, out=result)
     else:
-        base = direction.base[0] if rows is None else direction.base[0][rows]
+        base = waiting[0] if rows is None else waiting[0][rows]
         missing = signs.shape[1] - base.shape[1]
         torch.addcmul(F.pad(base, (0, missing)) if missing else base, factor, signs, out=result)
     return result, noise.rights(bases, slot, shape, device)
