@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from mmap import mmap
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from zo_core.streaming import build, copies, lockstep, store, streaming, tensor_
 from zo_core.streaming.copies import Copies
 from zo_core.streaming.store import DiskStore, RamStore
 from zo_core.streaming.streaming import Streaming
+from zo_core.streaming.tensor_file import Tensors
 
 
 class Torch:
@@ -48,10 +50,27 @@ def host_memory(device: Device, here: bool) -> type[RamStore]:
     class HostMemory(RamStore):
         def __init__(self, pinned: bool = False):
             super().__init__()
-            self.pinned = device.streams
+            self.pinned = self.registers = device.streams
 
-        def _own(self, tensor: Tensor) -> Tensor:
-            return device.keep(tensor.clone() if device.streams else tensor)
+        def put(self, block: str, tensors: Tensors) -> None:
+            super().put(block, tensors)
+            self._watch(block)
+
+        def whole(self, block: str) -> Tensors:
+            added = block in self._zeros
+            found = super().whole(block)
+            if added:
+                self._watch(block)
+            return found
+
+        def _registered(self, size: int) -> mmap:
+            return mmap(-1, size)
+
+        def _watch(self, block: str) -> None:
+            """A slab is one piece of memory, though its tensors have storages of their own."""
+            within = {id(tensor): slab.memory for slab in self.slabs.get(block, ()) for tensor in slab.values()}
+            for tensor in self.blocks[block].values():
+                device.keep(tensor, within.get(id(tensor), tensor))
 
         def returns_soon(self, nbytes: int) -> bool:
             return here

@@ -209,7 +209,7 @@ def beyond(blocks: list[Block], resident: int, memory: int | None) -> list[Block
     """
     if memory is None or resident + sum(block.nbytes for block in blocks) <= memory:
         return []
-    arena = ARENA_SLOTS * max(block.nbytes for block in blocks)
+    arena = ARENA_SLOTS * max(block.arena_bytes for block in blocks)
     count = len(blocks)
     while count > 1 and resident + arena + blocks[count - 1].nbytes <= memory:
         count -= 1

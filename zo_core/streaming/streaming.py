@@ -24,6 +24,7 @@ from ..noise.hashing import used_once
 from ..probing.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment, check_device, with_index
+from .slab import Slab, slab_bytes
 from .store import DiskStore, RamStore
 from .tensor_file import Tensors
 
@@ -65,8 +66,8 @@ class Block:
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of an arena slot for the block, in which each tensor begins at a multiple of 64."""
-        return sum(_aligned(*spec) for spec in self.specs.values())
+        """Bytes that the block takes of an arena slot."""
+        return slab_bytes(self.specs)
 
 
 class Reader(Protocol):
@@ -420,8 +421,7 @@ class Streaming:
         layout = (id(arena), *block.specs.items())  # a model has few, and arenas live as long as these views
         tensors = self._carved.get(layout)
         if tensors is None:
-            with torch.inference_mode(False):  # or views of another dtype are inference tensors, which cannot be filled
-                tensors = self._carved[layout] = _carve(arena, block)
+            tensors = self._carved[layout] = Slab(arena, block.specs)
         self.loaded[block] = (arena, tensors)
         after += self._moments(block)
         nbytes = block.nbytes
@@ -494,17 +494,3 @@ class Streaming:
         self.copies.close()
         for handle in self.handles:
             handle.remove()
-
-
-def _aligned(shape: torch.Size, dtype: torch.dtype) -> int:
-    return -(-shape.numel() * dtype.itemsize // 64) * 64
-
-
-def _carve(arena: Tensor, block: Block) -> Tensors:
-    """Views of an arena slot with the shapes and dtypes of a block's tensors."""
-    tensors: Tensors = {}
-    offset = 0
-    for name, (shape, dtype) in block.specs.items():
-        tensors[name] = arena[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        offset += _aligned(shape, dtype)
-    return tensors
