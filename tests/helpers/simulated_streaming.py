@@ -17,7 +17,7 @@ from torch.cuda import _sanitizer
 from zo_core.streaming import build, copies, lockstep, store, streaming, tensor_file
 from zo_core.streaming.copies import Copies
 from zo_core.streaming.store import DiskStore, RamStore
-from zo_core.streaming.streaming import Streaming
+from zo_core.streaming.streaming import Streaming, arena_slots
 from zo_core.streaming.tensor_file import Tensors
 
 
@@ -111,12 +111,15 @@ def disk(device: Device) -> list[tuple[Any, str, Any]]:
 
 
 @contextmanager
-def simulated(*, streams: bool = True, here: bool = False, without: str | None = None) -> Iterator[Device]:
+def simulated(
+    *, streams: bool = True, here: bool = False, slots: int | None = None, without: str | None = None
+) -> Iterator[Device]:
     """A context in which models are streamed through a simulated device.
 
     Args:
         streams: whether the device has streams, as CUDA has; without, copies run in a thread of the host, as on a CPU.
         here: whether copies of host memory are begun by the caller, as on CUDA, and not by a thread.
+        slots: of the arena; None for as many as CUDA has where there are streams, and else as a CPU.
         without: one of `Device.sites`, which is left out.
     """
     device = Device(streams=streams, without=without)
@@ -130,7 +133,9 @@ def simulated(*, streams: bool = True, here: bool = False, without: str | None =
         device.give_up()
         return device.hold(arena(self))
 
+    slots = arena_slots(torch.device("cuda" if streams else "cpu")) if slots is None else slots
     changes = [
+        (streaming, "arena_slots", lambda _: slots),
         (streaming, "Copies", partial(Copies, streams=device if streams else None)),
         (copies, "ThreadPoolExecutor", pool),
         (copies, "Future", Futures(device)),
