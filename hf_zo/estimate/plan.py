@@ -15,9 +15,9 @@ from zo_core.cache import HEAP_BYTES
 from zo_core.noise import noise_bytes
 from zo_core.sizes import parse_bytes
 from zo_core.streaming import (
-    ARENA_SLOTS,
     TRIM_BYTES,
     Block,
+    arena_slots,
     beyond,
     plan_blocks,
     repeated_layers,
@@ -163,7 +163,8 @@ def _streamed_or_not(name: str, model: nn.Module, work: Workload, active: int) -
     except ModelError:
         blocks = []
     if work.config.device_memory is not None and blocks:
-        blocks = beyond(blocks, resident_bytes(model, blocks), parse_bytes(work.config.device_memory))
+        memory = parse_bytes(work.config.device_memory)
+        blocks = beyond(blocks, resident_bytes(model, blocks), memory, torch.device(work.device))
     segments, traced = _segments(model, slots, blocks, work)
     places = PLACES if blocks else (None,)
     return [_row(name, place, model, slots, blocks, segments, traced, work, active) for place in places]
@@ -193,7 +194,7 @@ def _row(
                 where[id(slot.tensor)].specs[f"{slot.key}#{kind}"] = shape, dtype
             else:
                 state += shape.numel() * dtype.itemsize
-    on_cpu = work.device == "cpu"
+    on_cpu, slots_there = work.device == "cpu", arena_slots(torch.device(work.device))
     turns = max(points, again) if blocks else 1
     moving = [(slot.tensor, slot.scaling) for slot in slots]
     noise = noise_bytes(settings.noise, moving, settings.num_probes, turns, streamed=bool(blocks))
@@ -204,13 +205,13 @@ def _row(
     parts = {
         "weights": sum(_size(t) for key, t in stay.items() if key not in where),
         "rule": state,
-        "arena": min(ARENA_SLOTS, len(blocks)) * max((block.arena_bytes for block in blocks), default=0),
+        "arena": min(slots_there, len(blocks)) * max((block.arena_bytes for block in blocks), default=0),
         "copies": scratch.copies,
         "activations": scratch.activations,
         "noise": noise if on_cpu else 0,
     }
     # If all blocks fit into the arena, they stay there; otherwise each is evicted before it is needed again.
-    read = (2 if again else 1) * sum(sizes) if len(blocks) > ARENA_SLOTS else 0
+    read = (2 if again else 1) * sum(sizes) if len(blocks) > slots_there else 0
     written = sum(block.nbytes for block in trained)
     # On CUDA files are read and written a tensor at a time, on a CPU directly from and to the arena.
     transit = 0 if on_cpu else max((s.numel() * d.itemsize for b in blocks for s, d in b.specs.values()), default=0)

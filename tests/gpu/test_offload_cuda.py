@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from hf_zo import ZOTrainer, from_pretrained_offloaded
 from zo_core import LowRank, ZeroOrder, ZOConfig
+from zo_core.streaming.slab import ALIGNMENT
 from zo_core.streaming.store import RamStore
 
 pytestmark = [
@@ -119,4 +121,8 @@ def test_host_memory_is_known_to_the_driver_and_exact() -> None:
     held = [tensor for block in zo.streaming.store.blocks.values() for tensor in block.values()]
     assert all(tensor.is_pinned() for tensor in held)
     assert sum(tensor.numel() * tensor.element_size() for tensor in held) == size
+    slabs = [slab for slabs in zo.streaming.store.slabs.values() for slab in slabs]
+    assert len(slabs) == len(net.model.layers)
+    assert all(slab.memory.is_pinned() for slab in slabs)
+    assert sum(len(slab.memory) for slab in slabs) <= size + ALIGNMENT * len(held) + mmap.PAGESIZE * len(slabs)
     zo.close()

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from zo_core.noise import Direction, Gaussian, Rademacher, changes
 from zo_core.noise.changes import Change, Pass, flush, together
 from zo_core.noise.direction import Scaling, float32
 from zo_core.noise.hashing import rounding_bits, words
+from zo_core.noise.mailbox import Mailbox
 from zo_core.noise.sparse import SparseDirection
 from zo_core.rules import Momentum, Sgd, Sign
 
@@ -449,3 +451,32 @@ def test_a_kernel_that_fails_is_replaced_by_the_eager_pass(
     assert "ptxas fatal: no" in record.getMessage()
     assert "more lines" not in record.getMessage()
     triton_backend._failed.clear()
+
+
+@pytest.mark.parametrize("count", [1, 7, 224, 1024, 1025, 5000])
+def test_a_kernel_fetches_a_table_out_of_host_memory(count: int) -> None:
+    numbers = [(-1) ** at * (at << 40) + at for at in range(count)]
+    box = Mailbox(not INTERPRETED, lambda: None, 8192)
+    values = torch.zeros(count + 1, dtype=torch.int64, device=DEVICE)
+    box.put(numbers, partial(triton_backend._fetch, values[:count]))
+    assert values.tolist() == [*numbers, 0]
+
+
+@real
+def test_tables_do_not_wait_for_copies() -> None:
+    """A copy of a second is under way in the same direction."""
+    large = torch.empty(1 << 33, dtype=torch.uint8, device=DEVICE)
+    host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    triton_backend._on_device([1, 2, 3], DEVICE)
+    torch.cuda.synchronize()
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        for part in large.split(len(host)):
+            part.copy_(host, non_blocking=True)
+        end = aside.record_event()
+    values = triton_backend._on_device([4, 5, 6], DEVICE)
+    here = torch.cuda.current_stream().record_event()
+    here.synchronize()
+    assert not end.query()
+    assert values.tolist() == [4, 5, 6]
+    torch.cuda.synchronize()

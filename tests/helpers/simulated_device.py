@@ -135,6 +135,7 @@ class Device:
         self.given_up: set[int] = set()
         self.lent: dict[int, set[int]] = {}
         self.held: dict[int, Any] = {}
+        self.within: dict[int, int] = {}
         self.files: dict[tuple[int, str], int] = {}
         self.pools: list[Pool] = []
         for line in (POOL, ALLOCATOR):
@@ -212,10 +213,15 @@ class Device:
         self.arenas[address(memory)] = memory.untyped_storage()
         return memory
 
-    def keep(self, memory: Tensor) -> Tensor:
-        """Watches memory of the host that copies use."""
+    def keep(self, tensor: Tensor, memory: Tensor) -> None:
+        """Watches a tensor of the host that copies use, as a part of ``memory``, which is watched as a whole."""
         self.held[address(memory)] = memory.untyped_storage()
-        return memory
+        self.within[address(tensor)] = address(memory)
+
+    def place(self, tensor: Tensor) -> int:
+        """The address of the memory that is watched as a whole."""
+        pointer = address(tensor)
+        return self.within.get(pointer, pointer)
 
     def give_up(self) -> None:
         """Lets the allocator give memory that nobody holds any more to the next kernel of the stream it came from."""
@@ -301,11 +307,11 @@ class Watch(TorchDispatchMode):
             if argument.alias_info is not None and not is_write:
                 continue
             for tensor in filter(self.watched, _tensors((value,))):
-                (writes if is_write else reads).add(address(tensor))
+                (writes if is_write else reads).add(self.device.place(tensor))
         return reads, writes
 
     def watched(self, tensor: Tensor) -> bool:
-        pointer = address(tensor)
+        pointer = self.device.place(tensor)
         return bool(tensor.numel()) and (pointer in self.device.arenas or pointer in self.device.held)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from mmap import mmap
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,8 @@ from torch.cuda import _sanitizer
 from zo_core.streaming import build, copies, lockstep, store, streaming, tensor_file
 from zo_core.streaming.copies import Copies
 from zo_core.streaming.store import DiskStore, RamStore
-from zo_core.streaming.streaming import Streaming
+from zo_core.streaming.streaming import Streaming, arena_slots
+from zo_core.streaming.tensor_file import Tensors
 
 
 class Torch:
@@ -48,10 +50,27 @@ def host_memory(device: Device, here: bool) -> type[RamStore]:
     class HostMemory(RamStore):
         def __init__(self, pinned: bool = False):
             super().__init__()
-            self.pinned = device.streams
+            self.pinned = self.registers = device.streams
 
-        def _own(self, tensor: Tensor) -> Tensor:
-            return device.keep(tensor.clone() if device.streams else tensor)
+        def put(self, block: str, tensors: Tensors) -> None:
+            super().put(block, tensors)
+            self._watch(block)
+
+        def whole(self, block: str) -> Tensors:
+            added = block in self._zeros
+            found = super().whole(block)
+            if added:
+                self._watch(block)
+            return found
+
+        def _registered(self, size: int) -> mmap:
+            return mmap(-1, size)
+
+        def _watch(self, block: str) -> None:
+            """A slab is one piece of memory, though its tensors have storages of their own."""
+            within = {id(tensor): slab.memory for slab in self.slabs.get(block, ()) for tensor in slab.values()}
+            for tensor in self.blocks[block].values():
+                device.keep(tensor, within.get(id(tensor), tensor))
 
         def returns_soon(self, nbytes: int) -> bool:
             return here
@@ -92,12 +111,15 @@ def disk(device: Device) -> list[tuple[Any, str, Any]]:
 
 
 @contextmanager
-def simulated(*, streams: bool = True, here: bool = False, without: str | None = None) -> Iterator[Device]:
+def simulated(
+    *, streams: bool = True, here: bool = False, slots: int | None = None, without: str | None = None
+) -> Iterator[Device]:
     """A context in which models are streamed through a simulated device.
 
     Args:
         streams: whether the device has streams, as CUDA has; without, copies run in a thread of the host, as on a CPU.
         here: whether copies of host memory are begun by the caller, as on CUDA, and not by a thread.
+        slots: of the arena; None for as many as CUDA has where there are streams, and else as a CPU.
         without: one of `Device.sites`, which is left out.
     """
     device = Device(streams=streams, without=without)
@@ -111,7 +133,9 @@ def simulated(*, streams: bool = True, here: bool = False, without: str | None =
         device.give_up()
         return device.hold(arena(self))
 
+    slots = arena_slots(torch.device("cuda" if streams else "cpu")) if slots is None else slots
     changes = [
+        (streaming, "arena_slots", lambda _: slots),
         (streaming, "Copies", partial(Copies, streams=device if streams else None)),
         (copies, "ThreadPoolExecutor", pool),
         (copies, "Future", Futures(device)),

@@ -1,13 +1,14 @@
 """The passes of `direction` in Triton kernels: one pass over the weights, and one launch for all that are alike.
 
 A single addition travels with its launch. Everything else (rules, scales, masks, several terms, many tensors) is a
-row of a table, which goes to the device through pinned memory.
+row of a table, which a kernel fetches out of page-locked memory.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,21 @@ from .changes import Change, Pass, flat, flat_target
 from .direction import Direction, float32
 from .gaussian import Gaussian, table
 from .hashing import sent
+from .mailbox import HALF, mailbox
 from .rademacher import Rademacher, float_bits
 from .rounding import DROPPED_BITS
-from .triton_kernels import ABSOLUTE, ADD, BLOCK, MOMENTUM, RELATIVE, SIGN, WEIGHTS, add_kernel, table_kernel
+from .triton_kernels import (
+    ABSOLUTE,
+    ADD,
+    BLOCK,
+    MOMENTUM,
+    RELATIVE,
+    SIGN,
+    WEIGHTS,
+    add_kernel,
+    fetch_kernel,
+    table_kernel,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +192,7 @@ def _launch_table(variant: Variant, group: Sequence[Work]) -> None:
     for work in group:
         firsts.append(programs)
         programs += -(-work.source.numel() // BLOCK)
-    values = sent(firsts + [value for work in group for value in _row(work)], variant.device, torch.int64)
+    values = _on_device(firsts + [value for work in group for value in _row(work)], variant.device)
     table_kernel[(programs,)](
         values,
         len(group),
@@ -193,6 +206,21 @@ def _launch_table(variant: Variant, group: Sequence[Work]) -> None:
         EVEN=variant.even,
         **_common(variant),
     )
+
+
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """The numbers as int64, without the copy engine, unless they are very many."""
+    if device.type != "cuda" or len(numbers) > HALF:
+        return sent(numbers, device, torch.int64)
+    with torch.inference_mode(False):
+        values = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    mailbox(device).put(numbers, partial(_fetch, values))
+    return values
+
+
+def _fetch(values: Tensor, address: int) -> None:
+    count = len(values)
+    fetch_kernel[(-(-count // BLOCK),)](address, values, count, BLOCK=BLOCK, num_warps=4)
 
 
 def _row(work: Work) -> list[int]:

@@ -118,6 +118,22 @@ def _rounded(value, start, lane, rounding0, rounding1, dtype, BFLOAT16: tl.const
     return result
 
 
+@triton.jit(do_not_specialize=["address", "count"])
+def fetch_kernel(address, values, count, BLOCK: tl.constexpr):
+    """One block of a copy of int64 numbers.
+
+    Args:
+        address: of the numbers, in memory that the device can read; int64.
+        values: where they go.
+        count: how many there are.
+        BLOCK: numbers of one program.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    numbers = address.to(tl.int64).to(tl.pointer_type(tl.int64))
+    tl.store(values + index, tl.load(numbers + index, mask=inside, other=0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["key0", "key1", "coefficient", "decay", "rounding0", "rounding1"])
 def add_kernel(
     theta,

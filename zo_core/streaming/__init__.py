@@ -5,11 +5,10 @@ from .build import beyond, describe, move_streamed, offload, plan_blocks, reside
 from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
 from .store import DiskStore
-from .streaming import ARENA_SLOTS, Block, Streaming
+from .streaming import Block, Streaming, arena_slots
 from .tensor_file import Piece, read_header
 
 __all__ = [
-    "ARENA_SLOTS",
     "TRIM_BYTES",
     "Block",
     "DiskStore",
@@ -17,6 +16,7 @@ __all__ = [
     "Piece",
     "Streaming",
     "ambient",
+    "arena_slots",
     "beyond",
     "describe",
     "find_blocks",

@@ -17,7 +17,7 @@ from .blocks import find_blocks
 from .budget import known_to_fit, note_fit, room_for_weights
 from .copies import check_device, with_index
 from .store import DiskStore, RamStore
-from .streaming import ARENA_SLOTS, Block, Streaming
+from .streaming import Block, Streaming, arena_slots
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def offload(
     if undecided and not known_to_fit(model, place):
         memory = room_for_weights(model, place, _largest(blocks, resident), state)
     if memory is not None or kind == "auto":
-        blocks = beyond(blocks, resident_bytes(model, blocks), memory)
+        blocks = beyond(blocks, resident_bytes(model, blocks), memory, place)
     streaming = None
     if blocks:
         check_device(place)
@@ -199,17 +199,18 @@ def move_streamed(model: nn.Module, device: torch.device) -> None:
     move(model)
 
 
-def beyond(blocks: list[Block], resident: int, memory: int | None) -> list[Block]:
+def beyond(blocks: list[Block], resident: int, memory: int | None, device: torch.device) -> list[Block]:
     """The leading ones of ``blocks``, as many as do not fit.
 
     Args:
         blocks: all that could be streamed.
         resident: bytes that stay resident in any case.
         memory: bytes for what stays, and for the arena of the rest; None for no limit.
+        device: where they compute.
     """
     if memory is None or resident + sum(block.nbytes for block in blocks) <= memory:
         return []
-    arena = ARENA_SLOTS * max(block.nbytes for block in blocks)
+    arena = arena_slots(device) * max(block.arena_bytes for block in blocks)
     count = len(blocks)
     while count > 1 and resident + arena + blocks[count - 1].nbytes <= memory:
         count -= 1

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Collection
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError, StateError
 from ..files import replacing
 from ..sizes import human
+from .slab import Slab, Specs, copy, slab_bytes, specs_of
 from .tensor_file import Piece, Tensors, bytes_of, read_header, write_file
 
 logger = logging.getLogger(__name__)
@@ -36,62 +38,88 @@ class RamStore:
     """Blocks in host memory, each tensor exactly once.
 
     Args:
-        pinned: for copies to and from CUDA; each tensor then gets memory of its own that is registered
+        pinned: for copies to and from CUDA; each block then gets memory of its own that is registered
             with the driver, of exactly the pages that it needs. (PyTorch's allocator of pinned memory
             rounds up to powers of two.) Otherwise, and from the first refusal of the driver on, tensors stay in the
             memory that they are passed in.
+
+    Attributes:
+        blocks: all tensors of each block, by name.
+        slabs: those of them that are one behind the other in registered memory.
     """
 
     def __init__(self, pinned: bool = False) -> None:
         self.pinned = self.registers = pinned
         self.blocks: dict[str, Tensors] = {}
+        self.slabs: dict[str, list[Slab]] = {}
+        #: Tensors of zeros without memory so far; they get it together.
+        self._zeros: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
         """Takes over the tensors of a block, or copies them into pinned memory that it has for them already."""
-        kept = self.blocks.setdefault(block, {})
+        kept = self.whole(block) if block in self.blocks else self.blocks.setdefault(block, {})
+        if not self.pinned:
+            kept.update({name: tensor.to("cpu") for name, tensor in tensors.items()})
+            return
+        fresh = {name: tensor for name, tensor in tensors.items() if name not in kept}
+        slab = self._slab(block, specs_of(fresh))
+        kept.update({name: tensor.to("cpu") for name, tensor in fresh.items()} if slab is None else slab)
         for name, tensor in tensors.items():
-            if self.pinned and name in kept:
+            if slab is not None or name not in fresh:
                 kept[name].copy_(tensor)
-            else:
-                kept[name] = self._own(tensor.to("cpu"))
 
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
         """Adds a tensor of zeros to a block."""
-        with torch.inference_mode(False):
-            self.blocks[block][name] = self._own(torch.zeros(shape, dtype=dtype))
+        self._zeros.setdefault(block, {})[name] = shape, dtype
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        if not self.registers or not tensor.numel():
-            return tensor
-        # Whole pages, because two tensors that share a page could not both be registered.
-        used = tensor.numel() * tensor.element_size()
-        memory = torch.frombuffer(mmap.mmap(-1, -(-used // mmap.PAGESIZE) * mmap.PAGESIZE), dtype=torch.uint8)
+    def _slab(self, block: str, specs: Specs) -> Slab | None:
+        """Registered memory for tensors of a block, all zeros; None if they are to have ordinary memory."""
+        size = slab_bytes(specs)
+        memory = self._registered(size) if self.registers and size else None
+        if memory is None:
+            return None
+        slab = Slab(memory, specs)
+        self.slabs.setdefault(block, []).append(slab)
+        return slab
+
+    def _registered(self, size: int) -> mmap.mmap | None:
+        """New memory that the driver knows; None if it refuses."""
+        # Whole pages, because two pieces of memory that share a page could not both be registered.
+        memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         driver = torch.cuda.cudart()
         try:
-            torch.cuda.check_error(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE))
+            torch.cuda.check_error(driver.cudaHostRegister(address, len(memory), PORTABLE))
         except RuntimeError as error:
             self.registers = False
             _clear_error()
-            done = sum(held.numel() * held.element_size() for kept in self.blocks.values() for held in kept.values())
+            done = sum(len(slab.memory) for held in self.slabs.values() for slab in held)
             logger.warning(
                 "the driver registers no more host memory after %s (%s); the other layers are copied from ordinary "
                 "memory, which is slower and waits for the device. WSL and containers often have a limit",
                 human(done),
                 str(error),  # the error itself would hold this store
             )
-            return tensor
-        weakref.finalize(self, driver.cudaHostUnregister, memory.data_ptr())
-        return memory[:used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            return None
+        weakref.finalize(self, driver.cudaHostUnregister, address)
+        return memory
 
     def read(self, block: str, into: Tensors) -> None:
         """Copies a block's values into tensors of the same names and shapes."""
-        for name, tensor in self.blocks[block].items():
-            into[name].copy_(tensor, non_blocking=True)
+        for part in self._parts(block):
+            copy(into, part, part.keys())
 
     def write(self, block: str, tensors: Tensors, changed: Collection[str]) -> None:
         """Takes the new values of the tensors named in ``changed``; ``tensors`` are all of the block."""
-        for name in changed:
-            self.blocks[block][name].copy_(tensors[name], non_blocking=True)
+        for part in self._parts(block):
+            copy(part, tensors, part.keys() & changed)
+
+    def _parts(self, block: str) -> list[Tensors]:
+        """The slabs of a block, and what is in none."""
+        loose, parts = dict(self.whole(block)), list[Tensors](self.slabs.get(block, ()))
+        for name in chain(*parts):
+            del loose[name]
+        return [*parts, loose]
 
     def returns_soon(self, nbytes: int) -> bool:
         """Whether `read` and `write` of so many bytes return sooner than another thread would have begun."""
@@ -99,11 +127,18 @@ class RamStore:
 
     def whole(self, block: str) -> Tensors:
         """The stored tensors themselves."""
+        specs = self._zeros.pop(block, None)
+        if specs is not None:
+            added: Tensors | None = self._slab(block, specs)
+            if added is None:
+                with torch.inference_mode(False):
+                    added = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in specs.items()}
+            self.blocks[block].update(added)
         return self.blocks[block]
 
     def mapped(self, block: str) -> Tensors:
         """The stored tensors themselves, as from `whole`."""
-        return self.blocks[block]
+        return self.whole(block)
 
 
 def _clear_error() -> None:

@@ -24,15 +24,22 @@ from ..noise.hashing import used_once
 from ..probing.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment, check_device, with_index
+from .slab import Slab, slab_bytes
 from .store import DiskStore, RamStore
 from .tensor_file import Tensors
 
 #: Changes some tensors of a block, given all of them by name.
 Update = Callable[[Tensors], None]
 
-#: Blocks on the device at a time: the one in use, and the one being fetched. A block is written back while it
-#: is in use, so its slot is free when the block after the next one is fetched.
-ARENA_SLOTS = 2
+
+def arena_slots(device: torch.device) -> int:
+    """Blocks on a device at a time.
+
+    Two are the one in use and the one being fetched: a block is written back while it is in use. On CUDA that would
+    make each block wait until the one before it has left, so there is a third slot: one block comes, one is computed
+    with, and one goes. On a CPU all three take turns at the same memory, and a slot would only cost some.
+    """
+    return 3 if device.type == "cuda" else 2
 
 
 @dataclass(eq=False)
@@ -65,8 +72,8 @@ class Block:
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of an arena slot for the block, in which each tensor begins at a multiple of 64."""
-        return sum(_aligned(*spec) for spec in self.specs.values())
+        """Bytes that the block takes of an arena slot."""
+        return slab_bytes(self.specs)
 
 
 class Reader(Protocol):
@@ -240,7 +247,7 @@ class Streaming:
 
     def _empty_arenas(self) -> None:
         """Drops all slots; they are made when they are needed, as each tensor of momentum makes them larger."""
-        self.slots = min(ARENA_SLOTS, len(self.blocks))
+        self.slots = min(arena_slots(self.device), len(self.blocks))
         self.arenas: list[Tensor] = []
         self.loaded: OrderedDict[Block, tuple[Tensor, Tensors]] = OrderedDict()
         self._carved: dict[tuple[object, ...], Tensors] = {}
@@ -259,7 +266,7 @@ class Streaming:
     def values(self, block: Block) -> Tensors:
         """The block's tensors on the device, fetched if necessary, and with pending updates applied.
 
-        Also starts to fetch the block that is expected next.
+        Also starts to fetch the blocks that are expected next.
 
         Args:
             block: the block.
@@ -278,20 +285,13 @@ class Streaming:
         if block in self.fetching:
             self.copies.let_wait(self.fetching.pop(block))
         tensors = self.loaded[block][1]
-        if block.pending:
-            self._apply(block, tensors)
         if self.previous is not block:
             if self.previous is not None:
                 self.following[self.previous] = block
             self.previous = block
-            upcoming = self.following[block]
-            room = self.arenas or len(self.loaded) < self.slots
-            # A weight that is used within another block's forward leaves no slot to spare: that block's is taken, too.
-            if upcoming not in self.loaded and (
-                room or any(b not in self.pinned and b is not block for b in self.loaded)
-            ):
-                self._start_fetch(upcoming)
-                self.loaded.move_to_end(block)
+            self._prefetch(block)
+        if block.pending:  # after the prefetch, which has to wait for what is queued on the device by then
+            self._apply(block, tensors)
         return tensors
 
     def open(self, block: Block, only: Iterable[str] | None = None) -> None:
@@ -405,11 +405,32 @@ class Streaming:
 
     # Movement
 
-    def _start_fetch(self, block: Block) -> None:
+    def _prefetch(self, block: Block) -> None:
+        """Starts to fetch the blocks that are expected after this one, as far as there are slots for them."""
+        wanted = [block]
+        while len(wanted) < self.slots:
+            upcoming = self.following[wanted[-1]]
+            # A weight that is used within another block's forward leaves no slot to spare: that block's is taken, too.
+            if upcoming in wanted or not (upcoming in self.loaded or self._room(wanted)):
+                break
+            if upcoming not in self.loaded:
+                self._start_fetch(upcoming, wanted)
+            wanted.append(upcoming)
+        self.loaded.move_to_end(block)
+
+    def _room(self, wanted: Sequence[Block]) -> bool:
+        return bool(self.arenas) or len(self.loaded) < self.slots or self._oldest(wanted) is not None
+
+    def _oldest(self, wanted: Sequence[Block] = ()) -> Block | None:
+        """The block in a slot that has not been used for longest, and can do without."""
+        return next((b for b in self.loaded if b not in self.pinned and b not in wanted), None)
+
+    def _start_fetch(self, block: Block, wanted: Sequence[Block] = ()) -> None:
+        """Fetches a block into a slot of its own, that of another block if it has to be, but of none in ``wanted``."""
         after: list[Moment] = []
         if not self.arenas:
             full = len(self.loaded) >= self.slots
-            oldest = next((b for b in self.loaded if b not in self.pinned), None) if full else None
+            oldest = self._oldest(wanted) if full else None
             if oldest is None:
                 self.arenas.append(self._arena())
             else:
@@ -420,8 +441,7 @@ class Streaming:
         layout = (id(arena), *block.specs.items())  # a model has few, and arenas live as long as these views
         tensors = self._carved.get(layout)
         if tensors is None:
-            with torch.inference_mode(False):  # or views of another dtype are inference tensors, which cannot be filled
-                tensors = self._carved[layout] = _carve(arena, block)
+            tensors = self._carved[layout] = Slab(arena, block.specs)
         self.loaded[block] = (arena, tensors)
         after += self._moments(block)
         nbytes = block.nbytes
@@ -494,17 +514,3 @@ class Streaming:
         self.copies.close()
         for handle in self.handles:
             handle.remove()
-
-
-def _aligned(shape: torch.Size, dtype: torch.dtype) -> int:
-    return -(-shape.numel() * dtype.itemsize // 64) * 64
-
-
-def _carve(arena: Tensor, block: Block) -> Tensors:
-    """Views of an arena slot with the shapes and dtypes of a block's tensors."""
-    tensors: Tensors = {}
-    offset = 0
-    for name, (shape, dtype) in block.specs.items():
-        tensors[name] = arena[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        offset += _aligned(shape, dtype)
-    return tensors
