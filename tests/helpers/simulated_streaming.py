@@ -135,7 +135,7 @@ def simulated(
 
     slots = arena_slots(torch.device("cuda" if streams else "cpu")) if slots is None else slots
     changes = [
-        (streaming, "arena_slots", lambda _: slots),
+        *((module, "arena_slots", lambda _: slots) for module in (build, streaming)),
         (streaming, "Copies", partial(Copies, streams=device if streams else None)),
         (copies, "ThreadPoolExecutor", pool),
         (copies, "Future", Futures(device)),
