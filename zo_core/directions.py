@@ -12,7 +12,7 @@ from .noise.direction import Scaling
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
 from .step import StepPlan, times
-from .targets import Slot
+from .targets import Slot, as_it_lies
 from .updates import Move, Updater
 
 
@@ -83,6 +83,7 @@ class Directions:
     def _alike(self, thresholds: MutableMapping[str, float]) -> None:
         self._passes, self._thresholds = {}, thresholds
 
+    @as_it_lies
     def moves(self, slots: list[Slot], probes: tuple[Probe, ...]) -> list[Move]:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
         groups = self.optimizer.groups_of(slots)

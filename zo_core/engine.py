@@ -32,7 +32,7 @@ from .ranks import exchange_of
 from .records import Point, Probe, Rollback, StepRecord
 from .second_round import SecondRound
 from .step import Skips, StepPlan, chosen, mean, probes_from, times
-from .targets import Slot, keep_codes_plain
+from .targets import Slot, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
 from .undoing import braked, note, repeated
 from .updates import Places
@@ -238,7 +238,7 @@ class ZeroOrder(TrainedModel):
             agree(self)
             self._agreed = True
         points, seeds, extra = self._points()
-        self.noise.prepare(seeds, [(slot.key, slot.tensor.shape) for slot in self.slots], self._device)
+        self.noise.prepare(seeds, shapes_of(self.slots), self._device)
         ratios = self.directions.ratios(self.slots)
         return StepPlan(self.step_count, seeds, points, self.exchange.share(points, seeds), ratios, extra)
 

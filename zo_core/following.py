@@ -11,10 +11,12 @@ from .checkpoint import next_seed
 from .defaults import moving
 from .normaliser import normaliser_of
 from .running import Running
+from .targets import as_it_lies
 
 logger = logging.getLogger(__name__)
 
 
+@as_it_lies
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient at the moment."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -36,6 +36,11 @@ class Change:
     beta: float = 0.0
     momentum: Tensor | None = None
 
+    @classmethod
+    def plain(cls, decay: float = 1.0) -> Change:
+        """Adds ``s`` to ``decay`` times the weights."""
+        return ADDITION if decay == 1.0 else cls(decay=decay)
+
     def __call__(self, weights: Tensor, s: Tensor, start: int, stop: int) -> None:
         """Changes ``weights`` in place, those from ``start`` to ``stop``; ``s`` may be overwritten."""
         if self.decay != 1.0:
@@ -44,6 +49,10 @@ class Change:
             weights.add_(self.momentum[start:stop].mul_(self.beta).add_(s) * self.rate)
         else:
             weights.add_(s.sign_().mul_(self.rate) if self.kind == "sign" else s)
+
+
+#: What most passes do; they share this object.
+ADDITION = Change()
 
 
 class Pass(NamedTuple):
@@ -96,16 +105,19 @@ _local = threading.local()
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(*, apart: bool = False) -> Iterator[None]:
     """A context in which Triton passes of this thread wait for its end, where one launch does all that are alike.
 
     Passes within it may be in any order, and each sees what earlier ones wrote. Other code must not read or write
     these tensors before the end or a `flush`. Without Triton every pass runs at once, as ever.
+
+    Args:
+        apart: the caller knows that no pass writes what another one reads or writes, so nobody looks.
     """
     if getattr(_local, "waiting", None) is not None:
         yield
         return
-    _local.waiting = waiting = Waiting()
+    _local.waiting = waiting = Waiting(apart)
     try:
         yield
     finally:
@@ -121,9 +133,14 @@ def flush() -> None:
 
 
 class Waiting:
-    """Passes that wait, none of which writes what another one reads or writes: their order is free."""
+    """Passes that wait, none of which writes what another one reads or writes: their order is free.
 
-    def __init__(self) -> None:
+    Args:
+        apart: whether that is known.
+    """
+
+    def __init__(self, apart: bool = False) -> None:
+        self.apart = apart
         self._clear()
 
     def _clear(self) -> None:
@@ -133,6 +150,9 @@ class Waiting:
 
     def add(self, one: Pass) -> None:
         """Adds a pass; if it meets the memory of another one, those that wait are run first."""
+        if self.apart:
+            self.passes.append(one)
+            return
         theta, out = _span(one.theta), _span(one.out)
         spans = [(*out, False)]
         if theta != out:

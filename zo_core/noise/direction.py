@@ -230,7 +230,7 @@ class Direction:
         Returns:
             ``out``.
         """
-        return self.apply(theta, Change(decay=float32(decay)), out)
+        return self.apply(theta, Change.plain(float32(decay)), out)
 
     def apply(self, theta: Tensor, change: Change, out: Tensor | None = None) -> Tensor:
         """``out = round(theta')``, in place by default: one pass over the weights, in a kernel if the backend has one.

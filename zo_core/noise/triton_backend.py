@@ -15,8 +15,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import declare
-from .changes import Change, Pass, flat, flat_target
+from ..dispatch import declare, watchers
+from .changes import ADDITION, Change, Pass, flat_target
 from .direction import Direction, float32
 from .gaussian import Gaussian, table
 from .hashing import sent
@@ -65,7 +65,7 @@ class Variant(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A pass with its flat tensors; the result goes to ``target``, a buffer if ``out`` cannot be written flat."""
+    """A pass with contiguous tensors; the result goes to ``target``, a buffer if ``out`` is not contiguous."""
 
     done: Pass
     source: Tensor
@@ -97,8 +97,9 @@ def run(passes: Sequence[Pass]) -> None:
     groups: dict[Variant, list[Work]] = {}
     for one in passes:
         if one.theta.numel():
-            # A kernel counts in elements from the first address, so a flat view with gaps is copied.
-            work = Work(one, flat(one.theta).contiguous(), flat_target(one.theta, one.out))
+            # A kernel counts in elements from the first address, so what has gaps is copied.
+            target = one.out if one.out.is_contiguous() else flat_target(one.theta, one.out)
+            work = Work(one, one.theta.contiguous(), target)
             groups.setdefault(_variant(work), []).append(work)
     for variant, group in groups.items():
         try:
@@ -113,7 +114,7 @@ def run(passes: Sequence[Pass]) -> None:
                 work.done.direction.apply_eager(work.done.theta, work.done.change, work.done.out)
             continue
         for work in group:
-            if work.target.data_ptr() != work.done.out.data_ptr():
+            if work.target is not work.done.out:
                 work.done.out.copy_(work.target.view(work.done.out.shape))
 
 
@@ -132,7 +133,9 @@ def _variant(work: Work) -> Variant:
     direction: Direction
     theta, direction, change, _ = work.done
     dtype, scaling = theta.dtype, direction.scaling
-    used = [work.source, work.target, *([] if change.momentum is None else [change.momentum])]
+    addresses = work.source.data_ptr() | work.target.data_ptr()
+    if change.momentum is not None:
+        addresses |= change.momentum.data_ptr()
     return Variant(
         theta.device,
         dtype,
@@ -142,13 +145,14 @@ def _variant(work: Work) -> Variant:
         WEIGHTS if scaling is None else RELATIVE if scaling.relative else ABSOLUTE,
         direction.limit(theta) != float("inf"),
         0 if direction.rounding_key(dtype) is None else DROPPED_BITS[dtype],
-        work.source.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in used),
+        (work.source.numel() | addresses) % 16 == 0,
     )
 
 
 def _launch(variant: Variant, group: Sequence[Work]) -> None:
-    written = [tensor for work in group for tensor in (work.target, work.done.change.momentum) if tensor is not None]
-    declare([work.source for work in group], written)
+    if watchers():
+        written = [t for work in group for t in (work.target, work.done.change.momentum) if t is not None]
+        declare([work.source for work in group], written)
     with torch.cuda.device_of(group[0].source):
         simple = variant.terms == 1 and variant.kind == ADD and variant.scales == WEIGHTS and not variant.masked
         if simple and len(group) == 1:
@@ -223,6 +227,13 @@ def _fetch(values: Tensor, address: int) -> None:
     fetch_kernel[(-(-count // BLOCK),)](address, values, count, BLOCK=BLOCK, num_warps=4)
 
 
+def _numbers(change: Change) -> tuple[int, int, int]:
+    return float_bits(change.decay), float_bits(change.rate), float_bits(change.beta)
+
+
+_ADDITION = _numbers(ADDITION)
+
+
 def _row(work: Work) -> list[int]:
     """A row of the table; see the columns of `triton_kernels`."""
     direction: Direction
@@ -232,9 +243,7 @@ def _row(work: Work) -> list[int]:
         work.target.data_ptr(),
         0 if change.momentum is None else change.momentum.data_ptr(),
         work.source.numel(),
-        float_bits(change.decay),
-        float_bits(change.rate),
-        float_bits(change.beta),
+        *(_ADDITION if change is ADDITION else _numbers(change)),
         float_bits(direction.limit(theta)),
         0 if direction.scaling is None else float_bits(float32(direction.scaling.floor)),
         *(direction.rounding_key(theta.dtype) or (0, 0)),

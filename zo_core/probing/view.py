@@ -178,7 +178,7 @@ class ProbeView:
             copies = values = [self.original(slot) for slot in layer.own]
             if owner.moves(point):
                 copies = owner.pool.take_all(values)
-                with together():
+                with together(apart=True):  # slots have memory of their own, and so have the copies
                     for index, slot in enumerate(layer.own):
                         direction = owner.direction(slot, point)
                         if direction.still:

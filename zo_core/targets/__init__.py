@@ -1,10 +1,10 @@
 """What training may change: a target returns these tensors of a model as slots."""
 
 from .auto import Auto, has_adapters
-from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, slot_keys
+from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, shapes_of, slot_keys
 from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain, move_scales
-from .memory import in_several_ways
+from .memory import as_it_lies, in_several_ways
 from .scales import Scales
 from .torchao import TorchaoScales
 from .trainable import Trainable
@@ -19,6 +19,7 @@ __all__ = [
     "Target",
     "TorchaoScales",
     "Trainable",
+    "as_it_lies",
     "check_tensor",
     "check_values",
     "elsewhere",
@@ -28,5 +29,6 @@ __all__ = [
     "memory_of",
     "move_scales",
     "plain_parameters",
+    "shapes_of",
     "slot_keys",
 ]

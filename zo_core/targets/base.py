@@ -73,6 +73,12 @@ class Slot:
         return take(values) if self.region is None else self.region.room(values, take)
 
 
+@as_it_lies
+def shapes_of(slots: Iterable[Slot]) -> list[tuple[str, torch.Size]]:
+    """Key and shape of each slot."""
+    return [(slot.key, slot.tensor.shape) for slot in slots]
+
+
 @dataclass(frozen=True)
 class Target:
     """Chooses the slots of a model.
