@@ -4,6 +4,7 @@ from .blocks import find_blocks, repeated_layers
 from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
 from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
+from .shared import share
 from .store import DiskStore
 from .streaming import Block, Streaming, arena_slots
 from .tensor_file import Piece, read_header
@@ -26,4 +27,5 @@ __all__ = [
     "read_header",
     "repeated_layers",
     "resident_bytes",
+    "share",
 ]
