@@ -5,7 +5,7 @@ from .build import beyond, describe, move_streamed, offload, plan_blocks, reside
 from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
 from .shared import share
-from .store import DiskStore
+from .store import DiskStore, own_folder
 from .streaming import Block, Streaming, arena_slots
 from .tensor_file import Piece, read_header
 
@@ -23,6 +23,7 @@ __all__ = [
     "find_blocks",
     "move_streamed",
     "offload",
+    "own_folder",
     "plan_blocks",
     "read_header",
     "repeated_layers",

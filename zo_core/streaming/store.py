@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
 from ..files import replacing
+from ..ranks import world_size
 from ..sizes import human
 from .slab import Slab, Specs, copy, slab_bytes, specs_of
 from .tensor_file import Piece, Tensors, bytes_of, read_header, write_file
@@ -219,6 +221,12 @@ def _clear_error() -> None:
     """Clears the error that a refused call leaves behind in the runtime: the next kernel would raise it once."""
     with contextlib.suppress(RuntimeError):
         torch.ones((), device="cuda")
+
+
+def own_folder(folder: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """The folder for the block files of this process, given the ``offload_dir`` of all: its own but for rank 0."""
+    rank = dist.get_rank() if world_size() > 1 else int(os.environ.get("RANK", 0))  # perhaps there is no group yet
+    return folder if folder is None or not rank else Path(folder) / f"rank{rank}"
 
 
 class DiskStore(OwnBlocks):
