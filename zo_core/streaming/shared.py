@@ -361,8 +361,11 @@ class _Sharing:
         assert self.board is not None
         for name in self.fresh:
             self.own.drop(name)
+        if isinstance(self.own, DiskStore):
+            self.own.tidy()
         if isinstance(self.common, DiskStore) and self.common.removal is not None:
             self.common.removal.detach()
+        logger.info("%d processes of this host share %d streamed layers", self.ranks, len(self.layouts))
         folder = offer.folder if offer.temporary else None
         if isinstance(self.store, SharedStore):
             folder = self.store.retire() or folder

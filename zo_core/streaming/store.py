@@ -271,6 +271,7 @@ class DiskStore(OwnBlocks):
         """
         path = self._file(block)
         try:
+            self.folder.mkdir(exist_ok=True)
             with replacing(path) as fresh:
                 write_file(tensors, fresh)
                 pieces = read_header(fresh)
@@ -297,6 +298,11 @@ class DiskStore(OwnBlocks):
         """Gives up a block, and removes its file if it has one in the folder."""
         if self.pieces.pop(block, None) is not None:
             self._file(block).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Removes the folder if nothing is in it; it is made again when a block is written."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _file(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"

@@ -25,8 +25,8 @@ from ..noise.hashing import used_once
 from ..probing.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment, check_device, with_index
-from .slab import Slab, slab_bytes
 from .shared import Store, share
+from .slab import Slab, slab_bytes
 from .store import Pending
 from .tensor_file import Tensors
 
