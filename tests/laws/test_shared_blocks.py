@@ -82,6 +82,7 @@ def alone(size: int) -> dict[str, Any]:
     return {"weights": state(model), "momentum": {f"{key}": held["momentum"] for key, held in rest.items()}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_shared_blocks_are_own_ones_and_those_of_one_process(tmp_path: Path, where: str) -> None:
     def work(rank: int) -> list[dict[str, Any]]:
@@ -186,6 +187,7 @@ def leftovers() -> set[str]:
     return found | {str(path) for path in Path(tempfile.gettempdir()).glob("zo-offload-*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_a_process_that_is_killed_while_it_writes_is_noticed_and_nothing_is_left(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
@@ -315,3 +317,36 @@ def test_a_process_with_a_copy_of_its_own_leaves_the_common_one_alone(pair: tupl
     queue(second, pending, lambda values: values["weight"].add_(5))
     assert visit(second, pending).tolist() == [5.0] * 3  # nobody is waited for
     assert second.whole("a")["weight"].tolist() == [5.0] * 3
+
+
+def test_the_driver_knows_shared_memory_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: set[int] = set()
+
+    class Driver:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            known.add(address)
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            known.remove(address)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    layout = {"weight": (torch.Size([3]), torch.float32), "bias": (torch.Size([1]), torch.bfloat16)}
+    file, memory = new_memory("test", 4096)
+    first, second = RamStore(pinned=True), RamStore(pinned=True)
+    first.put("a", {name: torch.ones(*spec[0], dtype=spec[1]) for name, spec in layout.items()})
+    own = set(known)
+    first.drop("a")
+    assert not known
+    first.place("a", memory, layout)
+    second.place("a", mapped_memory(os.getpid(), file), layout)
+    os.close(file)
+    assert len(own) == 1
+    assert len(known) == 2
+    first.write("a", {name: torch.ones(*spec[0], dtype=spec[1]) for name, spec in layout.items()}, layout.keys())
+    into = {name: torch.zeros(*spec[0], dtype=spec[1]) for name, spec in layout.items()}
+    second.read("a", into)
+    assert all(tensor.eq(1).all() for tensor in into.values())
+    del first, second
+    assert not known

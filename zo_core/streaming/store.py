@@ -130,15 +130,18 @@ class RamStore(OwnBlocks):
     def _slab(self, block: str, specs: Specs) -> Slab | None:
         """Registered memory for tensors of a block, all zeros; None if they are to have ordinary memory."""
         size = slab_bytes(specs)
-        if not self.registers or not size:
-            return None
-        # Whole pages, because two pieces of memory that share a page could not both be registered.
-        memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        if not self._register(memory):
+        memory = self._registered(size) if self.registers and size else None
+        if memory is None:
             return None
         slab = Slab(memory, specs)
         self.slabs.setdefault(block, []).append(slab)
         return slab
+
+    def _registered(self, size: int) -> mmap.mmap | None:
+        """New memory that the driver knows; None if it refuses."""
+        # Whole pages, because two pieces of memory that share a page could not both be registered.
+        memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        return memory if self._register(memory) else None
 
     def _register(self, memory: mmap.mmap) -> bool:
         """Makes the driver know memory until the block is dropped; returns whether it has not refused."""
