@@ -6,6 +6,7 @@ from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain, move_scales
 from .memory import in_several_ways
 from .scales import Scales
+from .sharded import check_whole
 from .torchao import TorchaoScales
 from .trainable import Trainable
 
@@ -21,6 +22,7 @@ __all__ = [
     "Trainable",
     "check_tensor",
     "check_values",
+    "check_whole",
     "elsewhere",
     "has_adapters",
     "in_several_ways",
