@@ -35,6 +35,8 @@ def agree(engine: Running) -> None:
     if isinstance(exchange, Alone) and engine.config.ranks is not None and world_size() > 1:
         raise StateError("the process group was made after ZeroOrder(...); call init_process_group() first")
     if not isinstance(exchange, Ranks):
+        if engine.streaming is not None:
+            engine.streaming.keep_own()  # of an earlier engine with several processes
         return
     facts = exchange.everywhere(_facts(engine))
     problems = [

@@ -139,6 +139,25 @@ def test_a_host_that_gives_no_memory_leaves_everyone_with_blocks_of_their_own(tm
     assert equal(first, second)
 
 
+def test_processes_that_go_on_alone_take_copies_of_their_own(tmp_path: Path) -> None:
+    def work(rank: int) -> list[State]:
+        found = []
+        for where in ("cpu", None):
+            model = deep()[0]
+            for mode in ("directions", None):
+                zo = ZeroOrder(model, lr=1e-2, offload=where, ranks=mode)
+                for step in range(STEPS):
+                    zo.step(lambda step=step, model=model: loss(model, rank, step))  # type: ignore[misc]
+                zo.flush()
+            found.append(state(model))
+        return found
+
+    first, second = together(work, tmp_path)
+    assert equal(*first)
+    assert equal(*second)
+    assert not equal(first[0], second[0])
+
+
 # Memory
 
 

@@ -521,6 +521,11 @@ class Streaming:
             self.store.part(block.name, tensors)
             block.pending.clear()
 
+    def keep_own(self) -> None:
+        """Gives this process copies of its own of all blocks that it shares."""
+        for block in self.blocks:
+            self._part(block)
+
     def share(self, exchange: Exchange) -> None:
         """Shares the blocks with the other processes of this host; see `shared.share`. Nothing may be pending."""
         for block in self.blocks:
