@@ -55,7 +55,7 @@ part versions 60 $python -c "
 import accelerate, lightning, torch, transformers
 for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)" &
 part tests-kernels 150 bash -c 'tests "$@"' tests -n $many tests/gpu/test_triton.py &
-part tests-offload 150 bash -c 'tests "$@"' tests -n $few tests/gpu/test_offload_cuda.py &
+part tests-offload 150 bash -c 'tests "$@"' tests -n $few tests/gpu/test_offload_cuda.py tests/gpu/test_shared_blocks_cuda.py &
 part races 60 bash -c 'tests "$@"' tests -n $few "${races[@]}" &
 wait
 part link 30 $python -m benchmarks.link --megabytes $megabytes

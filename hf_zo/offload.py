@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zo_core import ConfigError, StateError
-from zo_core.streaming import Block, DiskStore, Piece, Streaming, describe, find_blocks, read_header
+from zo_core.streaming import Block, DiskStore, Piece, Streaming, describe, find_blocks, own_folder, read_header
 
 #: Arguments of ``from_pretrained`` that place the weights; `from_pretrained_offloaded` sets them itself.
 OWN = ("device_map", "offload_folder", "offload_state_dict", "offload_buffers", "max_memory", "state_dict")
@@ -61,7 +61,7 @@ def from_pretrained_offloaded(
     if clashes:
         raise ConfigError(clashes)
     place = torch.device(device)
-    store = DiskStore(offload_dir)
+    store = DiskStore(own_folder(offload_dir))
     skeleton = _skeleton(model_class, name_or_path, kwargs)
     names = list(find_blocks(skeleton, blocks))
     where = {name: "disk" if name in names else str(place) for name in _parts(skeleton, names)}

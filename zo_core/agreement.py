@@ -13,6 +13,7 @@ from .errors import ConfigError, StateError
 from .exchange import Alone
 from .ranks import Ranks, world_size
 from .running import Running
+from .streaming import share
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ OWN = ("device", "offload_dir", "device_memory")
 def agree(engine: Running) -> None:
     """Compares the processes of a run, and gives all of them the weights of rank 0; does nothing for one process.
 
+    Processes of one host then share their streamed blocks.
+
     Raises:
         ConfigError: they have different settings; on every process, with both sides.
         StateError: streamed weights differ, or the process group was made after the engine.
@@ -32,6 +35,8 @@ def agree(engine: Running) -> None:
     if isinstance(exchange, Alone) and engine.config.ranks is not None and world_size() > 1:
         raise StateError("the process group was made after ZeroOrder(...); call init_process_group() first")
     if not isinstance(exchange, Ranks):
+        if engine.streaming is not None:
+            engine.streaming.keep_own()  # of an earlier engine with several processes
         return
     facts = exchange.everywhere(_facts(engine))
     problems = [
@@ -42,7 +47,13 @@ def agree(engine: Running) -> None:
     ]
     if problems:
         raise ConfigError([f"the processes of this run differ: {problem}" for problem in problems[:5]])
+    if engine.streaming is not None:
+        engine.streaming.rest()
     _same_weights(engine, exchange)
+    if engine.streaming is None:
+        share(None, {}, exchange)
+    else:
+        engine.streaming.share(exchange)
 
 
 def _facts(engine: Running) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .probing import ResidentOracle, StackedOracle, realisation
 from .records import Point
 from .rules import UpdateRule
 from .streaming import LockstepOracle, Streaming, repeated_layers
-from .targets import Slot, Target
+from .targets import Slot, Target, check_whole
 from .updates import Places, Updaters
 
 
@@ -49,6 +49,7 @@ class TrainedModel(LiveSettings):
 
     def choose(self) -> list[Slot]:
         """The slots of the model as it is now; after adapters were added, another target may choose them."""
+        check_whole(self.model)
         self._target = self._settings.target.chosen(self.model)
         return self._target.slots(self.model)
 

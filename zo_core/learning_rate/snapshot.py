@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -146,12 +147,14 @@ class _Files:
         logger.info("%s of streamed weights are kept in %s meanwhile", human(size), self.folder)
 
     def restore(self) -> None:
-        """Puts the tensors back into the store of their blocks."""
+        """Puts the tensors back when their blocks are fetched next, as an update of all processes that share them."""
         for block in self.streaming.blocks:
             if block.name in self.kept.pieces:
-                block.pending.clear()  # it would change what is overwritten
-                values: dict[str, Tensor | None] = dict(self.kept.mapped(block.name))
-                self.streaming.load_state(block, values)
+                self.streaming.later(block, tuple(self.kept.pieces[block.name]), partial(self._put_back, block.name))
+
+    def _put_back(self, block: str, tensors: dict[str, Tensor]) -> None:
+        for name, kept in self.kept.mapped(block).items():
+            tensors[name].copy_(kept)
 
 
 def _no_room(size: int, folder: str | None, error: Exception) -> StateError:

@@ -4,7 +4,8 @@ from .blocks import find_blocks, repeated_layers
 from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
 from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
-from .store import DiskStore
+from .shared import share
+from .store import DiskStore, own_folder
 from .streaming import Block, Streaming, arena_slots
 from .tensor_file import Piece, read_header
 
@@ -22,8 +23,10 @@ __all__ = [
     "find_blocks",
     "move_streamed",
     "offload",
+    "own_folder",
     "plan_blocks",
     "read_header",
     "repeated_layers",
     "resident_bytes",
+    "share",
 ]

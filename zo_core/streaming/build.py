@@ -16,7 +16,7 @@ from ..targets import check_values, in_several_ways, memory_of, move_scales, pla
 from .blocks import find_blocks
 from .budget import known_to_fit, note_fit, room_for_weights
 from .copies import check_device, with_index
-from .store import DiskStore, RamStore
+from .store import DiskStore, RamStore, own_folder
 from .streaming import Block, Streaming, arena_slots
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def offload(
     if blocks:
         check_device(place)
         disk = kind == "disk" or folder is not None
-        store = DiskStore(folder) if disk else RamStore(pinned=place.type == "cuda")
+        store = DiskStore(own_folder(folder)) if disk else RamStore(pinned=place.type == "cuda")
         streaming = _streamed(model, blocks, store, place, move=device is not None)
         describe(model, streaming)
     elif device is not None:

@@ -9,22 +9,28 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
 from ..files import replacing
+from ..ranks import world_size
 from ..sizes import human
 from .slab import Slab, Specs, copy, slab_bytes, specs_of
 from .tensor_file import Piece, Tensors, bytes_of, read_header, write_file
 
 logger = logging.getLogger(__name__)
+
+#: Updates of a block that were not applied yet, oldest first, each with the names that it changes.
+Pending = list[tuple[tuple[str, ...], Callable[[Tensors], None]]]
 
 #: The flag of the driver for memory that is registered for all devices, not only for the current one.
 PORTABLE = 1
@@ -34,7 +40,52 @@ PORTABLE = 1
 SOON_BYTES = 256 << 10
 
 
-class RamStore:
+class OwnBlocks:
+    """What a store whose blocks no other process uses has to do about others: nothing. See `SharedStore`.
+
+    Class attributes:
+        in_place: whether `whole` returns the stored tensors themselves.
+    """
+
+    in_place: ClassVar[bool]
+
+    def shares(self, block: str) -> bool:
+        """Whether other processes use the block, too."""
+        return False
+
+    def queued(self, block: str, pending: Pending) -> None:
+        """Called when an update of a block was added to those that are pending."""
+
+    def due(self, block: str, pending: Pending) -> Pending:
+        """The updates to apply to the values of a block that were read last; drops those that nobody needs any more."""
+        taken = list(pending)
+        pending.clear()
+        return taken
+
+    def note_applied(self, block: str, pending: Pending) -> None:
+        """Called when what was `due` has been applied to the values that were read last."""
+
+    def complete(self, block: str, pending: Pending) -> bool:
+        """Whether all updates are in the stored values; if not, waits until they can be written, and they have to be.
+
+        Raises:
+            RanksError: another process does not come to the same step.
+        """
+        return True
+
+    def part(self, block: str, tensors: Tensors) -> None:
+        """Makes a copy of a shared block for this process alone.
+
+        Args:
+            block: the block.
+            tensors: all of its tensors, with all updates.
+        """
+
+    def leave(self) -> None:
+        """Ends the use of the blocks."""
+
+
+class RamStore(OwnBlocks):
     """Blocks in host memory, each tensor exactly once.
 
     Args:
@@ -45,8 +96,10 @@ class RamStore:
 
     Attributes:
         blocks: all tensors of each block, by name.
-        slabs: those of them that are one behind the other in registered memory.
+        slabs: those of them that are one behind the other, in memory that is registered or shared.
     """
+
+    in_place = True
 
     def __init__(self, pinned: bool = False) -> None:
         self.pinned = self.registers = pinned
@@ -54,6 +107,8 @@ class RamStore:
         self.slabs: dict[str, list[Slab]] = {}
         #: Tensors of zeros without memory so far; they get it together.
         self._zeros: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        #: What ends the registration of memory, by its address.
+        self._known: dict[int, weakref.finalize[..., RamStore]] = {}
 
     def put(self, block: str, tensors: Tensors) -> None:
         """Takes over the tensors of a block, or copies them into pinned memory that it has for them already."""
@@ -86,6 +141,10 @@ class RamStore:
         """New memory that the driver knows; None if it refuses."""
         # Whole pages, because two pieces of memory that share a page could not both be registered.
         memory = mmap.mmap(-1, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        return memory if self._register(memory) else None
+
+    def _register(self, memory: mmap.mmap) -> bool:
+        """Makes the driver know memory until the block is dropped; returns whether it has not refused."""
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         driver = torch.cuda.cudart()
         try:
@@ -100,9 +159,9 @@ class RamStore:
                 human(done),
                 str(error),  # the error itself would hold this store
             )
-            return None
-        weakref.finalize(self, driver.cudaHostUnregister, address)
-        return memory
+            return False
+        self._known[address] = weakref.finalize(self, driver.cudaHostUnregister, address)
+        return True
 
     def read(self, block: str, into: Tensors) -> None:
         """Copies a block's values into tensors of the same names and shapes."""
@@ -140,6 +199,26 @@ class RamStore:
         """The stored tensors themselves, as from `whole`."""
         return self.whole(block)
 
+    def place(self, block: str, memory: mmap.mmap, specs: Specs) -> None:
+        """Keeps a block in this memory from now on, which has its values, or gets them."""
+        self.drop(block)
+        if self.registers:
+            self._register(memory)
+        slab = Slab(memory, specs)
+        self.blocks[block], self.slabs[block] = dict(slab), [slab]
+
+    def holds(self, block: str) -> bool:
+        """Whether the block is here."""
+        return block in self.blocks
+
+    def drop(self, block: str) -> None:
+        """Gives up a block."""
+        self.blocks.pop(block, None)
+        self._zeros.pop(block, None)
+        for slab in self.slabs.pop(block, ()):
+            if slab.memory.data_ptr() in self._known:
+                self._known.pop(slab.memory.data_ptr())()
+
 
 def _clear_error() -> None:
     """Clears the error that a refused call leaves behind in the runtime: the next kernel would raise it once."""
@@ -147,7 +226,13 @@ def _clear_error() -> None:
         torch.ones((), device="cuda")
 
 
-class DiskStore:
+def own_folder(folder: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """The folder for the block files of this process, given the ``offload_dir`` of all: its own but for rank 0."""
+    rank = dist.get_rank() if world_size() > 1 else int(os.environ.get("RANK", 0))  # perhaps there is no group yet
+    return folder if folder is None or not rank else Path(folder) / f"rank{rank}"
+
+
+class DiskStore(OwnBlocks):
     """Blocks in safetensors files, read with positioned reads and not mapped while they are trained.
 
     A live mapping would count as resident memory, and the page cache is advised to drop what was
@@ -157,20 +242,26 @@ class DiskStore:
         folder: created if it does not exist; block files of an earlier run in it are overwritten. None
             creates a temporary one that is removed with this object.
 
+    Attributes:
+        removal: what removes a temporary folder; None for another one.
+
     Raises:
         ConfigError: the folder cannot be written to.
     """
 
+    in_place = False
+
     def __init__(self, folder: str | os.PathLike[str] | None = None):
+        self.removal: weakref.finalize[..., DiskStore] | None = None
         if folder is None:
             folder = tempfile.mkdtemp(prefix="zo-offload-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self.removal = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process may try the same
         except OSError as error:
             raise ConfigError([f"offload_dir={str(folder)!r} cannot be written to: {error.strerror}"]) from error
         self.pieces: dict[str, dict[str, Piece]] = {}
@@ -181,8 +272,9 @@ class DiskStore:
         Raises:
             StateError: the file could not be written; an earlier one is unchanged.
         """
-        path = self.folder / f"{block}.safetensors"
+        path = self._file(block)
         try:
+            self.folder.mkdir(exist_ok=True)
             with replacing(path) as fresh:
                 write_file(tensors, fresh)
                 pieces = read_header(fresh)
@@ -196,6 +288,27 @@ class DiskStore:
     def adopt(self, block: str, pieces: dict[str, Piece]) -> None:
         """Uses a block that is stored in other files, which are never written."""
         self.pieces[block] = pieces
+
+    def look(self, block: str) -> None:
+        """Finds the file of a block that another process has written."""
+        self.pieces[block] = read_header(self._file(block))
+
+    def holds(self, block: str) -> bool:
+        """Whether the block is here."""
+        return block in self.pieces
+
+    def drop(self, block: str) -> None:
+        """Gives up a block, and removes its file if it has one in the folder."""
+        if self.pieces.pop(block, None) is not None:
+            self._file(block).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Removes the folder if nothing is in it; it is made again when a block is written."""
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _file(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
 
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
         """Adds a tensor of zeros to a block; it takes no space until the block is written."""

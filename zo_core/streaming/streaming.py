@@ -19,17 +19,16 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..exchange import Exchange
 from ..noise.changes import flush, together
 from ..noise.hashing import used_once
 from ..probing.scratch import ALONE, nan
 from ..stand_ins import ordinary, same_bits, stand_in
 from .copies import Copies, Moment, check_device, with_index
+from .shared import Store, share
 from .slab import Slab, slab_bytes
-from .store import DiskStore, RamStore
+from .store import Pending
 from .tensor_file import Tensors
-
-#: Changes some tensors of a block, given all of them by name.
-Update = Callable[[Tensors], None]
 
 
 def arena_slots(device: torch.device) -> int:
@@ -52,7 +51,7 @@ class Block:
         holders: parameter objects by their name within the block; several if they share memory.
         state: the rule's state of the parameters (momentum), which is streamed with them, by name; these
             tensors are placeholders, and always NaN.
-        pending: updates that were not applied yet, oldest first, each with the names that it changes.
+        pending: updates that were not applied yet; of a shared block also those that are perhaps not stored yet.
         specs: shape and dtype of each streamed tensor, by name, whatever forwards do to the parameter objects.
     """
 
@@ -60,7 +59,7 @@ class Block:
     module: nn.Module
     holders: dict[str, list[Tensor]]
     state: dict[str, Tensor] = field(default_factory=dict)
-    pending: list[tuple[tuple[str, ...], Update]] = field(default_factory=list)
+    pending: Pending = field(default_factory=list)
     specs: dict[str, tuple[torch.Size, torch.dtype]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +95,7 @@ class Streaming:
     #: The object that streams a module of this process, by the module's ``id``.
     attached: ClassVar[weakref.WeakValueDictionary[int, Streaming]] = weakref.WeakValueDictionary()
 
-    def __init__(self, blocks: list[Block], store: RamStore | DiskStore, device: torch.device):
+    def __init__(self, blocks: list[Block], store: Store, device: torch.device):
         check_device(device)
         device = with_index(device)
         self.blocks, self.store, self.device = blocks, store, device
@@ -171,6 +170,7 @@ class Streaming:
         else:
             for other in self.blocks:
                 self._finish(other)
+            self._part(block)
             self.store.add_zeros(block.name, key, shape, dtype)
             block.state[key] = nan(shape, dtype, self.device)
             block.specs[key] = shape, dtype
@@ -178,7 +178,7 @@ class Streaming:
         return block.state[key]
 
     def state(self, block: Block, key: str) -> Tensor:
-        """A stored tensor of a block, on the CPU; do not write to it. Pending updates are not included.
+        """A stored tensor of a block, on the CPU; do not write to it. Pending updates of own blocks are not included.
 
         Args:
             block: the block.
@@ -191,6 +191,8 @@ class Streaming:
 
     def stored(self, block: Block) -> Tensors:
         """All stored tensors of a block by name, as from `state`."""
+        if self.store.shares(block.name):
+            self._complete(block)
         self._finish(block)
         return self.store.mapped(block.name)
 
@@ -206,6 +208,7 @@ class Streaming:
             StateError: the block could not be read. If the write in the background fails, the next use of
                 the block raises.
         """
+        self._part(block)
         tensors = self.values(block)
         self._after_write(block)
         for key, value in values.items():
@@ -226,10 +229,9 @@ class Streaming:
 
     def _show_whole(self, block: Block, to_read: bool) -> None:
         self.settle(block)
-        if block.pending:
-            self.values(block)
-        self._finish(block)
+        self._complete(block)
         if not to_read:
+            self._part(block)
             self.copies.drain()  # a forward that is queued may still have to fetch what is about to be overwritten
         self.point(block, self.store.mapped(block.name) if to_read else self.store.whole(block.name))
 
@@ -360,9 +362,7 @@ class Streaming:
 
     def _bring(self, block: Block, name: str) -> None:
         """Called when a parameter is read: gives it its values until its block is fetched or the memory is needed."""
-        if block.pending:
-            self.values(block)
-        self._finish(block)
+        self._complete(block)
         self._make_room(block)
         values = self._stored(block, name)
         self.read[block, name] = values
@@ -464,17 +464,73 @@ class Streaming:
         if block in self.writing:
             self.copies.let_wait(self.writing.pop(block))
 
+    def later(self, block: Block, names: tuple[str, ...], update: Callable[[Tensors], None]) -> None:
+        """Changes a block when it is fetched next.
+
+        Args:
+            block: the block.
+            names: the tensors that change.
+            update: changes them in place, given all tensors of the block by name. If the block is shared, it may be
+                called several times, each time with values from before it.
+        """
+        if self.store.shares(block.name):
+            self.settle(block)  # from now on others may store the update
+        block.pending.append((names, update))
+        self.store.queued(block.name, block.pending)
+
     def _apply(self, block: Block, tensors: Tensors) -> None:
+        due = self.store.due(block.name, block.pending)
+        if not due:
+            return
         self._after_write(block)
-        pending, block.pending = block.pending, []
-        with used_once(), together():
-            changed: set[str] = set()
-            for names, update in pending:
-                if changed.intersection(names):  # an update may read what it changes by any means
-                    flush()
-                changed.update(names)
-                update(tensors)
-        self._write_back(block, tensors, changed)
+        changed: set[str] = set()
+        try:
+            with used_once(), together():
+                for names, update in due:
+                    if changed.intersection(names):  # an update may read what it changes by any means
+                        flush()
+                    changed.update(names)
+                    update(tensors)
+        except BaseException:
+            if self.store.shares(block.name):
+                self.arenas.append(self.loaded.pop(block)[0])  # half of the updates must not be applied again
+            raise
+        self.store.note_applied(block.name, block.pending)
+        self._write_back(block, tensors, changed.union(*(names for names, _ in block.pending)))
+
+    def _complete(self, block: Block) -> None:
+        """Applies the pending updates of a block and waits until they are stored.
+
+        Raises:
+            StateError: the block could not be read or written.
+            RanksError: another process that shares the block does not come to the same step.
+        """
+        if block.pending:
+            self.values(block)
+        self._finish(block)
+        while not self.store.complete(block.name, block.pending):
+            tensors = self.values(block)
+            self._write_back(block, tensors, set[str]().union(*(names for names, _ in block.pending)))
+            self._finish(block)
+
+    def _part(self, block: Block) -> None:
+        """Gives this process a copy of its own of a shared block, which is about to change otherwise than by a step."""
+        if self.store.shares(block.name):
+            tensors = self.values(block)
+            self._finish(block)
+            self.store.part(block.name, tensors)
+            block.pending.clear()
+
+    def keep_own(self) -> None:
+        """Gives this process copies of its own of all blocks that it shares."""
+        for block in self.blocks:
+            self._part(block)
+
+    def share(self, exchange: Exchange) -> None:
+        """Shares the blocks with the other processes of this host; see `shared.share`. Nothing may be pending."""
+        for block in self.blocks:
+            self._finish(block)
+        self.store = share(self.store, {block.name: block.specs for block in self.blocks}, exchange)
 
     def _write_back(self, block: Block, tensors: Tensors, changed: set[str]) -> None:
         self._after_write(block)
@@ -494,7 +550,13 @@ class Streaming:
             if block.pending:
                 self.values(block)
         for block in self.blocks:
-            self._finish(block)
+            self._complete(block)
+
+    def rest(self) -> None:
+        """Stores everything, also what users have written into parameters."""
+        for block in self.blocks:
+            self.settle(block)
+        self.flush()
 
     def close(self, device: torch.device | None = None) -> None:
         """Flushes, makes the parameters ordinary tensors again, and ends the thread.
@@ -511,6 +573,7 @@ class Streaming:
             self.settle(block)
             self.point(block, {name: tensor.to(device) for name, tensor in self.store.whole(block.name).items()})
             del self.attached[id(block.module)]
+        self.store.leave()
         self.copies.close()
         for handle in self.handles:
             handle.remove()

@@ -6,6 +6,7 @@ from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain, move_scales
 from .memory import as_it_lies, in_several_ways
 from .scales import Scales
+from .sharded import check_whole
 from .torchao import TorchaoScales
 from .trainable import Trainable
 
@@ -22,6 +23,7 @@ __all__ = [
     "as_it_lies",
     "check_tensor",
     "check_values",
+    "check_whole",
     "elsewhere",
     "has_adapters",
     "in_several_ways",

@@ -104,7 +104,8 @@ class Places:
         def update(tensors: dict[str, Tensor]) -> None:
             work(tensors[name], {kind: tensors[key] for kind, key in keys.items()})
 
-        block.pending.append(((name, *keys.values()), update))
+        assert self.streaming is not None
+        self.streaming.later(block, (name, *keys.values()), update)
 
     def streamed(self, slots: Iterable[Slot]) -> dict[Block, list[str]]:
         """The names within their blocks of those of ``slots`` that are streamed, and of the rule's state of them."""

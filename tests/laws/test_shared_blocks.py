@@ -1,0 +1,371 @@
+"""Laws of streamed blocks that the processes of a host share: the same bits as with copies of their own."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from offload_helpers import deep
+from processes import together
+from torch import Tensor, nn
+
+from zo_core import RanksError, StateError, ZeroOrder
+from zo_core.streaming import board, shared
+from zo_core.streaming.board import Board, mapped_memory, new_memory, open_memory
+from zo_core.streaming.shared import SharedStore
+from zo_core.streaming.store import DiskStore, RamStore
+
+STEPS = 3
+State = dict[str, Tensor]
+
+
+def state(model: nn.Module) -> State:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def batch(rank: int, step: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(100 * rank + step))
+    return {"input_ids": ids, "labels": ids}
+
+
+def loss(model: nn.Module, rank: int, step: int) -> Tensor:
+    found: Tensor = model(**batch(rank, step)).loss
+    return found
+
+
+def run(rank: int, where: str | None, **settings: Any) -> dict[str, Any]:
+    """A run with all that may happen in between, on one process alone, too; it begins again from its checkpoint."""
+    model = deep()[0]
+    zo = ZeroOrder(model, lr=1e-2, rule="momentum", offload=where, **settings)
+    numbers = []
+    for step in range(2 * STEPS):
+        if step == STEPS:
+            weights, rest = state(model), zo.state_dict()
+            model.load_state_dict(state(deep()[0]))
+            assert equal(state(model), state(deep()[0]))
+            model.load_state_dict(weights)
+            zo.load_state_dict(rest)
+        zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+        if step % 3 == 0 and rank == 0:  # on one process alone
+            with torch.no_grad():
+                numbers.append(float(loss(model, 7, step)))
+                numbers.append(float(model.model.layers[2].mlp.up_proj.weight.sum()))
+    assert zo.streaming is not None
+    store = zo.streaming.store
+    kind = type(store)
+    whole = isinstance(store, SharedStore) and store.index.keys() == {block.name for block in zo.streaming.blocks}
+    rest = zo.state_dict()["optimizer"]["state"]
+    momentum = {f"{key}": held["momentum"].clone() for key, held in rest.items()}
+    zo.close()
+    return {"numbers": numbers, "weights": state(model), "momentum": momentum, "kind": kind, "whole": whole}
+
+
+def alone(size: int) -> dict[str, Any]:
+    model = deep()[0]
+    zo = ZeroOrder(model, lr=1e-2, rule="momentum", num_probes=size)
+    zo.first_steps = None
+    for step in range(2 * STEPS):
+        calls = iter([rank for rank in range(size) for _ in range(2)])
+        zo.step(lambda step=step, calls=calls: loss(model, next(calls), step))  # type: ignore[misc]
+    rest = zo.state_dict()["optimizer"]["state"]
+    return {"weights": state(model), "momentum": {f"{key}": held["momentum"] for key, held in rest.items()}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_shared_blocks_are_own_ones_and_those_of_one_process(tmp_path: Path, where: str) -> None:
+    def work(rank: int) -> list[dict[str, Any]]:
+        folder = {"offload_dir": str(tmp_path / "blocks")} if where == "disk" else {}
+        found = [run(rank, where, **folder)]
+        setattr(shared, "host", lambda: None)  # noqa: B010
+        return [*found, run(rank, where)]
+
+    first, second = together(work, tmp_path)
+    one = alone(2)
+    for mine, own in (first, second):
+        assert mine["kind"] is SharedStore
+        assert mine["whole"]
+        assert own["kind"] in (RamStore, DiskStore)
+        assert mine["numbers"] == own["numbers"]
+        for what in ("weights", "momentum"):
+            assert equal(mine[what], own[what])
+            assert equal(mine[what], one[what])
+    assert first[0]["numbers"]
+
+
+def test_processes_of_other_hosts_have_blocks_of_their_own(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[bool, State]:
+        setattr(shared, "host", lambda: (f"host {rank // 2}", 0, 0))  # noqa: B010
+        model = deep()[0]
+        zo = ZeroOrder(model, lr=1e-2, offload="cpu")
+        for step in range(STEPS):
+            zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+        assert zo.streaming is not None
+        return isinstance(zo.streaming.store, SharedStore), state(model)
+
+    found = together(work, tmp_path, size=3)
+    assert [each[0] for each in found] == [True, True, False]
+    assert all(equal(each[1], found[0][1]) for each in found)
+
+
+def test_a_host_that_gives_no_memory_leaves_everyone_with_blocks_of_their_own(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[type, State]:
+        if rank:
+
+            def refuse(*_: Any) -> int:
+                raise PermissionError("not allowed")
+
+            setattr(shared, "mapped_memory", refuse)  # noqa: B010
+        model = deep()[0]
+        zo = ZeroOrder(model, lr=1e-2, offload="cpu")
+        for step in range(STEPS):
+            zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+        assert zo.streaming is not None
+        return type(zo.streaming.store), state(model)
+
+    (kind, first), (other, second) = together(work, tmp_path)
+    assert kind is other is RamStore
+    assert equal(first, second)
+
+
+def test_processes_that_go_on_alone_take_copies_of_their_own(tmp_path: Path) -> None:
+    def work(rank: int) -> list[State]:
+        found = []
+        for where in ("cpu", None):
+            model = deep()[0]
+            for mode in ("directions", None):
+                zo = ZeroOrder(model, lr=1e-2, offload=where, ranks=mode)
+                for step in range(STEPS):
+                    zo.step(lambda step=step, model=model: loss(model, rank, step))  # type: ignore[misc]
+                zo.flush()
+            found.append(state(model))
+        return found
+
+    first, second = together(work, tmp_path)
+    assert equal(*first)
+    assert equal(*second)
+    assert not equal(first[0], second[0])
+
+
+# Memory
+
+
+def proportional(addresses: list[tuple[int, int]]) -> float:
+    """The part of some memory that this process has to answer for: pages that others have, too, count in part."""
+    found, size, inside = 0.0, 1, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            begin, end = (int(word, 16) for word in words[0].split("-"))
+            size, inside = end - begin, sum(max(0, min(end, b + n) - max(begin, b)) for b, n in addresses)
+        elif words[0] == "Pss:":
+            found += int(words[1]) * 1024 * inside / size
+    return found
+
+
+def memory(rank: int) -> float:
+    """Bytes of the streamed blocks of this process, momentum included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))
+    zo = ZeroOrder(model, lr=1e-4, rule="momentum", offload="cpu")
+    for step in range(2):
+        generator = torch.Generator().manual_seed(10 * rank + step)
+        inputs = torch.randn(4, 512, generator=generator)
+        zo.step(lambda inputs=inputs: model(inputs).square().mean())  # type: ignore[misc]
+    zo.flush()
+    zo.exchange.average([0.0])
+    assert zo.streaming is not None
+    held = [t for block in zo.streaming.blocks for t in zo.streaming.stored(block).values()]
+    found = proportional([(tensor.data_ptr(), tensor.nbytes) for tensor in held])
+    zo.exchange.average([0.0])
+    return found
+
+
+def test_two_processes_need_the_host_memory_of_one(tmp_path: Path) -> None:
+    both, one = together(memory, tmp_path / "2"), together(memory, tmp_path / "1", size=1)
+    assert one[0] >= 0.9 * 2 * 8 * 512 * 513 * 4
+    assert sum(both) <= 1.1 * one[0]
+
+
+# Faults
+
+
+def leftovers() -> set[str]:
+    found = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
+    return found | {str(path) for path in Path(tempfile.gettempdir()).glob("zo-offload-*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_process_that_is_killed_while_it_writes_is_noticed_and_nothing_is_left(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = leftovers()
+
+    def work(rank: int) -> str:
+        said = until_killed(rank)
+        gc.collect()
+        return said
+
+    def until_killed(rank: int) -> str:
+        model, said = deep()[0], ""
+        zo = ZeroOrder(model, lr=1e-2, offload=where)
+        zo.step(lambda: loss(model, rank, 0))
+
+        def killed(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def skipped(*_: Any) -> None:
+            """Leaves the writing to the other process."""
+
+        for kind in (RamStore, DiskStore):
+            setattr(kind, "write", killed)  # noqa: B010
+        if rank == 0:
+            setattr(SharedStore, "write", skipped)  # noqa: B010
+        try:
+            for step in range(1, 4):
+                zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+        except (StateError, RanksError) as error:
+            said = str(error)
+        return said
+
+    first, second = together(work, tmp_path)
+    assert second is None
+    assert "rank 1 has ended" in first or "part of its weights are those of another step" in first
+    assert leftovers() == before
+
+
+def board_of(size: int = 2, blocks: int = 2) -> list[Board]:
+    file, _ = new_memory("test", Board.size(size, blocks))
+    found = [Board(open_memory(os.getpid(), file), rank, size, blocks) for rank in range(size)]
+    os.close(file)
+    return found
+
+
+@pytest.fixture
+def pair() -> tuple[SharedStore, SharedStore]:
+    """Two users of one block, in one process, so that a test can choose the order of what they do."""
+    layout = {"weight": (torch.Size([3]), torch.float32)}
+    file, _ = new_memory("test", 4096)
+    stores = []
+    for board_ in board_of():
+        common = RamStore()
+        common.place("a", mapped_memory(os.getpid(), file), layout)
+        stores.append(SharedStore(RamStore(), common, board_, {"a": 0}))
+    os.close(file)
+    return stores[0], stores[1]
+
+
+def queue(store: SharedStore, pending: list[Any], update: Callable[[State], Any]) -> None:
+    pending.append((("weight",), update))
+    store.queued("a", pending)
+
+
+def visit(store: SharedStore, pending: list[Any]) -> Tensor:
+    """Fetches the block, applies what is due, and offers the result."""
+    values = {"weight": torch.full((3,), -1.0)}
+    store.read("a", values)
+    due = store.due("a", pending)
+    for _, update in due:
+        update(values)
+    store.note_applied("a", pending)
+    store.write("a", values, {"weight"})
+    return values["weight"]
+
+
+def test_values_are_never_ahead_of_a_living_process(pair: tuple[SharedStore, SharedStore]) -> None:
+    (first, second), one, two = pair, [], []  # type: ignore[var-annotated]
+
+    def add(values: State) -> None:
+        values["weight"] += 1
+
+    for number in (1.0, 2.0):
+        queue(first, one, add)
+        assert visit(first, one).tolist() == [number] * 3
+    assert visit(second, two).tolist() == [0.0] * 3  # nothing was stored
+    assert not first.common.whole("a")["weight"].any()
+    queue(second, two, add)
+    assert visit(second, two).tolist() == [1.0] * 3
+    assert first.common.whole("a")["weight"].tolist() == [1.0] * 3
+    assert visit(first, one).tolist() == [2.0] * 3
+    assert len(one) == 1  # the one that the other has stored is not needed any more
+    second.leave()
+    assert visit(first, one).tolist() == [2.0] * 3
+    assert first.common.whole("a")["weight"].tolist() == [2.0] * 3
+    assert first.complete("a", one)
+    assert not one
+
+
+def test_a_process_that_does_not_come_to_the_same_step_is_an_error(
+    pair: tuple[SharedStore, SharedStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "PATIENCE", 0.05)
+    pending: list[Any] = []
+    queue(pair[0], pending, lambda _: None)
+    visit(pair[0], pending)
+    with pytest.raises(RanksError, match="process 1 of this host has not come to the same step"):
+        pair[0].complete("a", pending)
+
+
+def test_a_block_that_was_half_written_is_an_error(pair: tuple[SharedStore, SharedStore]) -> None:
+    with pytest.raises(ZeroDivisionError), pair[0].board.writing(0, 1):
+        raise ZeroDivisionError
+    with pytest.raises(StateError, match="process 0 of this host ended while it stored a layer"):
+        pair[1].read("a", {"weight": torch.zeros(3)})
+
+
+def test_a_process_with_a_copy_of_its_own_leaves_the_common_one_alone(pair: tuple[SharedStore, SharedStore]) -> None:
+    (first, second), pending = pair, []  # type: ignore[var-annotated]
+    first.part("a", {"weight": torch.ones(3)})
+    assert not first.shares("a")
+    first.write("a", {"weight": torch.full((3,), 2.0)}, {"weight"})
+    assert first.whole("a")["weight"].tolist() == [2.0] * 3
+    queue(second, pending, lambda values: values["weight"].add_(5))
+    assert visit(second, pending).tolist() == [5.0] * 3  # nobody is waited for
+    assert second.whole("a")["weight"].tolist() == [5.0] * 3
+
+
+def test_the_driver_knows_shared_memory_until_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: set[int] = set()
+
+    class Driver:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            known.add(address)
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            known.remove(address)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    layout = {"weight": (torch.Size([3]), torch.float32), "bias": (torch.Size([1]), torch.bfloat16)}
+    file, memory = new_memory("test", 4096)
+    first, second = RamStore(pinned=True), RamStore(pinned=True)
+    first.put("a", {name: torch.ones(*spec[0], dtype=spec[1]) for name, spec in layout.items()})
+    own = set(known)
+    first.drop("a")
+    assert not known
+    first.place("a", memory, layout)
+    second.place("a", mapped_memory(os.getpid(), file), layout)
+    os.close(file)
+    assert len(own) == 1
+    assert len(known) == 2
+    first.write("a", {name: torch.ones(*spec[0], dtype=spec[1]) for name, spec in layout.items()}, layout.keys())
+    into = {name: torch.zeros(*spec[0], dtype=spec[1]) for name, spec in layout.items()}
+    second.read("a", into)
+    assert all(tensor.eq(1).all() for tensor in into.values())
+    del first, second
+    assert not known
