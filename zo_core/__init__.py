@@ -7,13 +7,13 @@ from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, RanksError, SearchError, StateError, ZOError
-from .estimators import ESTIMATORS, Conservative, Estimate, Estimator, Fzoo, Spsa
+from .estimators import ESTIMATORS, Conservative, Es, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .learning_rate import LrSuggestion, Trial
 from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
-from .records import Point, Probe, StepRecord
+from .records import Point, Probe, Scores, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
 from .seedlog import SeedLog, SeedLogWriter, replay
 from .suggest import suggest_lr
@@ -29,6 +29,7 @@ __all__ = [
     "ConfigError",
     "Conservative",
     "ElementNoise",
+    "Es",
     "Estimate",
     "Estimator",
     "Fzoo",
@@ -48,6 +49,7 @@ __all__ = [
     "Sampled",
     "Scales",
     "Scaling",
+    "Scores",
     "SearchError",
     "SeedLog",
     "SeedLogWriter",

@@ -136,7 +136,8 @@ class SecondRound:
             return
         losses = plan.gather(engine.exchange)
         plan.tried = []
-        estimate, probes, _ = probes_from(engine.estimator, engine.eps, engine.clip, plan.seeds, plan.own)
+        how = engine.estimator, engine.eps, engine.clip
+        estimate, probes, _ = probes_from(*how, plan.seeds, plan.own, engine.exchange.populations)
         if estimate.skip is not None:
             return
         normaliser = copy.copy(engine.normaliser)  # it sees the step when that is applied

@@ -49,6 +49,7 @@ class ResidentOracle:
         carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         repeated: the repeated layers of the model.
+        maximize: whether closures return a score, whose negative is the loss.
 
     Attributes:
         state: what forwards may change besides the weights.
@@ -65,10 +66,12 @@ class ResidentOracle:
         carried: Sequence[Carried] = (),
         keep_mode: nn.Module | None = None,
         repeated: Sequence[nn.Module] = (),
+        maximize: bool = False,
     ):
         self.model = model
         self.dropout = dropout
         self.keep_mode = keep_mode
+        self.maximize = maximize
         self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors], carried)
         self.realisation = realisation(model, slots, direction, repeated)
         self.realisation.around = self.state.around_hooks
@@ -169,7 +172,7 @@ class ResidentOracle:
                 "are mostly rounding, so compute it in float32 (for example logits.float() before a custom loss)",
                 value.dtype,
             )
-        return as_scalar(value)
+        return as_loss(value, maximize=self.maximize)
 
 
 def as_scalar(value: Any) -> Tensor:
@@ -194,6 +197,12 @@ def as_scalar(value: Any) -> Tensor:
             f"the closure returned a {type(value).__name__}; return the loss itself, a scalar tensor or a number"
             + _hint(value)
         ) from None
+
+
+def as_loss(value: Any, *, maximize: bool) -> Tensor:
+    """As `as_scalar`, of minus the value if it is a score."""
+    scalar = as_scalar(value)
+    return 0.0 - scalar if maximize else scalar  # no negative zero
 
 
 def _hint(value: object) -> str:

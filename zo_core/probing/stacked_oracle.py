@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ..modes import probe_modes, rng_state, set_rng_state
 from ..noise import Alternatives
-from ..noise.direction import float64
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
-from .resident import Closure, ResidentOracle
+from .resident import Closure, ResidentOracle, as_loss
 from .scratch import nan_like
 from .stacked import NotStackable, StackedMode, StackedSight, is_stack
 from .view import Originals, point_at
@@ -89,7 +88,7 @@ class StackedOracle(ResidentOracle):
                 value = closure()
             if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
                 raise NotStackable("the closure does not return the loss as a tensor with one element")
-            return float64(value.detach()).reshape(())
+            return as_loss(value, maximize=self.maximize)
 
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
