@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,14 @@ from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
-from .errors import LossError, ModelError, SearchError, StateError
+from .errors import LossError, ModelError, QueryError, SearchError, StateError
 from .exchange import Exchange
 from .first_steps import FirstSteps
 from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_replaceable, range_test, set_lr
+from .modes import rng_state, set_rng_state
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
@@ -89,7 +91,9 @@ class ZeroOrder(TrainedModel):
         **overrides: Any,
     ):
         if not isinstance(model, nn.Module):
-            raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the closure calls")
+            several = isinstance(model, (list, tuple, dict)) or hasattr(model, "__next__")
+            how = "torch.nn.ModuleList([...]) of all modules that learn" if several else "the torch.nn.Module"
+            raise ModelError(f"model is a {type(model).__name__}; pass {how} that the closure calls")
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
         settings = self._settings = resolve(self.config, optimizer, model)
@@ -150,7 +154,8 @@ class ZeroOrder(TrainedModel):
 
         Raises:
             LossError: the closure returned something that is not one number.
-            Exception: whatever the closure raises; the weights are untouched.
+            Exception: whatever the closure raises, except for `QueryError`, which skips the step; the weights are
+                untouched.
         """
         self.measure(closure)
         return self.optimizer.step()
@@ -205,6 +210,7 @@ class ZeroOrder(TrainedModel):
         Returns:
             For each closure one float64 tensor of shape ``[]`` per point.
         """
+        random = rng_state()
         try:
             self.optimizer.check_numbers()
             plan = self._plan = self._plan or self._planned()
@@ -212,6 +218,11 @@ class ZeroOrder(TrainedModel):
                 if self.second is not None:
                     return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
                 return self._at(plan.to_measure, closures)
+        except QueryError as error:
+            plan.failed = str(error) or "a query failed"
+            set_rng_state(random)
+            self.oracle.state.rewind()
+            return [[torch.full((), math.nan, dtype=torch.float64)] * len(plan.mine)] * len(closures)
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)
@@ -306,6 +317,8 @@ class ZeroOrder(TrainedModel):
         multiple = 1.0
         if plan.tried:
             estimate, multiple = chosen(self.estimator, estimate, plan.tried)
+        if plan.failed:
+            estimate = replace(estimate, skip=plan.failed)
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
         rollback = braked(self, loss, plan.own)
         if rollback is not None:

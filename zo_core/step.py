@@ -38,6 +38,7 @@ class StepPlan:
         gathered: losses at all points, once they are known.
         own: those at the estimator's points; all of them if one is not finite, to be shown.
         tried: losses of the second round; None before it.
+        failed: why a loss could not be had in this process; empty if all could.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepPlan:
     gathered: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
     tried: list[float] | None = None
+    failed: str = ""
 
     @property
     def to_measure(self) -> list[Point]:

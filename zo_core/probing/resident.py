@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Materialised
 from .view import Originals
+from .waiting import Waiting, is_waiting, outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +114,27 @@ class ResidentOracle:
             return results
 
     def _measured(self, points: Sequence[Point], closure: Closure, start: dict[str, Any]) -> list[Tensor]:
-        results: list[Tensor] = []
+        results: list[Tensor | Waiting] = []
         with self.realisation.measuring() as originals:
-            for point in points:
-                if results:
-                    self._rewind(start)
-                results.append(self._loss(point, closure, start, originals))
-        return results
+            try:
+                for point in points:
+                    if results:
+                        self._rewind(start)
+                    results.append(self._loss(point, closure, start, originals))
+                return self._complete(results)
+            finally:
+                for result in results:
+                    if isinstance(result, Waiting):
+                        result.close()
+
+    def _complete(self, results: list[Tensor | Waiting]) -> list[Tensor]:
+        """The losses, once closures that wait have ended."""
+        waiting = [result for result in results if isinstance(result, Waiting)]
+        if not waiting:
+            return results  # type: ignore[return-value]
+        values = iter(outcomes(waiting))
+        set_rng_state(waiting[-1].random)
+        return [self._scalar(next(values)) if isinstance(result, Waiting) else result for result in results]
 
     def _again(
         self, found: list[Tensor], points: Sequence[Point], closure: Closure, start: dict[str, Any]
@@ -140,9 +156,9 @@ class ResidentOracle:
         """The losses of several closures, the micro-batches of one step, at the same points."""
         return [self.losses(points, closure) for closure in closures]
 
-    def _loss(self, point: Point, closure: Closure, start: dict[str, Any], originals: Originals) -> Tensor:
+    def _loss(self, point: Point, closure: Closure, start: dict[str, Any], originals: Originals) -> Tensor | Waiting:
         value = self._run(point, closure, originals)
-        if self._checked or not self.realisation.moves(point):
+        if isinstance(value, Waiting) or self._checked or not self.realisation.moves(point):
             return value
         if math.isfinite(value.item()):
             self._checked = True
@@ -152,6 +168,7 @@ class ResidentOracle:
         self._rewind(start)
         self.realisation.whole = True
         whole = self._run(point, closure, originals)
+        assert isinstance(whole, Tensor), "probes wait at the same time only once they are checked"
         if math.isfinite(whole.item()):
             self._checked = True
             logger.warning(
@@ -162,9 +179,18 @@ class ResidentOracle:
             self.realisation.whole = False
         return whole
 
-    def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor:
-        with self.realisation.at(point, originals):
+    def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor | Waiting:
+        perturbed = partial(self.realisation.at, point, originals)
+        with perturbed():
             value = closure()
+        if is_waiting(value):
+            waiting = Waiting(value, perturbed, self.model, self.state)
+            if self._checked:
+                return waiting
+            value = outcomes([waiting])[0]
+        return self._scalar(value)
+
+    def _scalar(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.dtype in HALF and not self._warned_half:
             self._warned_half = True
             logger.warning(

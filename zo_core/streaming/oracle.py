@@ -22,6 +22,7 @@ from ..noise import Direction
 from ..probing.materialise import Materialised
 from ..probing.resident import ASTRAY, Closure, as_loss, finite
 from ..probing.view import Originals, ProbeView
+from ..probing.waiting import is_waiting, outcomes
 from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
@@ -205,7 +206,8 @@ class LockstepOracle:
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with view.mode():
-                return as_loss(closure(), maximize=self.maximize)
+                value = closure()
+                return as_loss(outcomes([value])[0] if is_waiting(value) else value, maximize=self.maximize)
 
         return run
 
