@@ -1,9 +1,10 @@
 """Train a network in front of a classifier that is only known by its answers over HTTP, in a minute on one CPU core.
 
-A random forest of scikit-learn has learnt handwritten digits and is served on this machine. It has no gradient, and a
-client sees nothing of it but class probabilities. A new camera has a gray veil and noise, so it gets most digits wrong.
-A small denoiser in torch learns to clean them, from the probabilities alone: each step asks for the answers to a
-population of perturbed denoisers, all at the same time, and a step whose service does not answer is skipped.
+A nearest-neighbours classifier of scikit-learn knows handwritten digits and is served on this machine. It has no
+gradient, and a client sees nothing of it but class probabilities. A new camera adds a gray veil and noise, and many
+digits are no longer recognised. A small denoiser in torch learns to clean them, from the probabilities alone: each step
+asks for the answers to a population of perturbed denoisers, all at the same time, and a step whose service does not
+answer is skipped.
 
     python examples/black_box.py
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
@@ -32,7 +33,7 @@ from zo_core import Summary, ZeroOrder, retrying
 SIDE = 8
 
 
-def served(classifier: RandomForestClassifier) -> ThreadingHTTPServer:
+def served(classifier: KNeighborsClassifier) -> ThreadingHTTPServer:
     """Serves class probabilities on a free port: a list of images comes in, a list of lists goes out."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -84,11 +85,11 @@ def main() -> None:
 
     pixels, digits = load_digits(return_X_y=True)
     images, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digits)
-    forest = RandomForestClassifier(30, random_state=0).fit(images[:900].numpy(), labels[:900].numpy())
-    server = served(forest)
+    neighbours = KNeighborsClassifier(15).fit(images[:900].numpy(), labels[:900].numpy())
+    server = served(neighbours)
     ask = client(server.server_port)
 
-    noisy = (0.3 + 0.4 * images + args.noise * torch.randn(images.shape)).clamp(0, 1)
+    noisy = (0.5 + 0.25 * images + args.noise * torch.randn(images.shape)).clamp(0, 1)
     train, test = slice(900, 1400), slice(1400, None)
     denoiser = Denoiser()
     with torch.no_grad():
