@@ -36,6 +36,7 @@ class ZOArguments:
     """
 
     zo_estimator: str = field(default="spsa", metadata=_metadata("estimator"))
+    zo_maximize: bool = field(default=False, metadata=_metadata("maximize"))
     zo_learning_rate: str | None = field(default=None, metadata=_metadata("lr"))
     zo_eps: float | None = field(default=None, metadata=_metadata("eps"))
     zo_num_probes: int | None = field(default=None, metadata=_metadata("num_probes"))

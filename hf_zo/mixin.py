@@ -336,7 +336,7 @@ class ZOTrainerMixin(_Trainer):
 
         with LossCalls(self, draw).answered():
             step()
-        zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback)
+        zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback, entry.scores)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
     @contextmanager

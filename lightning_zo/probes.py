@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,6 +139,8 @@ class Probes:
         """
         if self.without_loss:
             return None
+        if not self.runs:  # a query failed in the first of them
+            return torch.tensor(math.nan)
         loss = torch.stack([_number(run.loss) for run in self.runs]).mean()
         first = self.runs[0].output
         return {**first, "loss": loss} if isinstance(first, Mapping) else loss

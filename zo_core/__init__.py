@@ -6,14 +6,15 @@ It knows torch and nothing of any trainer.
 from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
-from .errors import ConfigError, LossError, ModelError, RanksError, SearchError, StateError, ZOError
-from .estimators import ESTIMATORS, Conservative, Estimate, Estimator, Fzoo, Spsa
+from .errors import ConfigError, LossError, ModelError, QueryError, RanksError, SearchError, StateError, ZOError
+from .estimators import ESTIMATORS, Conservative, Es, Estimate, Estimator, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .learning_rate import LrSuggestion, Trial
 from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
-from .records import Point, Probe, StepRecord
+from .queries import retrying
+from .records import Point, Probe, Scores, StepRecord
 from .rules import RULES, Momentum, Sgd, Sign, Torch, UpdateRule
 from .seedlog import SeedLog, SeedLogWriter, replay
 from .suggest import suggest_lr
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "Conservative",
     "ElementNoise",
+    "Es",
     "Estimate",
     "Estimator",
     "Fzoo",
@@ -43,11 +45,13 @@ __all__ = [
     "Noise",
     "Point",
     "Probe",
+    "QueryError",
     "Rademacher",
     "RanksError",
     "Sampled",
     "Scales",
     "Scaling",
+    "Scores",
     "SearchError",
     "SeedLog",
     "SeedLogWriter",
@@ -72,6 +76,7 @@ __all__ = [
     "__version__",
     "derive_seed",
     "replay",
+    "retrying",
     "save_adapter",
     "suggest_lr",
 ]

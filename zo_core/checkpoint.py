@@ -152,6 +152,7 @@ def settings_of(engine: Run) -> dict[str, Any]:
         "num_probes": engine.own_probes,
         "eps": [engine.eps] if torch_rule else [float(group["eps"]) for group in groups],
         "clip": engine.config.clip,
+        "maximize": engine.config.maximize,
         "dropout": engine.config.dropout,
         "stochastic_rounding": engine.config.stochastic_rounding,
         "normalise": False if engine.normaliser is None else engine.normaliser.name,

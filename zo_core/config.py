@@ -55,8 +55,9 @@ class ZOConfig:
     num_probes: int | None = field(
         default=None,
         metadata={
-            "help": 'Directions per step. None takes the estimator\'s default: 8 for "fzoo", 1 for the others. With n '
-            'directions, "spsa" runs 2 n forwards per step, "fzoo" n + 1 and "conservative" 2 n + 3.'
+            "help": 'Directions per step. None takes the estimator\'s default: 8 for "fzoo", 30 for "es", 1 for the '
+            'others. With n directions, "spsa" runs 2 n forwards per step, "fzoo" n + 1, "es" n or, if it is '
+            'antithetic, 2 n, and "conservative" 2 n + 3.'
         },
     )
     stack_probes: bool = field(
@@ -70,8 +71,17 @@ class ZOConfig:
     estimator: str | dict[str, Any] | Estimator = field(
         default="spsa",
         metadata={
-            "help": 'How losses become probes: "spsa", "fzoo" or "conservative", which is "spsa" that also measures '
-            "the loss before the step, after it and after the opposite step, and keeps the best of the three."
+            "help": 'How losses become probes: "spsa", "fzoo", "es" or "conservative". "es" compares a population of '
+            'perturbed weights; its fields are shaping ("center", "zscore" or "ranks") and antithetic. "conservative" '
+            'is "spsa" that also measures the loss before the step, after it and after the opposite step, and keeps '
+            "the best of the three."
+        },
+    )
+    maximize: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the closure returns a score, such as an accuracy or a reward: steps go up, and the loss "
+            "of a step is minus its score."
         },
     )
     noise: str | dict[str, Any] | Noise = field(
@@ -231,7 +241,7 @@ class ZOConfig:
             problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")
         if self.ranks not in RANKS:
             problems.append(f"ranks={self.ranks!r} is not known; write one of {', '.join(map(repr, RANKS))}")
-        for name in ("dropout", "stochastic_rounding", "stack_probes"):
+        for name in ("maximize", "dropout", "stochastic_rounding", "stack_probes"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if self.stack_probes is True and noise is not None and not isinstance(noise, LowRank):

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,18 +19,19 @@ from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
-from .errors import LossError, ModelError, SearchError, StateError
+from .errors import LossError, ModelError, QueryError, SearchError, StateError
 from .exchange import Exchange
 from .first_steps import FirstSteps
 from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_replaceable, range_test, set_lr
+from .modes import rng_state, set_rng_state
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import resolve
 from .ranks import exchange_of
-from .records import Point, Probe, Rollback, StepRecord
+from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
 from .step import Skips, StepPlan, chosen, mean, probes_from, times
 from .targets import Slot, keep_codes_plain, shapes_of
@@ -89,7 +91,9 @@ class ZeroOrder(TrainedModel):
         **overrides: Any,
     ):
         if not isinstance(model, nn.Module):
-            raise ModelError(f"model is a {type(model).__name__}; pass the torch.nn.Module that the closure calls")
+            several = isinstance(model, (list, tuple, dict)) or hasattr(model, "__next__")
+            how = "torch.nn.ModuleList([...]) of all modules that learn" if several else "the torch.nn.Module"
+            raise ModelError(f"model is a {type(model).__name__}; pass {how} that the closure calls")
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
         settings = self._settings = resolve(self.config, optimizer, model)
@@ -129,7 +133,7 @@ class ZeroOrder(TrainedModel):
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._agreed = False
-        self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None] | None = None
+        self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
@@ -150,7 +154,8 @@ class ZeroOrder(TrainedModel):
 
         Raises:
             LossError: the closure returned something that is not one number.
-            Exception: whatever the closure raises; the weights are untouched.
+            Exception: whatever the closure raises, except for `QueryError`, which skips the step; the weights are
+                untouched.
         """
         self.measure(closure)
         return self.optimizer.step()
@@ -205,6 +210,7 @@ class ZeroOrder(TrainedModel):
         Returns:
             For each closure one float64 tensor of shape ``[]`` per point.
         """
+        random = rng_state()
         try:
             self.optimizer.check_numbers()
             plan = self._plan = self._plan or self._planned()
@@ -212,6 +218,11 @@ class ZeroOrder(TrainedModel):
                 if self.second is not None:
                     return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
                 return self._at(plan.to_measure, closures)
+        except QueryError as error:
+            plan.failed = str(error) or "a query failed"
+            set_rng_state(random)
+            self.oracle.state.rewind()
+            return [[torch.full((), math.nan, dtype=torch.float64)] * len(plan.mine)] * len(closures)
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)
@@ -219,6 +230,11 @@ class ZeroOrder(TrainedModel):
 
     def _default_lr(self, slots: list[Slot]) -> float:
         return default_lr(slots, self.rule, self._settings.normaliser, self.num_probes, self.noise.share)
+
+    @property
+    def scored(self) -> bool:
+        """Whether records have the scores that closures return."""
+        return self.estimator.compares or self.config.maximize
 
     @property
     def point_count(self) -> int:
@@ -295,14 +311,18 @@ class ZeroOrder(TrainedModel):
         losses = plan.gather(self.exchange)
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
-        estimate, probes, clipped = probes_from(self.estimator, self.eps, self.clip, plan.seeds, plan.own)
+        how = self.estimator, self.eps, self.clip
+        estimate, probes, clipped = probes_from(*how, plan.seeds, plan.own, self.exchange.populations)
+        scores = Scores.of(plan.own, maximize=self.config.maximize) if self.scored else None
         multiple = 1.0
         if plan.tried:
             estimate, multiple = chosen(self.estimator, estimate, plan.tried)
+        if plan.failed:
+            estimate = replace(estimate, skip=plan.failed)
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
         rollback = braked(self, loss, plan.own)
         if rollback is not None:
-            return self._done(loss, math.nan, (), skipped="braked", rollback=rollback)
+            return self._done(loss, math.nan, (), skipped="braked", rollback=rollback, scores=scores)
         if estimate.skip is None:
             if self.normaliser is not None:
                 self.normaliser.see(self.step_count, probes, losses, self.eps)
@@ -316,7 +336,7 @@ class ZeroOrder(TrainedModel):
             self._skips.log(self.step_count, estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
-        return self._done(loss, projected_grad, probes, clipped, estimate.skip)
+        return self._done(loss, projected_grad, probes, clipped, estimate.skip, scores=scores)
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
         self.updaters.apply(self.rule, self.directions.moves(self.slots, probes))
@@ -329,6 +349,7 @@ class ZeroOrder(TrainedModel):
         clipped: int = 0,
         skipped: str | None = None,
         rollback: Rollback | None = None,
+        scores: Scores | None = None,
     ) -> StepRecord:
         """Every step ends here, whether it was measured, repeated or skipped."""
         record = StepRecord(
@@ -342,6 +363,7 @@ class ZeroOrder(TrainedModel):
             skipped=skipped,
             normaliser=None if self.normaliser is None else self.normaliser.mean_square,
             rollback=rollback,
+            scores=scores,
         )
         note(self, probes)
         self.exchange.done(self.step_count, probes)
@@ -407,7 +429,12 @@ class ZeroOrder(TrainedModel):
         return self._done(math.nan, math.nan, (), skipped=reason)
 
     def repeat(
-        self, probes: tuple[Probe, ...], loss: float, normaliser: float | None = None, rollback: Rollback | None = None
+        self,
+        probes: tuple[Probe, ...],
+        loss: float,
+        normaliser: float | None = None,
+        rollback: Rollback | None = None,
+        scores: Scores | None = None,
     ) -> None:
         """Makes the next `apply` repeat an earlier step, instead of applying one that is measured now.
 
@@ -416,6 +443,7 @@ class ZeroOrder(TrainedModel):
             loss: the loss to report in the new record.
             normaliser: that of its record.
             rollback: that of its record, which is done again.
+            scores: those to report in the new record.
 
         Raises:
             StateError: only one of the engine and the step has a normaliser.
@@ -425,10 +453,15 @@ class ZeroOrder(TrainedModel):
                 f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "
                 "pass what the record of the step has"
             )
-        self._plan, self._repeated = None, (probes, loss, normaliser, rollback)
+        self._plan, self._repeated = None, (probes, loss, normaliser, rollback, scores)
 
     def _repeat(
-        self, probes: tuple[Probe, ...], loss: float, normaliser: float | None, rollback: Rollback | None
+        self,
+        probes: tuple[Probe, ...],
+        loss: float,
+        normaliser: float | None,
+        rollback: Rollback | None,
+        scores: Scores | None,
     ) -> StepRecord:
         self.discard()
         repeated(self, loss, rollback)
@@ -441,7 +474,7 @@ class ZeroOrder(TrainedModel):
         unit = 1.0 if self.normaliser is None else self.normaliser.scale
         projected_grad = math.fsum(p.coefficient for p in probes) * unit if two_sided else float("nan")
         skipped = None if probes else "skipped in the log"
-        return self._done(loss, projected_grad, probes, skipped=skipped, rollback=rollback)
+        return self._done(loss, projected_grad, probes, skipped=skipped, rollback=rollback, scores=scores)
 
     def snapshot(self) -> Snapshot:
         """A copy of what steps change: weights, rule state, rates, generators and counters; `restore` puts it back.

@@ -43,6 +43,10 @@ class LossError(ZOError, TypeError):
     """The closure returned something that is not one number."""
 
 
+class QueryError(ZOError, RuntimeError):
+    """A loss cannot be had now; a closure raises it to skip the step, on all processes and without moving a weight."""
+
+
 class StateError(ZOError, RuntimeError):
     """A call was made at the wrong time, or a checkpoint does not belong to this run."""
 

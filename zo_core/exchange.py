@@ -18,10 +18,14 @@ class Exchange(Protocol):
     Attributes:
         rank: index of this process.
         size: number of processes.
+        populations: how many equal parts of the directions were measured on data of their own each.
     """
 
     rank: int
     size: int
+
+    @property
+    def populations(self) -> int: ...
 
     def directions(self, own: int) -> int:
         """How many directions a step has if ``num_probes`` is ``own``."""
@@ -64,6 +68,7 @@ class Alone:
     """One process: it measures every point, and there is nothing to gather."""
 
     rank, size = 0, 1
+    populations = 1
 
     def directions(self, own: int) -> int:
         return own

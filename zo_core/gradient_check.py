@@ -77,6 +77,7 @@ def check_gradient(engine: Running, closure: Callable[[], Any], directions: int)
         set_rng_state(random)
         oracle.state.rewind()
         exact = tuple(_along(engine, seed, gradients) for seed in seeds)
+    eps = -eps if oracle.maximize else eps  # of minus the score
     measured = tuple((plus - minus) / (2 * eps) for plus, minus in zip(losses[::2], losses[1::2], strict=True))
     size = math.hypot(*exact)
     apart = math.hypot(*(g - d for g, d in zip(measured, exact, strict=True)))

@@ -63,6 +63,10 @@ class Ranks:
                 if logging.getLogger(name).level == logging.NOTSET:
                     logging.getLogger(name).setLevel(logging.ERROR)
 
+    @property
+    def populations(self) -> int:
+        return self.size if self.mode == "directions" else 1
+
     def directions(self, own: int) -> int:
         return own * self.size if self.mode == "directions" else own
 

@@ -6,6 +6,8 @@ checkpoint, because its direction can be regenerated from its seed.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -47,14 +49,40 @@ class Rollback:
     factor: float
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the closures of a step returned, over all perturbed weights at which they were called.
+
+    Attributes:
+        mean, std, min, max: of the scores; with several micro-batches, of their sums. The standard deviation is that
+            of a sample.
+    """
+
+    mean: float
+    std: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, losses: Sequence[float], *, maximize: bool) -> Scores | None:
+        """The scores of losses that an oracle has measured; None if one of them is not finite."""
+        if not all(map(math.isfinite, losses)):
+            return None
+        scores = [0.0 - loss for loss in losses] if maximize else losses
+        mean = math.fsum(scores) / len(scores)
+        square = math.fsum((score - mean) * (score - mean) for score in scores)
+        return cls(mean, math.sqrt(square / max(1, len(scores) - 1)), min(scores), max(scores))
+
+
 @dataclass(frozen=True, eq=False)
 class StepRecord(float):
     """What one step did. It *is* a float, the loss, so ``f"{record:.3f}"`` and ``sum`` just work.
 
     Attributes:
-        loss: mean loss over the probes, summed over the micro-batches of the step.
+        loss: mean loss over the probes, summed over the micro-batches of the step. With ``maximize``, minus the score.
         projected_grad: mean over the directions of the directional derivative along ``z``, in loss
-            per unit of ``z`` (MeZO, arXiv 2305.17333, eq. 2); before clipping.
+            per unit of ``z`` (MeZO, arXiv 2305.17333, eq. 2); before clipping. NaN if losses are only compared with one
+            another, as by a one-sided "es".
         lr: learning rate of the first parameter group as it was applied, that is, as the brake has lowered it; NaN if
             its optimizer has none and sets its own steps, as Adafactor does with ``lr=None``. (A seed log stores 0.0
             for it.)
@@ -65,6 +93,8 @@ class StepRecord(float):
         skipped: why the weights were left alone, or None.
         normaliser: state of the step normaliser after the step (its running mean); None without one.
         rollback: set if the brake reverted earlier updates at this step.
+        scores: what the closures returned, with the estimator "es" and with ``maximize``; else, and where one
+            was not finite, None.
     """
 
     loss: float
@@ -77,6 +107,7 @@ class StepRecord(float):
     skipped: str | None = None
     normaliser: float | None = None
     rollback: Rollback | None = None
+    scores: Scores | None = None
 
     @property
     def without_signal(self) -> bool:

@@ -15,9 +15,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from .ambient import ambient
 from .directions import Directions
+from .errors import QueryError
 from .exchange import Exchange
 from .forward_state import ForwardState
 from .modes import modes, rng_state, set_modes, set_rng_state
@@ -26,7 +29,7 @@ from .probing import ResidentOracle
 from .records import Point
 from .running import Running
 from .step import StepPlan, probes_from
-from .streaming import LockstepOracle, ambient
+from .streaming import LockstepOracle
 
 Oracle = ResidentOracle | LockstepOracle
 Scaled = Callable[[Tensor], Tensor]
@@ -136,7 +139,8 @@ class SecondRound:
             return
         losses = plan.gather(engine.exchange)
         plan.tried = []
-        estimate, probes, _ = probes_from(engine.estimator, engine.eps, engine.clip, plan.seeds, plan.own)
+        how = engine.estimator, engine.eps, engine.clip
+        estimate, probes, _ = probes_from(*how, plan.seeds, plan.own, engine.exchange.populations)
         if estimate.skip is not None:
             return
         normaliser = copy.copy(engine.normaliser)  # it sees the step when that is applied
@@ -151,6 +155,9 @@ class SecondRound:
         try:
             for each, found in zip(self.kept, self._losses(engine, second.to_measure), strict=True):
                 second.add([each.scaled(loss) for loss in found])
+        except QueryError as error:
+            plan.failed, second.sums = str(error) or "a query failed", []
+            second.add([torch.full((), math.nan, dtype=torch.float64)] * len(points))
         finally:
             engine.directions.plan = plan
         plan.tried = engine.exchange.average(second.losses())  # all of them measure all of it

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class StepPlan:
         gathered: losses at all points, once they are known.
         own: those at the estimator's points; all of them if one is not finite, to be shown.
         tried: losses of the second round; None before it.
+        failed: why a loss could not be had in this process; empty if all could.
     """
 
     step: int
@@ -52,6 +54,7 @@ class StepPlan:
     gathered: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
     tried: list[float] | None = None
+    failed: str = ""
 
     @property
     def to_measure(self) -> list[Point]:
@@ -84,7 +87,7 @@ def mean(losses: Sequence[float]) -> float:
 
 
 def probes_from(
-    estimator: Estimator, eps: float, bound: float, seeds: tuple[int, ...], losses: list[float]
+    estimator: Estimator, eps: float, bound: float, seeds: tuple[int, ...], losses: list[float], populations: int = 1
 ) -> tuple[Estimate, tuple[Probe, ...], int]:
     """Turns the losses of a step into the probes to apply.
 
@@ -94,6 +97,7 @@ def probes_from(
         bound: largest absolute coefficient of a direction.
         seeds: one per direction.
         losses: one per point.
+        populations: see `Exchange`.
 
     Returns:
         The estimate, the probes with the mean over the directions in their coefficients, and how many of
@@ -102,7 +106,7 @@ def probes_from(
     if not all(map(math.isfinite, losses)):
         shown = ", ".join(f"{loss:.4g}" for loss in losses)
         return Estimate((), (), f"a loss is not finite (losses of the probes: {shown})"), (), 0
-    estimate = estimator.estimate(losses, eps)
+    estimate = _estimate(estimator, losses, eps, populations)
     if estimate.skip is not None:
         return estimate, (), 0
     clipped = sum(abs(c) > bound for c in estimate.coefficients)
@@ -113,6 +117,19 @@ def probes_from(
     # A float32 from here on, so that a log or another process gets exactly what is applied.
     probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
     return estimate, probes, clipped
+
+
+def _estimate(estimator: Estimator, losses: list[float], eps: float, populations: int) -> Estimate:
+    """The estimate of all losses, or of each population by itself if the estimator compares its members."""
+    if not estimator.compares or populations == 1:
+        return estimator.estimate(losses, eps)
+    size = len(losses) // populations
+    parts = [estimator.estimate(losses[at : at + size], eps) for at in range(0, len(losses), size)]
+    return Estimate(
+        tuple(chain.from_iterable(part.projected_grads for part in parts)),
+        tuple(chain.from_iterable(part.coefficients for part in parts)),
+        parts[0].skip if all(part.skip is not None for part in parts) else None,
+    )
 
 
 def chosen(estimator: Estimator, estimate: Estimate, losses: Sequence[float]) -> tuple[Estimate, float]:
@@ -136,7 +153,7 @@ class Skips:
     def log(self, step: int, estimate: Estimate) -> None:
         """Logs a step that moves nothing; losses that agree are normal for a converged model, and no warning."""
         said = f"step {step} skipped, weights untouched: {estimate.skip}"
-        if estimate.projected_grads:
+        if estimate.coefficients:
             logger.info("%s", said)
             return
         self.count += 1

@@ -105,6 +105,7 @@ class TrainedModel(LiveSettings):
             "carried": self._carried,
             "keep_mode": self._kept,
             "repeated": repeated_layers(self.model, self.config.blocks),
+            "maximize": self.config.maximize,
         }
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:

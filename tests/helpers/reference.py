@@ -6,6 +6,7 @@ It uses three things of the library: the seeds, the names of the slots, and the 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -99,6 +100,27 @@ def conservative(
             p.copy_(f32(1 - lr * weight_decay) * p + f32(-lr * coefficient) * z[key])
         steps.append(Step((plus + minus) / 2, grad))
     return steps
+
+
+def evolution(losses: list[float], eps: float, shaping: str = "zscore", antithetic: bool = False) -> list[float]:
+    """The coefficients of the directions by definition: the mean of shaped losses times signed directions.
+
+    With antithetic directions the losses are those of ``+z_0, -z_0, +z_1, ...``.
+    """
+    n = len(losses)
+    if shaping == "ranks":
+        losses = [sum(a < b for a in losses) + sum(a == b for a in losses) / 2 for b in losses]
+    mean = math.fsum(losses) / n
+    if shaping == "center":
+        others = [(math.fsum(losses) - loss) / (n - 1) for loss in losses]
+        shaped = [
+            (loss - mean if antithetic else loss - other) / eps for loss, other in zip(losses, others, strict=True)
+        ]
+    else:
+        shaped = [(loss - mean) / statistics.stdev(losses) for loss in losses]
+    if not antithetic:
+        return shaped
+    return [(plus - minus) / 2 for plus, minus in zip(shaped[::2], shaped[1::2], strict=True)]
 
 
 def f32(value: float) -> Tensor:

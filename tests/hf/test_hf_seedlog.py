@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "momentum, 2 probes": {"zo_rule": "momentum", "zo_num_probes": 2},
     "fzoo": {"zo_estimator": "fzoo", "zo_num_probes": 3},
+    "scores": {"zo_estimator": "es", "zo_num_probes": 3, "zo_maximize": True, "learning_rate": 1e-2},
     "a loss that draws": {"cls": Drawing},
     "streamed": {"zo_offload": "cpu", "zo_rule": "momentum"},
     "torch rule": {"zo_rule": "torch"},
@@ -82,11 +83,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     again.model.register_forward_hook(lambda *_: forwards.append(None))
     again.train(resume_from_checkpoint=True)
     assert differing(weights(whole.model), weights(again.model)) == []
-    for key in ("learning_rate", "epoch"):
+    for key in ("learning_rate", "epoch", "zo_score_mean", "zo_score_std", "zo_score_min", "zo_score_max"):
         assert logged(again, key)[-4:] == logged(whole, key)[-4:]
+    assert bool(logged(again, "zo_score_mean")) == ("zo_maximize" in variant)
     assert logged(again, "loss")[-5:] == pytest.approx(logged(whole, "loss")[-5:], rel=1e-6)
     drawing = variant.get("cls") is Drawing
-    forwards_of = {"fzoo": 4, "conservative": 5}
+    forwards_of = {"fzoo": 4, "es": 3, "conservative": 5}
     measured = 1 + 3 * 2 * forwards_of.get(variant.get("zo_estimator", ""), 2 * variant.get("zo_num_probes", 1))
     repeated = 2 * (2 if saving else 5) if drawing else 0
     assert len(forwards) == measured + repeated  # the first step that is measured measures one point twice

@@ -300,7 +300,7 @@ def test_a_newer_format_and_a_missing_file_are_clear_errors(tmp_path: Path) -> N
     data = bytearray(encode_header({}))
     data[8] = 7
     (tmp_path / "log").write_bytes(data)
-    with pytest.raises(StateError, match="is a seed log of format 7; this version of zo_core reads formats up to 2"):
+    with pytest.raises(StateError, match="is a seed log of format 7; this version of zo_core reads formats up to 3"):
         SeedLog.read(tmp_path / "log")
     (tmp_path / "log").write_bytes(encode_header({"settings": Settings(0, (), (), (), ()).to_dict()}))
     with pytest.raises(StateError, match="its header lacks 'first_step'"):

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[2] / "examples"
 #: What makes each example short: its first step ends it.
 SHORT: dict[str, list[list[str]]] = {
     "bare_loop": [[]],
+    "black_box": [[]],
     "int4_scales": [["--pretraining-steps", "1"]],
     "lightning_digits": [[]],
     "lightning_hf": [[]],

@@ -2,7 +2,8 @@
 
 from .base import ESTIMATORS, Estimate, Estimator
 from .conservative import Conservative
+from .es import Es
 from .fzoo import Fzoo
 from .spsa import Spsa
 
-__all__ = ["ESTIMATORS", "Conservative", "Estimate", "Estimator", "Fzoo", "Spsa"]
+__all__ = ["ESTIMATORS", "Conservative", "Es", "Estimate", "Estimator", "Fzoo", "Spsa"]

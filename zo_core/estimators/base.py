@@ -15,7 +15,8 @@ class Estimate:
     """What was learnt from the losses of one step.
 
     Attributes:
-        projected_grads: directional derivative along each direction, loss per unit of ``z``.
+        projected_grads: directional derivative along each direction, loss per unit of ``z``; empty if the losses
+            were only compared with one another.
         coefficients: factor of each direction in the update, before clipping and before the mean
             over directions.
         skip: why these losses give no direction to move in, or None.
@@ -34,6 +35,8 @@ class Estimator:
         default_eps, default_num_probes: used where the configuration leaves them open.
         min_probes: fewest directions for which the estimate is defined.
         scale_free: whether the scale of the loss cancels in the coefficients.
+        compares: whether losses of different directions are compared, which takes losses on the same data: directions
+            that other processes have measured on data of their own are then estimated by themselves.
         multiples: with any, a step has a second round: the loss is measured at the weights that each multiple of the
             step would lead to, on the same data and with the same random numbers, and `choose` decides on one of them.
     """
@@ -42,8 +45,12 @@ class Estimator:
     default_eps: ClassVar[float]
     default_num_probes: ClassVar[int] = 1
     min_probes: ClassVar[int] = 1
-    scale_free: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
     multiples: ClassVar[tuple[float, ...]] = ()
+
+    @property
+    def scale_free(self) -> bool:
+        return False
 
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         """The points to measure, given one seed per direction."""

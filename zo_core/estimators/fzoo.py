@@ -27,7 +27,10 @@ class Fzoo(Estimator):
     default_eps: ClassVar[float] = 1e-4
     default_num_probes: ClassVar[int] = 8
     min_probes: ClassVar[int] = 2
-    scale_free: ClassVar[bool] = True
+
+    @property
+    def scale_free(self) -> bool:
+        return True
 
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         return (Point(seeds[0], 0.0), *(Point(seed, eps) for seed in seeds))

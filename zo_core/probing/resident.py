@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Materialised
 from .view import Originals
+from .waiting import Waiting, is_waiting, outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class ResidentOracle:
         carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         repeated: the repeated layers of the model.
+        maximize: whether closures return a score, whose negative is the loss.
 
     Attributes:
         state: what forwards may change besides the weights.
@@ -65,10 +68,12 @@ class ResidentOracle:
         carried: Sequence[Carried] = (),
         keep_mode: nn.Module | None = None,
         repeated: Sequence[nn.Module] = (),
+        maximize: bool = False,
     ):
         self.model = model
         self.dropout = dropout
         self.keep_mode = keep_mode
+        self.maximize = maximize
         self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors], carried)
         self.realisation = realisation(model, slots, direction, repeated)
         self.realisation.around = self.state.around_hooks
@@ -109,13 +114,27 @@ class ResidentOracle:
             return results
 
     def _measured(self, points: Sequence[Point], closure: Closure, start: dict[str, Any]) -> list[Tensor]:
-        results: list[Tensor] = []
+        results: list[Tensor | Waiting] = []
         with self.realisation.measuring() as originals:
-            for point in points:
-                if results:
-                    self._rewind(start)
-                results.append(self._loss(point, closure, start, originals))
-        return results
+            try:
+                for point in points:
+                    if results:
+                        self._rewind(start)
+                    results.append(self._loss(point, closure, start, originals))
+                return self._complete(results)
+            finally:
+                for result in results:
+                    if isinstance(result, Waiting):
+                        result.close()
+
+    def _complete(self, results: list[Tensor | Waiting]) -> list[Tensor]:
+        """The losses, once closures that wait have ended."""
+        waiting = [result for result in results if isinstance(result, Waiting)]
+        if not waiting:
+            return results  # type: ignore[return-value]
+        values = iter(outcomes(waiting))
+        set_rng_state(waiting[-1].random)
+        return [self._scalar(next(values)) if isinstance(result, Waiting) else result for result in results]
 
     def _again(
         self, found: list[Tensor], points: Sequence[Point], closure: Closure, start: dict[str, Any]
@@ -137,9 +156,9 @@ class ResidentOracle:
         """The losses of several closures, the micro-batches of one step, at the same points."""
         return [self.losses(points, closure) for closure in closures]
 
-    def _loss(self, point: Point, closure: Closure, start: dict[str, Any], originals: Originals) -> Tensor:
+    def _loss(self, point: Point, closure: Closure, start: dict[str, Any], originals: Originals) -> Tensor | Waiting:
         value = self._run(point, closure, originals)
-        if self._checked or not self.realisation.moves(point):
+        if isinstance(value, Waiting) or self._checked or not self.realisation.moves(point):
             return value
         if math.isfinite(value.item()):
             self._checked = True
@@ -149,6 +168,7 @@ class ResidentOracle:
         self._rewind(start)
         self.realisation.whole = True
         whole = self._run(point, closure, originals)
+        assert isinstance(whole, Tensor), "probes wait at the same time only once they are checked"
         if math.isfinite(whole.item()):
             self._checked = True
             logger.warning(
@@ -159,9 +179,18 @@ class ResidentOracle:
             self.realisation.whole = False
         return whole
 
-    def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor:
-        with self.realisation.at(point, originals):
+    def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor | Waiting:
+        perturbed = partial(self.realisation.at, point, originals)
+        with perturbed():
             value = closure()
+        if is_waiting(value):
+            waiting = Waiting(value, perturbed, self.model, self.state)
+            if self._checked:
+                return waiting
+            value = outcomes([waiting])[0]
+        return self._scalar(value)
+
+    def _scalar(self, value: Any) -> Tensor:
         if isinstance(value, Tensor) and value.dtype in HALF and not self._warned_half:
             self._warned_half = True
             logger.warning(
@@ -169,7 +198,7 @@ class ResidentOracle:
                 "are mostly rounding, so compute it in float32 (for example logits.float() before a custom loss)",
                 value.dtype,
             )
-        return as_scalar(value)
+        return as_loss(value, maximize=self.maximize)
 
 
 def as_scalar(value: Any) -> Tensor:
@@ -194,6 +223,12 @@ def as_scalar(value: Any) -> Tensor:
             f"the closure returned a {type(value).__name__}; return the loss itself, a scalar tensor or a number"
             + _hint(value)
         ) from None
+
+
+def as_loss(value: Any, *, maximize: bool) -> Tensor:
+    """As `as_scalar`, of minus the value if it is a score."""
+    scalar = as_scalar(value)
+    return 0.0 - scalar if maximize else scalar  # no negative zero
 
 
 def _hint(value: object) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import QueryError
 from ..modes import probe_modes, rng_state, set_rng_state
 from ..noise import Alternatives
-from ..noise.direction import float64
 from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
-from .resident import Closure, ResidentOracle
+from .resident import Closure, ResidentOracle, as_loss
 from .scratch import nan_like
 from .stacked import NotStackable, StackedMode, StackedSight, is_stack
 from .view import Originals, point_at
+from .waiting import is_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class StackedOracle(ResidentOracle):
         try:
             found = self._stacked(points, closure)
             problem = self._kept_copies()
+        except QueryError:
+            raise
         except Exception as error:  # the closure's own error is raised again below
             text = str(error).strip().splitlines() or [""]
             problem = text[0] if isinstance(error, NotStackable) else f"{type(error).__name__}: {text[0]}"
@@ -87,9 +90,11 @@ class StackedOracle(ResidentOracle):
         def run(_: Tensor) -> Tensor:
             with StackedMode(sight):
                 value = closure()
+            if is_waiting(value):
+                value.close()
             if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
                 raise NotStackable("the closure does not return the loss as a tensor with one element")
-            return float64(value.detach()).reshape(())
+            return as_loss(value, maximize=self.maximize)
 
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

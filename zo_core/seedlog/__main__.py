@@ -121,6 +121,13 @@ def summary(log: SeedLog) -> list[str]:
             f"coefficients {mean:.4g} mean, {square:.4g} root mean square, {min(grads):.4g} to {max(grads):.4g} "
             "(summed over the directions: for spsa the projected gradient as it was applied)"
         )
+    scored = [entry.scores for entry in log.steps if entry.scores is not None]
+    if scored:
+        means = [scores.mean for scores in scored]
+        lines.append(
+            f"scores       {means[0]:.4g} mean of the first step, {means[-1]:.4g} of the last, "
+            f"{min(s.min for s in scored):.4g} to {max(s.max for s in scored):.4g} in all"
+        )
     if log.torn:
         lines.append(f"torn         {log.torn} bytes of an unfinished record at the end are left out")
     if log.corrupt is not None:

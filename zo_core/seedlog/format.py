@@ -2,7 +2,8 @@
 
     header   magic 8s | version u32 | length u32 | JSON, deflated | crc32
     step     step u32 | coefficient f32, n times | loss f32 | learning rate f64, once per column | crc32
-             with normalised steps, the state of the normaliser f64 before the checksum
+             before the checksum: with normalised steps, the state of the normaliser f64; with scores, their
+             mean f64, standard deviation f64, minimum f64 and maximum f64
     change   0xFFFFFFFF | length u32 | JSON | crc32
 
 Everything is little-endian. Each checksum starts from the previous one, so a record that is missing,
@@ -26,11 +27,11 @@ from typing import Any
 from ..brake import in_float32
 from ..errors import StateError
 from ..noise import NOISES
-from ..records import Probe, Rollback
+from ..records import Probe, Rollback, Scores
 
 MAGIC = b"\x89ZOLOG\r\n"
-#: Logs of normalised steps have version 2: a column more in each step.
-VERSION, NORMALISED = 1, 2
+#: Logs of normalised steps have version 2: a column more in each step. Those with scores, version 3: four more.
+VERSION, NORMALISED, SCORED = 1, 2, 3
 CHANGE = 0xFFFFFFFF
 PREFIX = struct.Struct("<8sII")
 CRC = struct.Struct("<I")
@@ -80,6 +81,7 @@ class LoggedStep:
         merged: whether closing the engine ended low-rank windows before the step.
         normaliser: state of the step normaliser after the step; None without one.
         rollback: what the brake reverted instead of an update in this step, which is then a skipped one; or None.
+        scores: what the closures returned; None in a log without scores, and where one was not finite.
     """
 
     step: int
@@ -93,6 +95,7 @@ class LoggedStep:
     merged: bool = False
     normaliser: float | None = None
     rollback: Rollback | None = None
+    scores: Scores | None = None
 
     @property
     def skipped(self) -> bool:
@@ -113,13 +116,13 @@ def step_struct(num_probes: int, num_lrs: int) -> struct.Struct:
 
 def encode_header(header: dict[str, Any]) -> bytes:
     payload = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    version = VERSION if header.get("normaliser") is None else NORMALISED
+    version = SCORED if header.get("scores") else VERSION if header.get("normaliser") is None else NORMALISED
     body = PREFIX.pack(MAGIC, version, len(payload)) + payload
     return body + CRC.pack(zlib.crc32(body))
 
 
 def encode_step(step: int, coefficients: Sequence[float], loss: float, lrs: Sequence[float], chain: int) -> bytes:
-    """Encodes a step-record; ``lrs`` ends in the normaliser's state, if any; ``chain`` is the previous checksum."""
+    """Encodes a step-record; ``lrs`` are all numbers after the loss; ``chain`` is the previous checksum."""
     body = step_struct(len(coefficients), len(lrs)).pack(step, *coefficients, in_float32(loss), *lrs)
     return body + CRC.pack(zlib.crc32(body, chain))
 
@@ -175,9 +178,19 @@ class Parsed:
         return self.header.get("normaliser") is not None
 
     @property
+    def scored(self) -> bool:
+        """Whether the steps have scores."""
+        return bool(self.header.get("scores"))
+
+    @property
+    def rates(self) -> int:
+        """How many learning rates the next step-record has."""
+        return 1 + max(self.settings.columns)
+
+    @property
     def layout(self) -> struct.Struct:
         """The layout of the next step-record."""
-        return step_struct(self.num_probes, 1 + max(self.settings.columns) + self.normalised)
+        return step_struct(self.num_probes, self.rates + self.normalised + 4 * self.scored)
 
 
 def parse(data: bytes, name: str) -> Parsed:
@@ -218,9 +231,9 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
     if len(data) < PREFIX.size:
         raise StateError(f"{name} is damaged: it ends within the header")
     _, version, length = PREFIX.unpack_from(data)
-    if version not in (VERSION, NORMALISED):
+    if version not in (VERSION, NORMALISED, SCORED):
         raise StateError(
-            f"{name} is a seed log of format {version}; this version of zo_core reads formats up to {NORMALISED}"
+            f"{name} is a seed log of format {version}; this version of zo_core reads formats up to {SCORED}"
         )
     end = PREFIX.size + length + CRC.size
     if len(data) < end:
@@ -262,8 +275,9 @@ def _record(data: bytes, parsed: Parsed) -> str | None:
                 parsed.rule,
                 parsed.header["noise"],
                 parsed.merged,
-                numbers[-1] if parsed.normalised else None,
+                numbers[parsed.rates] if parsed.normalised else None,
                 parsed.rollback,
+                Scores(*numbers[-4:]) if parsed.scored and not math.isnan(numbers[-1]) else None,
             )
         )
         parsed.merged, parsed.rollback = False, None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..engine import ZeroOrder
 
 #: Settings that determine what a run measures. Repeating its steps does not depend on them.
-MEASURING = ("estimator", "eps", "clip", "dropout")
+MEASURING = ("estimator", "eps", "clip", "dropout", "maximize")
 
 
 def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
@@ -139,6 +139,8 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "estimator": ESTIMATORS.describe(engine.estimator),
         "eps": engine.continuity.given["eps"][0],
         "clip": engine.config.clip,
+        "maximize": engine.config.maximize,
+        "scores": engine.scored,
         "dropout": engine.config.dropout,
         "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
         "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none with any noise

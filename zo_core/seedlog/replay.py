@@ -135,6 +135,7 @@ def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
     header = log.header
     config = ZOConfig(
         estimator=header["estimator"],
+        maximize=header.get("maximize", False),
         target=header["target"],
         noise=header["noise"],
         rule=header["rule"],

@@ -10,10 +10,11 @@ step: as long as this returns a step, the trainer repeats it from the log instea
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,8 @@ class SeedLogWriter:
         columns = [lrs[settings.columns.index(column)] for column in range(width)]
         if record.normaliser is not None:
             columns.append(record.normaliser)
+        if self.engine.scored:
+            columns += [math.nan] * 4 if record.scores is None else astuple(record.scores)
         padded = coefficients or (float("nan"),) * self.engine.num_probes
         self._append(encode_step(record.step, padded, record.loss, columns, self.chain))
         self.next_step = record.step + 1

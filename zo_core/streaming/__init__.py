@@ -2,7 +2,6 @@
 
 from .blocks import find_blocks, repeated_layers
 from .build import beyond, describe, move_streamed, offload, plan_blocks, resident_bytes
-from .lockstep import ambient
 from .oracle import TRIM_BYTES, LockstepOracle
 from .shared import share
 from .store import DiskStore, own_folder
@@ -16,7 +15,6 @@ __all__ = [
     "LockstepOracle",
     "Piece",
     "Streaming",
-    "ambient",
     "arena_slots",
     "beyond",
     "describe",

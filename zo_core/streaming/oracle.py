@@ -20,8 +20,9 @@ from ..forward_state import Carried, ForwardState
 from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_state
 from ..noise import Direction
 from ..probing.materialise import Materialised
-from ..probing.resident import ASTRAY, Closure, as_scalar, finite
+from ..probing.resident import ASTRAY, Closure, as_loss, finite
 from ..probing.view import Originals, ProbeView
+from ..probing.waiting import is_waiting, outcomes
 from ..records import Point
 from ..targets import Slot
 from .lockstep import Lockstep
@@ -49,6 +50,7 @@ class LockstepOracle:
         carried: state outside of the model that closures may change.
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         repeated: the repeated layers of the model, resident ones included.
+        maximize: whether closures return a score, whose negative is the loss.
 
     Attributes:
         quiet: whether no sweep so far has changed random states or the model; None before the first.
@@ -67,6 +69,7 @@ class LockstepOracle:
         carried: Sequence[Carried] = (),
         keep_mode: nn.Module | None = None,
         repeated: Sequence[nn.Module] = (),
+        maximize: bool = False,
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
         blocks = {block.module for block in streaming.blocks}
@@ -81,6 +84,7 @@ class LockstepOracle:
         self._checked = False
         self.quiet: bool | None = None
         self.keep_mode = keep_mode
+        self.maximize = maximize
         held = [tensor for block in streaming.blocks for tensors in block.holders.values() for tensor in tensors]
         moving = [id(tensor) for tensor in (*held, *(tensor for slot in slots for tensor in slot.tensors))]
         self.state = ForwardState(model, moving, carried)
@@ -202,7 +206,8 @@ class LockstepOracle:
     def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with view.mode():
-                return as_scalar(closure())
+                value = closure()
+                return as_loss(outcomes([value])[0] if is_waiting(value) else value, maximize=self.maximize)
 
         return run
 

@@ -1,0 +1,303 @@
+"""Law: a loss may come from anywhere; a query that fails costs its step, and probes wait at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import closure, tiny
+from processes import together
+from torch import Tensor, nn
+
+from zo_core import ConfigError, ModelError, QueryError, StateError, ZeroOrder, retrying
+
+
+class Around(nn.ModuleDict):
+    """Trainable parts before and after something that is not torch."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            {"before": nn.Linear(3, 4), "after": nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))}
+        )
+
+
+INPUTS = torch.linspace(-1, 1, 12).view(4, 3)
+
+
+def service(numbers: list[list[float]]) -> list[list[float]]:
+    """Knows nothing of torch, and does nothing that a gradient would follow."""
+    return [[round(2 * value) / 2 for value in row] for row in numbers]
+
+
+def plain(model: Around) -> float:
+    answer = service(model["before"](INPUTS).tolist())
+    return (model["after"](torch.tensor(answer)) - 1).square().mean().item()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+# Several modules
+
+
+def test_parts_on_both_sides_of_a_black_box_learn() -> None:
+    model = Around()
+    before = state(model)
+    zo = ZeroOrder(model, estimator="es", num_probes=8, eps=0.1, lr=0.02)
+    losses = [float(zo.step(lambda: plain(model))) for _ in range(60)]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("several", [[nn.Linear(1, 1)], (nn.Linear(1, 1),), {"a": nn.Linear(1, 1)}])
+def test_several_modules_come_in_a_module(several: Any) -> None:
+    with pytest.raises(ModelError, match=r"model is a (list|tuple|dict); pass torch.nn.ModuleList\(\[\.\.\.\]\)"):
+        ZeroOrder(several)
+
+
+# Queries that fail
+
+
+def test_a_query_is_repeated_and_then_skips() -> None:
+    calls: list[int] = []
+
+    def ask(number: int, fails: int) -> int:
+        calls.append(number)
+        if len(calls) <= fails:
+            raise TimeoutError("no answer in 2 s")
+        return number
+
+    assert retrying(ask, retries=2, pause=0)(7, fails=2) == 7
+    assert calls == [7, 7, 7]
+    calls.clear()
+    with pytest.raises(QueryError, match="ask failed 2 times, the last time with TimeoutError: no answer in 2 s"):
+        retrying(ask, retries=1, pause=0)(7, fails=2)
+    with pytest.raises(TypeError):  # no failure of the service
+        retrying(ask, pause=0)()  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"2 problems.*\n.*retries=-1 must.*\n.*pause='1' must"):
+        retrying(ask, retries=-1, pause="1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("estimator", ["spsa", "es", "conservative"])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_a_query_that_fails_skips_the_step_and_leaves_no_trace(estimator: str, offload: str | None) -> None:
+    settings: dict[str, Any] = {"estimator": estimator, "lr": 1e-3, "offload": offload, "dropout": True}
+    settings["num_probes"] = 2 if estimator == "es" else 1
+    found = []
+    for failing in (True, False):
+        model = tiny("llama")
+        zo = ZeroOrder(model, **settings)
+        zo.first_steps = None
+        torch.manual_seed(3)
+        loss = closure("llama", model)
+        zo.step(loss)
+        before, calls = state(model), iter(range(9))
+
+        def fails(loss: Callable[[], Tensor] = loss, calls: Any = calls) -> Tensor:
+            torch.rand(1)
+            if next(calls) == 1:
+                raise QueryError("the service is down")
+            return loss()
+
+        if failing:
+            record = zo.step(fails)
+            assert record.skipped == "the service is down"
+            assert equal(state(model), before)
+        else:
+            zo.skip("the same without a query")
+        zo.step(loss)
+        zo.close()
+        found.append((state(model), torch.rand(1).item()))
+    assert equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_a_query_that_fails_in_the_second_round_skips_the_step() -> None:
+    model = Around()
+    before, calls = state(model), iter(range(9))
+    zo = ZeroOrder(model, estimator="conservative", lr=1e-2)
+    zo.first_steps = None
+
+    def fails() -> float:
+        if next(calls) == 3:
+            raise QueryError("down")
+        return model["before"](INPUTS).square().mean()  # type: ignore[no-any-return]
+
+    assert zo.step(fails).skipped == "down"
+    assert equal(state(model), before)
+
+
+def test_all_processes_skip_the_step_whose_query_failed_in_one(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[list[bool], dict[str, Tensor]]:
+        model, skipped = Around(), []
+        zo = ZeroOrder(model, estimator="es", num_probes=4, lr=1e-2, eps=0.1)
+        for step in range(3):
+
+            def ask(step: int = step) -> float:
+                if (rank, step) == (1, 1):
+                    raise QueryError("down")
+                return plain(model)
+
+            skipped.append(zo.step(ask).skipped is not None)
+        return skipped, state(model)
+
+    (skipped, weights), (others, other) = together(work, tmp_path)
+    assert skipped == others == [False, True, False]
+    assert equal(weights, other)
+
+
+# Closures that wait
+
+
+async def waits(model: Around, ask: Callable[[list[list[float]]], Awaitable[list[list[float]]]]) -> Tensor:
+    noisy = INPUTS + torch.rand(INPUTS.shape)
+    answer = await ask(model["before"](noisy).tolist())
+    return (model["after"](torch.tensor(answer)) + torch.rand(1)).square().mean()
+
+
+async def directly(numbers: list[list[float]]) -> list[list[float]]:
+    return service(numbers)
+
+
+async def in_a_thread(numbers: list[list[float]]) -> list[list[float]]:
+    def ask() -> list[list[float]]:
+        time.sleep(0.002 * (1 + abs(hash(str(numbers))) % 5))  # they end in another order
+        return service(numbers)
+
+    return await asyncio.to_thread(ask)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"noise": "low_rank"}, {"estimator": "fzoo"}, {"stack_probes": True, "noise": "low_rank"}]
+)
+def test_probes_that_wait_at_the_same_time_are_those_that_run_one_by_one(settings: dict[str, Any]) -> None:
+    found = []
+    for ask in (None, directly, in_a_thread):
+        model = Around()
+        torch.manual_seed(5)
+        zo = ZeroOrder(model, num_probes=4, lr=1e-2, eps=0.1, **settings)
+
+        def loss(model: Around = model, ask: Any = ask) -> Any:
+            return waits(model, ask) if ask is not None else asyncio.run(waits(model, directly))  # which does not wait
+
+        losses = [float(zo.step(loss)) for _ in range(3)]
+        zo.close()
+        found.append((losses, state(model), torch.rand(1).item()))
+    for losses, weights, random in found[1:]:
+        assert losses == found[0][0]
+        assert equal(weights, found[0][1])
+        assert random == found[0][2]
+
+
+def test_a_streamed_model_waits_for_one_probe_at_a_time() -> None:
+    found = []
+    for offload in (None, "cpu"):
+        model = tiny("llama")
+        zo = ZeroOrder(model, lr=1e-3, offload=offload)
+        loss = closure("llama", model)
+
+        async def waiting(loss: Callable[[], Tensor] = loss) -> Tensor:
+            await asyncio.sleep(0)
+            return loss()
+
+        zo.step(waiting)
+        zo.close()
+        found.append(state(model))
+    assert equal(*found)
+
+
+def test_all_members_of_a_population_wait_together() -> None:
+    model, here = Around(), set()
+    zo = ZeroOrder(model, estimator="es", num_probes=8, lr=1e-2, eps=0.1)
+    zo.first_steps = None
+    zo.oracle._checked = True  # type: ignore[union-attr]
+
+    async def closure() -> Tensor:
+        numbers = model["before"](INPUTS)
+        here.add(id(numbers))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(here) == 8
+        return numbers.square().mean()  # type: ignore[no-any-return]
+
+    assert zo.step(closure).skipped is None
+
+
+def test_it_works_inside_of_an_event_loop_too() -> None:
+    """As in notebooks."""
+    model, other = Around(), Around()
+
+    async def cell() -> None:
+        zo = ZeroOrder(model, lr=1e-2, num_probes=2)
+        for _ in range(2):
+            zo.step(lambda: waits(model, directly))
+
+    torch.manual_seed(0)
+    asyncio.run(cell())
+    torch.manual_seed(0)
+    zo = ZeroOrder(other, lr=1e-2, num_probes=2)
+    for _ in range(2):
+        zo.step(lambda: waits(other, directly))
+    assert equal(state(model), state(other))
+
+
+def test_an_error_in_one_ends_the_others_and_leaves_everything_as_it_was() -> None:
+    model, ended = Around(), []
+    before, calls = state(model), iter(range(20))
+    zo = ZeroOrder(model, estimator="es", num_probes=4, lr=1e-2)
+
+    async def fails() -> float:
+        call = next(calls)
+        try:
+            await asyncio.sleep(0 if call == 3 else 5)
+            if call == 3:
+                raise ValueError("a wrong answer")
+        finally:
+            ended.append(call)
+        return 0.0
+
+    zo.first_steps = None
+    zo.oracle._checked = True  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="a wrong answer"):
+        zo.step(fails)
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert equal(state(model), before)
+    zo.step(lambda: plain(model))
+
+
+class Counts(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("case", ["autocast", "state"])
+def test_what_others_would_see_while_a_closure_waits_is_an_error(case: str) -> None:
+    model = Counts(3, 1) if case == "state" else nn.Linear(3, 1)
+    before = state(model)
+
+    async def closure() -> Tensor:
+        if case == "state":
+            loss = model(INPUTS).mean()
+            await asyncio.sleep(0)
+            return loss  # type: ignore[no-any-return]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(INPUTS).mean()
+            await asyncio.sleep(0)
+        return loss  # type: ignore[no-any-return]
+
+    with pytest.raises(StateError, match="torch.autocast" if case == "autocast" else "changes buffers or attributes"):
+        ZeroOrder(model).step(closure)
+    assert equal(state(model), before)
+    assert not torch.is_autocast_enabled("cpu")
