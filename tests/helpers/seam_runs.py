@@ -44,6 +44,15 @@ def streamed(_: Path) -> None:
     zo.close()
 
 
+def waiting(_: Path) -> None:
+    model = tiny("mlp")
+
+    async def loss() -> torch.Tensor:
+        return closure("mlp", model)()
+
+    ZeroOrder(model, lr=1e-3).step(loss)
+
+
 def watched(_: Path) -> None:
     with FlopCounterMode(display=False):
         step("llama", offload="cpu").close()

@@ -246,7 +246,12 @@ SEAMS = [
                 "tells a probe from a forward of the user's own, which sees updates that wait",
                 runs.windows,
             ),
-            ("streaming.lockstep", "function modes are active in the thread of each probe, too", runs.streamed),
+            ("ambient", "function modes are active in the thread of each probe, too", runs.streamed),
+            (
+                "probing.waiting",
+                "or a closure that waits leaves its function modes to others",
+                runs.waiting,
+            ),
             ("probing.view", "or a closure's own function mode is taken away in place of the probe's", runs.streamed),
         )
     ),
