@@ -14,7 +14,8 @@ from simulated_device import Device, Outcome, Places, Pool, address
 from torch import Tensor
 from torch.cuda import _sanitizer
 
-from zo_core.streaming import build, copies, lockstep, store, streaming, tensor_file
+from zo_core import ambient
+from zo_core.streaming import build, copies, store, streaming, tensor_file
 from zo_core.streaming.copies import Copies
 from zo_core.streaming.store import DiskStore, RamStore
 from zo_core.streaming.streaming import Streaming, arena_slots
@@ -139,7 +140,7 @@ def simulated(
         (streaming, "Copies", partial(Copies, streams=device if streams else None)),
         (copies, "ThreadPoolExecutor", pool),
         (copies, "Future", Futures(device)),
-        (lockstep, "torch", Torch(device)),
+        (ambient, "torch", Torch(device)),
         (Streaming, "_arena", made),
         (build, "RamStore", host_memory(device, here)),
         (_sanitizer, "traceback", Places()),
