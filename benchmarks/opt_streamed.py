@@ -81,7 +81,7 @@ def measure(size: str, device: torch.device, args: Any) -> list[list[str]]:
     ids = torch.randint(0, model.config.vocab_size, (1, args.tokens), device=device)
 
     def loss() -> torch.Tensor:
-        return model(input_ids=ids, labels=ids).loss
+        return model(input_ids=ids, labels=ids, use_cache=False).loss  # as trainers do
 
     @torch.no_grad()
     def two_forwards() -> float:

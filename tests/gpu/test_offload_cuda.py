@@ -128,3 +128,20 @@ def test_host_memory_is_known_to_the_driver_and_exact() -> None:
     assert all(slab.memory.is_pinned() for slab in slabs)
     assert sum(len(slab.memory) for slab in slabs) <= size + ALIGNMENT * len(held) + mmap.PAGESIZE * len(slabs)
     zo.close()
+
+
+def test_a_block_moves_in_one_copy_each_way() -> None:
+    net = model(torch.float16)
+    zo = ZeroOrder(net, lr=1e-4, offload="cpu", device="cuda", brake=None)
+    ids = torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(1)).cuda()
+    for _ in range(4):
+        zo.step(lambda: net(input_ids=ids, labels=ids).loss)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        zo.step(lambda: net(input_ids=ids, labels=ids).loss)
+        torch.cuda.synchronize()
+    zo.close()
+    blocks = len(net.model.layers)
+    for way in ("HtoD", "DtoH"):
+        copies = [event for event in seen.events() if f"Memcpy {way}" in event.name]
+        assert blocks <= len(copies) <= blocks + 4, way  # and the losses

@@ -89,6 +89,14 @@ def test_streamed_bytes_are_those_of_a_step(name: str, num_probes: int, rule: st
     zo.close()
 
 
+def test_on_a_gpu_the_arena_has_a_third_slot() -> None:
+    cpu, cuda = (
+        {row.name: row for row in estimate(on_meta("t5"), Workload(2, 8, device))}["all weights, from host"]
+        for device in ("cpu", "cuda")
+    )
+    assert 2 * cuda.parts["arena"] == 3 * cpu.parts["arena"] > 0
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_blocks_on_meta_are_those_of_the_model(name: str) -> None:
     assert [b.name for b in plan_blocks(on_meta(name))] == [b.name for b in plan_blocks(tiny(name))]
