@@ -90,7 +90,7 @@ def mix32(value: int) -> int:
     return value ^ value >> 16
 
 
-@lru_cache(maxsize=1 << 13)
+@lru_cache(maxsize=1 << 11)
 def stream_key(seed: int, slot: str, purpose: int) -> Key:
     """The key of one stream of words, as two int32. The probes of a direction and its update ask for the same one."""
     mixed = mix64(mix64(seed & MASK64) ^ _digest(slot) ^ (purpose << 56))
