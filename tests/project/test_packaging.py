@@ -73,7 +73,7 @@ def test_ci_runs_on_the_oldest_versions_that_are_promised() -> None:
     extras = PROJECT["optional-dependencies"]
     promised = [
         *PROJECT["dependencies"],
-        *(one for name in ("hf", "lightning", "int4", "torchao") for one in extras[name]),
+        *(one for name in ("hf", "lightning", "int4", "torchao", "plot") for one in extras[name]),
     ]
     command = [sys.executable, str(ROOT / ".ci" / "oldest.py")]
     pins = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -1,6 +1,6 @@
 """Seed logs on the command line.
 
-    python -m zo_core.seedlog show run/seedlog.zo [--png curve.png]
+    python -m zo_core.seedlog show run/seedlog.zo [--plot run.png | run.html]
     python -m zo_core.seedlog verify run/seedlog.zo [--base model.safetensors]
     python -m zo_core.seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,13 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..curves import Curves
 from ..errors import StateError, ZOError
-from ..files import replacing
+from ..files import replacing, write_whole
+from ..report import page, save_picture
 from .header import check_run
 from .log import SeedLog
 from .replay import engine_for, moved_names, replay
 
 WIDTH, HEIGHT = 72, 12
+#: What a log has of each direction: the number that the update multiplies it by.
+GRADIENT = "Coefficient, summed over the directions"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("log", type=Path)
         if name == "show":
-            command.add_argument("--png", type=Path, help="also draw the losses into this file (needs matplotlib)")
+            drawn = (
+                "also draw loss, projected gradient and learning rate: as one page in FILE.html, or as a picture in "
+            )
+            drawn += "FILE.png, .svg or .pdf, which needs matplotlib"
+            command.add_argument("--plot", "--png", type=Path, metavar="FILE", help=drawn)
         else:
             command.add_argument("--base", type=Path, required=name == "replay", help="safetensors file, or a folder")
         if name == "replay":
@@ -60,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(options: argparse.Namespace) -> int:
     log = SeedLog.read(options.log)
     print("\n".join([*summary(log), "", *curve([entry.loss for entry in log.steps])]))
-    if options.png is not None:
-        _draw(log, options.png)
+    if options.plot is not None:
+        _draw(log, options.plot)
     return 0
 
 
@@ -157,15 +166,17 @@ def curve(losses: Sequence[float]) -> list[str]:
 
 
 def _draw(log: SeedLog, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise StateError(f"--png {path} needs matplotlib; install it, or leave --png out") from None
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([entry.step for entry in log.steps], [entry.loss for entry in log.steps], linewidth=0.5)
-    axes.set(xlabel="step", ylabel="loss", title=log.path.name)
-    figure.savefig(path)
+    curves = Curves()
+    for entry in log.steps:
+        grad = math.fsum(entry.coefficients) if entry.coefficients else math.nan
+        back = None if entry.rollback is None else f"went back to before step {entry.rollback.to}"
+        curves.add(entry.step, entry.loss, grad, entry.lrs[0], back or ("skipped" if entry.skipped else None))
+    if path.suffix.lower() in (".html", ".htm"):
+        facts = dict(re.split(r"  +", line, maxsplit=1) for line in summary(log)[1:] if "  " in line)
+        write_whole(path, page(str(log.path), facts, curves, gradient=GRADIENT).encode())
+    else:
+        save_picture(path, log.path.name, curves, gradient=GRADIENT)
+    print(f"{path} has the curves")
 
 
 def _model(base: Path, log: SeedLog) -> nn.Module:
