@@ -43,8 +43,9 @@ HEAD = """# All results
     python -m benchmarks                    # measures everything again, and saves it
     python docs/numbers.py                  # writes this page, and the tables of other pages
 
-Every table here is a file in `benchmarks/results`, written by the command below it, with the machine and the date. This page is written by a script, and a
-test compares it, and the tables of README and of the other pages, with the files. What the numbers mean is on the pages about each subject.
+Every table here is a file in `benchmarks/results`, written by the command below it, with the machine and the date. This
+page is written by a script, and a test compares it, and the tables of README and of the other pages, with the files.
+What the numbers mean is on the pages about each subject.
 
 Runs of the GPU check (`benchmarks/gpu_check.sh`) are kept as their logs, in `benchmarks/results/gpu-check-*`.
 """
