@@ -43,6 +43,7 @@ class TrainedModel(LiveSettings):
     config: ZOConfig
     estimator: Estimator
     num_probes: int
+    step_count: int
     normaliser: Normaliser | None
     curves: Curves
     noise: Noise
@@ -59,6 +60,21 @@ class TrainedModel(LiveSettings):
     def _forget(self) -> None:
         """Drops what was kept for the directions of a step."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        count = sum(slot.tensor.numel() for slot in self.slots)
+        return (
+            f"ZeroOrder({type(self.model).__name__}, step {self.step_count}: {count:,} values in {len(self.slots)} "
+            f"tensors, {self.described()})"
+        )
+
+    def described(self) -> str:
+        """The method in words."""
+        return (
+            f"estimator {self.estimator.name}, {self.num_probes} direction{'' if self.num_probes == 1 else 's'}, "
+            f"noise {self.noise.name}, rule {self.rule.name}, eps {self.eps:g}, "
+            f"steps normalised by {self.normaliser.name if self.normaliser else 'nothing'}"
+        )
 
     def choose(self) -> list[Slot]:
         """The slots of the model as it is now; after adapters were added, another target may choose them."""
@@ -220,9 +236,7 @@ class TrainedModel(LiveSettings):
         facts = {
             "model": type(self.model).__name__,
             "trained": f"{count:,} values in {len(self.slots)} tensors ({self.target.name})",
-            "method": f"estimator {self.estimator.name}, {self.num_probes} "
-            f"{'direction' if self.num_probes == 1 else 'directions'}, noise {self.noise.name}, rule {self.rule.name}, "
-            f"eps {self.eps:g}, steps normalised by {self.normaliser.name if self.normaliser else 'nothing'}",
+            "method": self.described(),
             "made by": f"zo-trainer {__version__}, torch {torch.__version__}, {datetime.now():%Y-%m-%d %H:%M}",
         }
         write_whole(Path(path), page(title, facts, self.curves).encode())

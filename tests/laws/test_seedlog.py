@@ -338,6 +338,8 @@ def test_verify_is_right_or_says_what_is_wrong(run: Any, tmp_path: Path, capsys:
     (tmp_path / "log").write_bytes(run[0].read_bytes()[:-24] + b"\0" * 24)
     assert command.main(["verify", str(tmp_path / "log")]) == 1
     assert "is corrupt at byte" in capsys.readouterr().err
+    assert command.main(["show", str(tmp_path / "log")]) == 1
+    assert "is corrupt at byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module."])

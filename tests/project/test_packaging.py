@@ -44,7 +44,9 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
     assert metadata["License-Expression"] == PROJECT["license"]
-    assert "zo-estimate = hf_zo.estimate.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    commands = wheel.read(f"{folder}/entry_points.txt").decode()
+    assert "zo-estimate = hf_zo.estimate.cli:main" in commands
+    assert "zo-seedlog = zo_core.seedlog.__main__:main" in commands
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 

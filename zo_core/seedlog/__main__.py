@@ -1,10 +1,10 @@
 """Seed logs on the command line.
 
-    python -m zo_core.seedlog show run/seedlog.zo [--plot run.png | run.html]
-    python -m zo_core.seedlog verify run/seedlog.zo [--base model.safetensors]
-    python -m zo_core.seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
+    zo-seedlog show run/seedlog.zo [--plot run.png | run.html]
+    zo-seedlog verify run/seedlog.zo [--base model.safetensors]
+    zo-seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
 
-A base is a safetensors file, or a folder of them.
+``python -m zo_core.seedlog`` is the same command. A base is a safetensors file, or a folder of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GRADIENT = "Coefficient, summed over the directions"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 on success, 1 if the log is damaged or does not fit the base."""
-    parser = argparse.ArgumentParser(prog="python -m zo_core.seedlog", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="zo-seedlog", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "show": "summarise a log: the run, its losses, its projected gradients",
@@ -71,7 +71,7 @@ def _show(options: argparse.Namespace) -> int:
     print("\n".join([*summary(log), "", *curve([entry.loss for entry in log.steps])]))
     if options.plot is not None:
         _draw(log, options.plot)
-    return 0
+    return 0 if log.corrupt is None else 1
 
 
 def _verify(options: argparse.Namespace) -> int:
