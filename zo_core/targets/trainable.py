@@ -162,5 +162,6 @@ def _refuse(other: Other, names: list[str]) -> None:
         return
     raise ModelError(
         f"{other.kind} {other.name!r} shares a part of its memory with {those}, so a probe cannot perturb "
-        f"one and leave the other as it is; give it memory of its own with tensor.clone(), or requires_grad_(False) on {those}"
+        "one and leave the other as it is; give it memory of its own with tensor.clone(), or "
+        f"requires_grad_(False) on {those}"
     )
