@@ -169,8 +169,7 @@ def _draw(log: SeedLog, path: Path) -> None:
     curves = Curves()
     for entry in log.steps:
         grad = math.fsum(entry.coefficients) if entry.coefficients else math.nan
-        back = None if entry.rollback is None else f"went back to before step {entry.rollback.to}"
-        curves.add(entry.step, entry.loss, grad, entry.lrs[0], back or ("skipped" if entry.skipped else None))
+        curves.add(entry.step, entry.loss, grad, entry.lrs[0], entry.why)
     if path.suffix.lower() in (".html", ".htm"):
         facts = dict(re.split(r"  +", line, maxsplit=1) for line in summary(log)[1:] if "  " in line)
         write_whole(path, page(str(log.path), facts, curves, gradient=GRADIENT).encode())

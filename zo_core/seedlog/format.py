@@ -104,6 +104,13 @@ class LoggedStep:
     def skipped(self) -> bool:
         return not self.coefficients
 
+    @property
+    def why(self) -> str | None:
+        """Why the step moved nothing, as far as a log tells; None if it moved weights."""
+        if self.rollback is not None:
+            return f"went back to before step {self.rollback.to}"
+        return "skipped" if self.skipped else None
+
     @cached_property
     def probes(self) -> tuple[Probe, ...]:
         """The directions with their coefficients, as in the `zo_core.StepRecord` of the step."""
