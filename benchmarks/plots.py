@@ -37,47 +37,6 @@ def finish(figure: Any, axes: Any, result: dict[str, Any], name: str, folder: Pa
     return path
 
 
-def step_time() -> Path | None:
-    """Time of a step relative to its two forwards."""
-    results = {name: newest(f"step-overhead-llama55m-{name}") for name in ("float32", "bfloat16")}
-    if not all(results.values()):
-        return None
-    figure, axes = plt.subplots(figsize=(7, 3))
-    labels, place = [], 0
-    for dtype, result in results.items():
-        base = float(result["rows"][0][1])
-        for label, seconds, _ in result["rows"][1:]:
-            beyond = float(seconds) - base
-            axes.barh(place, base, color=COLOURS[0], label="two forwards" if place == 0 else None)
-            axes.barh(place, beyond, left=base, color=COLOURS[1], label="all the rest" if place == 0 else None)
-            axes.text(float(seconds), place, f" {float(seconds) / base:.2f}×", va="center", fontsize=8)
-            labels.append(f"{label}, {dtype}")
-            place += 1
-    axes.set_yticks(range(place), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds a step, Llama of 54.9 M parameters, 512 tokens")
-    axes.legend(frameon=False, fontsize=8)
-    return finish(figure, axes, results["float32"], "step-time")
-
-
-def memory() -> Path | None:
-    """Peak memory of training a checkpoint, in place and in memory."""
-    result = newest("offload-memory-float32")
-    if result is None:
-        return None
-    figure, axes = plt.subplots(figsize=(7, 2.6))
-    for place, (_, resident, anonymous, _) in enumerate(result["rows"]):
-        axes.barh(place, float(resident), color=COLOURS[5], label="resident" if place == 0 else None)
-        axes.barh(place, float(anonymous), color=COLOURS[0], label="of it anonymous" if place == 0 else None)
-        axes.text(float(resident), place, f" {resident} MiB", va="center", fontsize=8)
-    axes.set_yticks(range(len(result["rows"])), [row[0] for row in result["rows"]], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("peak above the imports, MiB")
-    axes.set_title(result["title"].split(":")[0], fontsize=8)
-    axes.legend(frameon=False, fontsize=8)
-    return finish(figure, axes, result, "memory")
-
-
 def loss() -> Path | None:
     """Loss against forwards."""
     result = newest("loss-curves")
@@ -116,4 +75,4 @@ def memory_over_steps() -> Path | None:
 
 def draw() -> list[Path]:
     """Draws all plots for which there are results."""
-    return [path for path in (step_time(), memory(), loss(), memory_over_steps()) if path is not None]
+    return [path for path in (loss(), memory_over_steps()) if path is not None]

@@ -61,7 +61,8 @@ class StepGuard:
         if not self._open:
             raise ConfigError(
                 [
-                    f"the step of {type(optimizer).__name__} was called past the strategy, and there are no gradients; "
+                    f"the step of {type(optimizer).__name__} was called directly, not through the strategy, "
+                    "and there are no gradients; "
                     "write optimizer.step(closure=optimizer_closure) with the optimizer passed to optimizer_step"
                 ]
             )

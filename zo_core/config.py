@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .estimators import ESTIMATORS, Estimator, Spsa
 from .noise import NOISES, LowRank, Noise
 from .normaliser import CURVATURE, GRADIENT
-from .registry import Registry
+from .registry import Registry, similar
 from .rules import RULES, Sgd, UpdateRule
 from .sizes import parse_bytes
 from .targets import TARGETS, Target
@@ -368,7 +368,8 @@ class ZOConfig:
         known = [setting.name for setting in fields(self)]
         unknown = [name for name in changes if name not in known]
         if unknown:
-            raise ConfigError([f"{name!r} is not a setting; the settings are {', '.join(known)}" for name in unknown])
+            those = f"the settings are {', '.join(known)}"
+            raise ConfigError([f"{name!r} is not a setting; {those}{similar(name, known)}" for name in unknown])
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

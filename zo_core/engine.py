@@ -17,6 +17,7 @@ from .agreement import agree
 from .brake import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
+from .curves import Curves, memory_now
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
 from .errors import LossError, ModelError, QueryError, SearchError, StateError
@@ -73,6 +74,7 @@ class ZeroOrder(TrainedModel):
         braking: what goes back when the loss has risen; see the setting ``brake``.
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
+        curves: the course of the run, for `report`.
         second: the second round of steps; None with an estimator that has none.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
@@ -108,6 +110,7 @@ class ZeroOrder(TrainedModel):
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
         self.second = SecondRound() if self.estimator.multiples else None
+        self.curves = Curves()
         self.braking = Braking("warn" if self.config.brake == AUTO else self.config.brake)
         self.merged = False
         self.listeners: list[Callable[[StepRecord], object]] = []
@@ -260,7 +263,8 @@ class ZeroOrder(TrainedModel):
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
-        found = self.oracle.together(points, closures)
+        with self.curves.clock.timed("forwards", len(points) * len(closures)):
+            found = self.oracle.together(points, closures)
         if self.first_steps is not None and first is not None:
             self.first_steps.compare(first[1], found[0][first[0]], self.slots)
             advise(self)
@@ -279,10 +283,12 @@ class ZeroOrder(TrainedModel):
         Raises:
             Exception: whatever a closure raises; the weights are untouched, and the step's measurements are discarded.
         """
-        if self.second is None or self._plan is None:
+        if self.second is None or self._plan is None or self._plan.tried is not None:
             return
         try:
-            self.second.measure(self, self._plan)
+            with self.curves.clock.timed("forwards"):
+                self.second.measure(self, self._plan)
+            self.curves.clock.forwards += len(self._plan.tried or ()) * len(self.second.kept)
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)
@@ -308,7 +314,8 @@ class ZeroOrder(TrainedModel):
             raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
         self.measure_second()
         plan, self._plan = self._plan, None
-        losses = plan.gather(self.exchange)
+        with self.curves.clock.timed("forwards"):  # that have been queued on a GPU
+            losses = plan.gather(self.exchange)
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
         how = self.estimator, self.eps, self.clip
@@ -339,7 +346,8 @@ class ZeroOrder(TrainedModel):
         return self._done(loss, projected_grad, probes, clipped, estimate.skip, scores=scores)
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
-        self.updaters.apply(self.rule, self.directions.moves(self.slots, probes))
+        with self.curves.clock.timed("updates"):
+            self.updaters.apply(self.rule, self.directions.moves(self.slots, probes))
 
     def _done(
         self,
@@ -366,6 +374,7 @@ class ZeroOrder(TrainedModel):
             scores=scores,
         )
         note(self, probes)
+        self.curves.add(record.step, loss, projected_grad, record.lr, skipped, partial(memory_now, self._device))
         self.exchange.done(self.step_count, probes)
         self._forget()
         self.step_count += 1

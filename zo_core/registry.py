@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+#: What papers and other programs call a component, or something else that does the same.
+OTHER_NAMES = {
+    "mezo": "; MeZO is estimator='spsa', with noise='gaussian' for its directions",
+    "normal": "; normally distributed directions are noise='gaussian'",
+    "lozo": "; LOZO is noise='low_rank'",
+    "qzo": "; QZO is target='int4_scales' or 'torchao_scales'",
+    "sparse_mezo": "; Sparse-MeZO is noise='sparse'",
+    "adam": "; for Adam pass optimizer=torch.optim.AdamW(...), which finds the estimate in .grad",
+    "adamw": "; for AdamW pass optimizer=torch.optim.AdamW(...), which finds the estimate in .grad",
+}
+
+
+def similar(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for a word that is much like a known one, else nothing."""
+    close = get_close_matches(word.lower(), list(known), 1, 0.75)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Registry(Generic[T]):
@@ -46,7 +64,10 @@ class Registry(Generic[T]):
             value = options.pop("name", None)
         if not isinstance(value, str) or value not in self._classes:
             known = ", ".join(repr(name) for name in self._classes)
-            raise ValueError(f"{self.kind}={value!r} is not known; write one of {known}, or pass an object")
+            meant = ""
+            if isinstance(value, str):
+                meant = OTHER_NAMES.get(value.lower(), similar(value, self._classes))
+            raise ValueError(f"{self.kind}={value!r} is not known; write one of {known}, or pass an object{meant}")
         cls = self._classes[value]
         try:
             return cls(**options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +15,25 @@ from torch import nn
 
 from .checkpoint import Continuity
 from .config import ZOConfig
+from .curves import Curves
 from .directions import Directions
+from .estimators import Estimator
+from .files import write_whole
 from .following import trainable
 from .forward_state import Carried
 from .live import LiveSettings
 from .noise import Alternatives, Direction, Noise
+from .normaliser import Normaliser
 from .optimizer import TorchOptimizerFace
 from .placement import check_streamable, offload_model, slots_of
 from .probing import ResidentOracle, StackedOracle, realisation
 from .records import Point
+from .report import page
 from .rules import UpdateRule
 from .streaming import LockstepOracle, Streaming, repeated_layers
 from .targets import Slot, Target, check_whole
 from .updates import Places, Updaters
+from .version import __version__
 
 
 class TrainedModel(LiveSettings):
@@ -32,6 +41,11 @@ class TrainedModel(LiveSettings):
 
     model: nn.Module
     config: ZOConfig
+    estimator: Estimator
+    num_probes: int
+    step_count: int
+    normaliser: Normaliser | None
+    curves: Curves
     noise: Noise
     rule: UpdateRule
     slots: list[Slot]
@@ -46,6 +60,21 @@ class TrainedModel(LiveSettings):
     def _forget(self) -> None:
         """Drops what was kept for the directions of a step."""
         raise NotImplementedError
+
+    def __repr__(self) -> str:
+        count = sum(slot.tensor.numel() for slot in self.slots)
+        return (
+            f"ZeroOrder({type(self.model).__name__}, step {self.step_count}: {count:,} values in {len(self.slots)} "
+            f"tensors, {self.described()})"
+        )
+
+    def described(self) -> str:
+        """The method in words."""
+        return (
+            f"estimator {self.estimator.name}, {self.num_probes} direction{'' if self.num_probes == 1 else 's'}, "
+            f"noise {self.noise.name}, rule {self.rule.name}, eps {self.eps:g}, "
+            f"steps normalised by {self.normaliser.name if self.normaliser else 'nothing'}"
+        )
 
     def choose(self) -> list[Slot]:
         """The slots of the model as it is now; after adapters were added, another target may choose them."""
@@ -187,3 +216,28 @@ class TrainedModel(LiveSettings):
     def store_state(self, windows: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         """Adopts the state that was loaded into the optimizer, and ``windows`` as `Updaters.saved` returns them."""
         self.updaters.load(windows or {})
+
+    def report(self, path: str | os.PathLike[str], title: str = "Forward-only training") -> Path:
+        """Writes a page about the run so far: an HTML file without references to others.
+
+            zo.report("report.html")                # after `trainer.train()`: trainer.zo.report("report.html")
+
+        It shows loss, projected gradient, learning rate, memory, skipped steps, forwards per second and where the
+        time went, from this engine's first step on.
+
+        Args:
+            path: the file to write; an existing one is replaced.
+            title: heading of the page.
+
+        Returns:
+            The path.
+        """
+        count = sum(slot.tensor.numel() for slot in self.slots)
+        facts = {
+            "model": type(self.model).__name__,
+            "trained": f"{count:,} values in {len(self.slots)} tensors ({self.target.name})",
+            "method": self.described(),
+            "made by": f"zo-trainer {__version__}, torch {torch.__version__}, {datetime.now():%Y-%m-%d %H:%M}",
+        }
+        write_whole(Path(path), page(title, facts, self.curves).encode())
+        return Path(path)

@@ -7,9 +7,21 @@ choose, and the memory of a probe is counted while one runs on the meta device, 
 shapes but no bytes.
 """
 
+from .picture import as_bars, save_plot
 from .plan import Row, Workload, estimate
 from .rates import Rates, measure_rates
 from .skeleton import skeleton
 from .table import as_json, as_table
 
-__all__ = ["Rates", "Row", "Workload", "as_json", "as_table", "estimate", "measure_rates", "skeleton"]
+__all__ = [
+    "Rates",
+    "Row",
+    "Workload",
+    "as_bars",
+    "as_json",
+    "as_table",
+    "estimate",
+    "measure_rates",
+    "save_plot",
+    "skeleton",
+]

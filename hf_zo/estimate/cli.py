@@ -11,6 +11,7 @@ import torch
 from zo_core import ZOConfig, ZOError
 from zo_core.sizes import parse_number
 
+from .picture import as_bars, save_plot
 from .plan import Workload, estimate
 from .rates import Rates, measure_rates
 from .skeleton import skeleton
@@ -46,14 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             tuple(args.lora_targets.split(",")),
         )
         rows = estimate(model, work)
+        count = sum(p.numel() for p in model.parameters())
+        title = (
+            f"{args.model}\n{type(model).__name__}, {count:,} parameters in {args.dtype}; "
+            f"batches of {work.tokens:,} tokens"
+        )
+        print(as_json(args.model, rows, work) if args.json else f"{as_table(title, rows, work)}\n\n{as_bars(rows)}")
+        if args.plot is not None:
+            save_plot(rows, title, args.plot)
     except ZOError as error:
         print(f"zo-estimate: {error}", file=sys.stderr)
         return 2
-    count = sum(p.numel() for p in model.parameters())
-    title = (
-        f"{args.model}\n{type(model).__name__}, {count:,} parameters in {args.dtype}; batches of {work.tokens:,} tokens"
-    )
-    print(as_json(args.model, rows, work) if args.json else as_table(title, rows, work))
     return 0
 
 
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--measure", action="store_true", help="measure the rates that are not given, on this machine")
     parser.add_argument("--folder", help="for --measure: a folder on the disk for the blocks")
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON, in bytes and seconds")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the bars into FILE.png, .svg or .pdf (matplotlib)")
     return parser
 
 

@@ -25,9 +25,10 @@ from zo_core.streaming import (
 )
 from zo_core.targets import slot_keys
 
+from .backward import kept_by_backpropagation
 from .rates import Rates
 from .trace import Segment, formula, run_probe, together
-from .variants import LORA_TARGETS, with_int4, with_lora
+from .variants import LORA_TARGETS, Int4Linear, with_int4, with_lora
 
 #: Mixed precision: weights and gradients in 16 bits; weights and Adam's two moments in float32.
 #: Training in float32 takes the same: weights, gradients and two moments of 4 bytes each.
@@ -95,7 +96,8 @@ class Row:
         forwards: forwards per step; None if the time is not estimated.
         seconds: lower bound on the time of a step; None if a rate is missing.
         parts: the parts that ``device`` consists of.
-        traced: whether the model's forward ran on the meta device; else activations come from a formula.
+        traced: whether the model ran on the meta device; else activations come from a formula, and those of
+            backpropagation are missing.
 
     On a CPU with small blocks, ``device`` includes the freed memory that the heaps of the probes' threads keep.
     """
@@ -121,8 +123,8 @@ def estimate(model: nn.Module, work: Workload) -> list[Row]:
 
     Returns:
         For each of all weights, int4 scales, LoRA, and LoRA on int4: one row each for resident, streamed from
-        host memory and streamed from disk. Then two rows for backpropagation. Ways that the model does not
-        allow are left out.
+        host memory and streamed from disk. Then backpropagation, without and with checkpointing. Ways that the model
+        does not allow are left out.
 
     Raises:
         ConfigError: ``lora_targets`` is not the default, and the model has no such layers or no linear ones.
@@ -141,7 +143,7 @@ def estimate(model: nn.Module, work: Workload) -> list[Row]:
             if work.lora_targets != LORA_TARGETS:
                 raise
     rows = [row for name, variant in ways.items() for row in _streamed_or_not(name, variant, work, active)]
-    return rows + _backpropagation(model, ways.get(f"LoRA {rank}, int4"))
+    return rows + _backpropagation(model, ways.get(f"LoRA {rank}"), ways.get(f"LoRA {rank}, int4"), work)
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
@@ -250,7 +252,7 @@ def _seconds(place: str | None, read: int, written: int, operations: float, rate
 def _segments(
     model: nn.Module, slots: list[Slot], blocks: Sequence[Block], work: Workload
 ) -> tuple[list[Segment], bool]:
-    ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64, device="meta")
+    ids = _ids(work)
     config: Any = getattr(model, "config", None)
     modules = [block.module for block in blocks]
     # A CPU copies module by module.
@@ -294,24 +296,34 @@ def _active_parameters(model: nn.Module) -> int:
     return int(total)
 
 
-def _backpropagation(model: nn.Module, qlora: nn.Module | None) -> list[Row]:
-    """Rows with weights, gradients and moments; activations come on top."""
+def _backpropagation(model: nn.Module, lora: nn.Module | None, qlora: nn.Module | None, work: Workload) -> list[Row]:
+    """Rows with weights, gradients, moments and activations, without and with checkpointing."""
     count = sum(p.numel() for p in model.parameters())
-    rows = [
-        Row(
-            "backprop: AdamW, all weights",
-            ADAMW_BYTES * count,
-            parts={"weights, gradients, AdamW": ADAMW_BYTES * count},
-        )
-    ]
-    if qlora is not None:
+    ways = [("AdamW, all weights", "AdamW", model, {"weights, gradients, AdamW": ADAMW_BYTES * count}, 0)]
+    if lora is not None and qlora is not None:
         adapters = ADAMW_BYTES * sum(p.numel() for p in qlora.parameters() if p.requires_grad)
         codes = {id(p) for p in qlora.parameters() if p.dtype == torch.uint8}
         coded = sum(2 * p.numel() for p in qlora.parameters() if id(p) in codes)
         frozen = [p for p in qlora.parameters() if not p.requires_grad and id(p) not in codes]
-        base = int(coded * NF4_BITS / 8) + sum(map(_size, frozen))
-        rows.append(Row("backprop: QLoRA", base + adapters, parts={"weights": base, "adapters, AdamW": adapters}))
+        parts = {"weights": int(coded * NF4_BITS / 8) + sum(map(_size, frozen)), "adapters, AdamW": adapters}
+        layers = [m.shape.numel() * m.dtype.itemsize for m in qlora.modules() if isinstance(m, Int4Linear)]
+        ways.append(("QLoRA", "QLoRA", lora, parts, max(layers, default=0)))
+    rows = []
+    batches, repeated = _inputs(type(model).__name__, _ids(work)), len(repeated_layers(model, work.config.blocks))
+    for name, short, variant, parts, dequantised in ways:
+        kept = kept_by_backpropagation(variant, batches, repeated)
+        if kept is None:
+            rows.append(Row(f"backprop: {name}", sum(parts.values()), parts=parts, traced=False))
+            continue
+        for title, activations in ((name, kept.plain), (f"{short}, checkpointing", kept.checkpointed)):
+            if activations is not None:
+                own = {**parts, "activations": activations + dequantised}
+                rows.append(Row(f"backprop: {title}", sum(own.values()), parts=own))
     return rows
+
+
+def _ids(work: Workload) -> Tensor:
+    return torch.zeros(work.batch_size, work.length, dtype=torch.int64, device="meta")
 
 
 def _size(tensor: Tensor) -> int:

@@ -35,9 +35,10 @@ def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
         notes.append("freed memory is on top, unless MALLOC_MMAP_THRESHOLD_=65536 is set.")
     else:
         notes.append("A CUDA context and the workspaces of libraries come on top of 'device'.")
-    notes.append("Backprop is 16 bytes per trained parameter and the frozen weights, without\nactivations.")
+    notes.append("Backprop is 16 bytes per trained parameter, the frozen weights, and activations.")
     if not all(row.traced for row in rows):
-        notes.append("This model's forward does not run without values: activations are a formula.")
+        notes.append("This model's forward does not run without values: activations are a formula, and")
+        notes.append("those of backprop are missing.")
     if any(row.seconds is None and row.forwards for row in rows):
         notes.append("For the time of a step: --measure, or --flops, --link and --disk.")
     return notes

@@ -15,7 +15,8 @@ import torch
 from models import FAMILIES, batch, closure, tiny
 from torch import nn
 
-from hf_zo.estimate import Rates, Row, Workload, as_json, as_table, estimate, measure_rates, skeleton
+from hf_zo.estimate import Rates, Row, Workload, as_bars, as_json, as_table, estimate, measure_rates, skeleton
+from hf_zo.estimate.backward import kept_by_backpropagation
 from hf_zo.estimate.cli import main
 from hf_zo.estimate.trace import Segment, together
 from hf_zo.estimate.variants import Int4Linear
@@ -171,7 +172,38 @@ def test_int4_layers_are_those_of_bitsandbytes() -> None:
 def test_backpropagation_beside_it() -> None:
     model = on_meta("llama")
     count = sum(p.numel() for p in model.parameters())
-    assert rows(model)["backprop: AdamW, all weights"].device == 16 * count
+    found = rows(model)
+    row = found["backprop: AdamW, all weights"]
+    assert row.device - row.parts["activations"] == 16 * count
+    for way, full in (("AdamW", "AdamW, all weights"), ("QLoRA", "QLoRA")):
+        checkpointed = found[f"backprop: {way}, checkpointing"]
+        assert 0 < checkpointed.parts["activations"] < found[f"backprop: {full}"].parts["activations"]
+    assert found["backprop: QLoRA"].parts["activations"] < row.parts["activations"]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+def test_backpropagation_keeps_what_autograd_saves(name: str) -> None:
+    """On a real model: everything that the graph holds between forward and backward."""
+    model = tiny(name).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch(name)).loss
+    size = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in own)
+    meta = on_meta(name)
+    inputs = {key: value.to("meta") for key, value in batch(name).items()}
+    kept = kept_by_backpropagation(meta, [inputs], len(repeated_layers(meta)))
+    loss.backward()
+    assert kept is not None
+    assert size <= kept.plain <= 2 * size
 
 
 def test_time_is_bound_by_what_is_slowest() -> None:
@@ -220,12 +252,32 @@ def test_the_table_fits_80_columns(device: str, folder: Path, capsys: pytest.Cap
     assert main([str(folder), "--device", device, "--flops", "1T", "--link", "25GB/s", "--disk", "3e9"]) == 0
     out = capsys.readouterr().out
     assert "all weights, from disk" in out
+    assert "█ device  ▒ host  · disk  (each is " in out
     assert max(len(line) for line in out.splitlines() if str(folder) not in line) <= 80
 
 
 def test_large_numbers_fit_too() -> None:
     row = Row("LoRA 128, int4, from host", *[999 * 10**12] * 5, forwards=2, seconds=1e9)
-    assert max(map(len, as_table("", [row], Workload()).splitlines())) <= 80
+    assert max(map(len, [*as_table("", [row], Workload()).splitlines(), *as_bars([row]).splitlines()])) <= 80
+
+
+def test_bars_are_as_long_as_the_numbers() -> None:
+    found = [Row("one", 10, host=20, disk=18, forwards=2), Row("two", 24, forwards=2), Row("backprop", 4800)]
+    legend, *bars = as_bars(found).splitlines()
+    assert "each is 0.0 MB" in legend
+    assert [bar[31:] for bar in bars] == ["█" * 10 + "▒" * 20 + "·" * 18, "█" * 24, "█" * 48 + ">"]
+
+
+def test_the_bars_can_be_a_picture(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([str(folder), "--length", "8", "--plot", str(tmp_path / "bars.png")]) == 0
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert main([str(folder), "--length", "8", "--plot", str(tmp_path / "bars.txt")]) == 2
+    assert "bars.txt cannot be drawn" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([str(folder), "--length", "8", "--plot", str(tmp_path / "bars.png")]) == 2
+    assert "pip install 'zo-trainer[plot]'" in capsys.readouterr().err
 
 
 def test_json_has_all_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,24 @@ def test_an_unknown_component_lists_the_known_ones(kind: str, value: object) -> 
     says(caught.value, f"{kind}={named!r}", *(repr(name) for name in REGISTRIES[kind]))
 
 
+def test_what_is_meant_is_suggested() -> None:
+    for settings, words in (
+        ({"estimator": "mezo"}, "MeZO is estimator='spsa'"),
+        ({"noise": "normal"}, "noise='gaussian'"),
+        ({"noise": "gausian"}, "did you mean 'gaussian'"),
+        ({"num_probe": 2}, "did you mean 'num_probes'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ZeroOrder(tiny("mlp"), **settings)
+
+
+def test_an_engine_and_its_slots_say_what_they_are() -> None:
+    zo = ZeroOrder(tiny("mlp"), lr=1e-3)
+    assert repr(zo).startswith("ZeroOrder(")
+    assert "estimator spsa, 1 direction, noise rademacher, rule sgd, eps 0.001" in repr(zo)
+    assert repr(zo.slots[0]) == "Slot('inner.0.weight', float32 [16, 8])"
+
+
 def test_all_problems_come_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         ZOConfig(lr=-1, eps=0, noise="normal", rule="adam", num_probes=0, backend="gpu", seed="x")  # type: ignore[arg-type]

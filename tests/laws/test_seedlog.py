@@ -303,7 +303,7 @@ def test_a_newer_format_and_a_missing_file_are_clear_errors(tmp_path: Path) -> N
     with pytest.raises(StateError, match="is a seed log of format 7; this version of zo_core reads formats up to 3"):
         SeedLog.read(tmp_path / "log")
     (tmp_path / "log").write_bytes(encode_header({"settings": Settings(0, (), (), (), ()).to_dict()}))
-    with pytest.raises(StateError, match="its header lacks 'first_step'"):
+    with pytest.raises(StateError, match="has a header that cannot be read: there is no 'zo'"):
         SeedLog.read(tmp_path / "log")
     with pytest.raises(StateError, match="cannot be read: No such file"):
         SeedLog.read(tmp_path / "missing")
@@ -338,6 +338,8 @@ def test_verify_is_right_or_says_what_is_wrong(run: Any, tmp_path: Path, capsys:
     (tmp_path / "log").write_bytes(run[0].read_bytes()[:-24] + b"\0" * 24)
     assert command.main(["verify", str(tmp_path / "log")]) == 1
     assert "is corrupt at byte" in capsys.readouterr().err
+    assert command.main(["show", str(tmp_path / "log")]) == 1
+    assert "is corrupt at byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module."])

@@ -157,7 +157,9 @@ def test_a_step_past_the_strategy_is_an_error(optimizer: str, closure: bool, tmp
         optimizer.optimizer.step(closure=given) if closure else optimizer.optimizer.step()
 
     wrong = module(past, optimizer)
-    with pytest.raises(ConfigError, match=r"called past the strategy.*optimizer.step\(closure=optimizer_closure\)"):
+    with pytest.raises(
+        ConfigError, match=r"called directly, not through the strategy.*optimizer.step\(closure=optimizer_closure\)"
+    ):
         fitted(tmp_path, wrong, data=loader("mlp", 4))
     assert not differing(weights(wrong.model), weights(tiny("mlp")))
 

@@ -44,7 +44,9 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
     assert metadata["License-Expression"] == PROJECT["license"]
-    assert "zo-estimate = hf_zo.estimate.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    commands = wheel.read(f"{folder}/entry_points.txt").decode()
+    assert "zo-estimate = hf_zo.estimate.cli:main" in commands
+    assert "zo-seedlog = zo_core.seedlog.__main__:main" in commands
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
@@ -52,6 +54,20 @@ def test_versions_agree() -> None:
     import zo_core
 
     assert zo_core.__version__ == PROJECT["version"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [PROJECT["version"]]
+
+
+def test_the_workflow_runs_what_ci_runs_on_every_python_that_is_promised() -> None:
+    """`.ci/run` needs 3.11 itself; the tests run on the others."""
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    (matrix,) = re.findall(r"python-version: (\[.*\])", workflow)
+    prefix = "Programming Language :: Python :: 3."
+    promised = [one.removeprefix(prefix) for one in PROJECT["classifiers"] if one.startswith(prefix)]
+    assert ["3.11", *json.loads(matrix)] == [f"3.{minor}" for minor in promised]
+    assert PROJECT["requires-python"] == f">=3.{promised[0]}"
+    assert "run: bash .ci/run" in workflow
+    assert "\n.ci/package\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
 def test_ci_runs_on_the_oldest_versions_that_are_promised() -> None:
@@ -59,7 +75,7 @@ def test_ci_runs_on_the_oldest_versions_that_are_promised() -> None:
     extras = PROJECT["optional-dependencies"]
     promised = [
         *PROJECT["dependencies"],
-        *(one for name in ("hf", "lightning", "int4", "torchao") for one in extras[name]),
+        *(one for name in ("hf", "lightning", "int4", "torchao", "plot") for one in extras[name]),
     ]
     command = [sys.executable, str(ROOT / ".ci" / "oldest.py")]
     pins = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -109,7 +109,10 @@ def run(passes: Sequence[Pass]) -> None:
         except Exception as error:
             if variant not in _failed:
                 _failed.add(variant)
-                logger.warning("a Triton kernel failed, eager torch does its work: %s: %s", variant, _first_line(error))
+                logger.warning(
+                    "the Triton kernel %s failed (%s); eager torch computes the same bits in its place, in more time",
+                    *(variant, _first_line(error)),
+                )
             for work in group:
                 work.done.direction.apply_eager(work.done.theta, work.done.change, work.done.out)
             continue

@@ -136,7 +136,9 @@ class StackedMode(FunctionalMode):
                 return func(*args, **kwargs) if inside else self.reduced(func, args, kwargs)
             return super().__torch_function__(func, types, args, kwargs)
         except _Matrix as matrix:
-            raise NotStackable(f"{_name(func)} uses {matrix}, and has no form for several probes at once") from None
+            raise NotStackable(
+                f"{_name(func)} uses {matrix}, and cannot be computed for several probes at once"
+            ) from None
 
     def replaced(self, value: Any) -> Any:
         """The value, with all copies in place of the parameters in it."""

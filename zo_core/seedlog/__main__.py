@@ -1,10 +1,10 @@
 """Seed logs on the command line.
 
-    python -m zo_core.seedlog show run/seedlog.zo [--png curve.png]
-    python -m zo_core.seedlog verify run/seedlog.zo [--base model.safetensors]
-    python -m zo_core.seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
+    zo-seedlog show run/seedlog.zo [--plot run.png | run.html]
+    zo-seedlog verify run/seedlog.zo [--base model.safetensors]
+    zo-seedlog replay run/seedlog.zo --base model.safetensors --out trained.safetensors [--until 500]
 
-A base is a safetensors file, or a folder of them.
+``python -m zo_core.seedlog`` is the same command. A base is a safetensors file, or a folder of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +22,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..curves import Curves
 from ..errors import StateError, ZOError
-from ..files import replacing
+from ..files import replacing, write_whole
+from ..report import page, save_picture
 from .header import check_run
 from .log import SeedLog
 from .replay import engine_for, moved_names, replay
 
 WIDTH, HEIGHT = 72, 12
+#: What a log has of each direction: the number that the update multiplies it by.
+GRADIENT = "Coefficient, summed over the directions"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 on success, 1 if the log is damaged or does not fit the base."""
-    parser = argparse.ArgumentParser(prog="python -m zo_core.seedlog", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="zo-seedlog", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     helps = {
         "show": "summarise a log: the run, its losses, its projected gradients",
@@ -43,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("log", type=Path)
         if name == "show":
-            command.add_argument("--png", type=Path, help="also draw the losses into this file (needs matplotlib)")
+            drawn = (
+                "also draw loss, projected gradient and learning rate: as one page in FILE.html, or as a picture in "
+            )
+            drawn += "FILE.png, .svg or .pdf, which needs matplotlib"
+            command.add_argument("--plot", "--png", type=Path, metavar="FILE", help=drawn)
         else:
             command.add_argument("--base", type=Path, required=name == "replay", help="safetensors file, or a folder")
         if name == "replay":
@@ -60,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _show(options: argparse.Namespace) -> int:
     log = SeedLog.read(options.log)
     print("\n".join([*summary(log), "", *curve([entry.loss for entry in log.steps])]))
-    if options.png is not None:
-        _draw(log, options.png)
-    return 0
+    if options.plot is not None:
+        _draw(log, options.plot)
+    return 0 if log.corrupt is None else 1
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -157,15 +166,16 @@ def curve(losses: Sequence[float]) -> list[str]:
 
 
 def _draw(log: SeedLog, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise StateError(f"--png {path} needs matplotlib; install it, or leave --png out") from None
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([entry.step for entry in log.steps], [entry.loss for entry in log.steps], linewidth=0.5)
-    axes.set(xlabel="step", ylabel="loss", title=log.path.name)
-    figure.savefig(path)
+    curves = Curves()
+    for entry in log.steps:
+        grad = math.fsum(entry.coefficients) if entry.coefficients else math.nan
+        curves.add(entry.step, entry.loss, grad, entry.lrs[0], entry.why)
+    if path.suffix.lower() in (".html", ".htm"):
+        facts = dict(re.split(r"  +", line, maxsplit=1) for line in summary(log)[1:] if "  " in line)
+        write_whole(path, page(str(log.path), facts, curves, gradient=GRADIENT).encode())
+    else:
+        save_picture(path, log.path.name, curves, gradient=GRADIENT)
+    print(f"{path} has the curves")
 
 
 def _model(base: Path, log: SeedLog) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import StateError
 from ..files import write_whole
+from .checked import unpacked
 from .fingerprint import fingerprint
 from .log import FILE_NAME, SeedLog
 from .replay import engine_for, replay
@@ -112,11 +113,11 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, until: int | N
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = unpacked(path.read_bytes(), deflated=False)
         if config["format"] != 1:
-            raise StateError(f"{path} has format {config['format']}; this version of zo_core reads format 1")
+            raise StateError(f"{path} has format {config['format']!r}; this version of zo_core reads format 1")
         return {key: config[key] for key in ("base_model", "steps", "trained_weights")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise StateError(f"{folder} is no folder of a shared seed log: {path.name} cannot be read ({error})") from error
 
 

@@ -28,6 +28,7 @@ from ..brake import in_float32
 from ..errors import StateError
 from ..noise import NOISES
 from ..records import Probe, Rollback, Scores
+from .checked import can_be_applied, check_change, check_header, unpacked
 
 MAGIC = b"\x89ZOLOG\r\n"
 #: Logs of normalised steps have version 2: a column more in each step. Those with scores, version 3: four more.
@@ -36,6 +37,8 @@ CHANGE = 0xFFFFFFFF
 PREFIX = struct.Struct("<8sII")
 CRC = struct.Struct("<I")
 CHANGE_PREFIX = struct.Struct("<II")
+#: How much to read in search of a good record after damage; with one direction, 50 MB of the log.
+SEARCHED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,13 @@ class LoggedStep:
     def skipped(self) -> bool:
         return not self.coefficients
 
+    @property
+    def why(self) -> str | None:
+        """Why the step moved nothing, as far as a log tells; None if it moved weights."""
+        if self.rollback is not None:
+            return f"went back to before step {self.rollback.to}"
+        return "skipped" if self.skipped else None
+
     @cached_property
     def probes(self) -> tuple[Probe, ...]:
         """The directions with their coefficients, as in the `zo_core.StepRecord` of the step."""
@@ -114,10 +124,14 @@ def step_struct(num_probes: int, num_lrs: int) -> struct.Struct:
     return struct.Struct(f"<I{num_probes}ff{num_lrs}d")
 
 
+def version_of(header: dict[str, Any]) -> int:
+    """The version of the format that a log with this header has."""
+    return SCORED if header.get("scores") else VERSION if header.get("normaliser") is None else NORMALISED
+
+
 def encode_header(header: dict[str, Any]) -> bytes:
     payload = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    version = SCORED if header.get("scores") else VERSION if header.get("normaliser") is None else NORMALISED
-    body = PREFIX.pack(MAGIC, version, len(payload)) + payload
+    body = PREFIX.pack(MAGIC, version_of(header), len(payload)) + payload
     return body + CRC.pack(zlib.crc32(body))
 
 
@@ -204,12 +218,9 @@ def parse(data: bytes, name: str) -> Parsed:
         StateError: the data is not a log, or its header is damaged.
     """
     header, end = _header(data, name)
-    try:
-        settings = Settings.from_dict(header["settings"])
-        chain = CRC.unpack_from(data, end - CRC.size)[0]
-        parsed = Parsed(header, settings, header["first_step"], header["rule"], end, chain, header["num_probes"])
-    except (KeyError, TypeError) as error:
-        raise StateError(f"{name} is damaged: its header lacks {error}") from error
+    settings = Settings.from_dict(header["settings"])
+    chain = CRC.unpack_from(data, end - CRC.size)[0]
+    parsed = Parsed(header, settings, header["first_step"], header["rule"], end, chain, header["num_probes"])
     while parsed.end < len(data):
         problem = _record(data, parsed)
         if problem is None:
@@ -240,7 +251,14 @@ def _header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
         raise StateError(f"{name} is damaged: it ends within the header")
     if CRC.unpack_from(data, end - CRC.size)[0] != zlib.crc32(data[: end - CRC.size]):
         raise StateError(f"{name} is damaged: the checksum of its header is wrong")
-    return json.loads(zlib.decompress(data[PREFIX.size : end - CRC.size])), end
+    try:
+        header = unpacked(data[PREFIX.size : end - CRC.size], deflated=True)
+        check_header(header)
+    except ValueError as error:
+        raise StateError(f"{name} has a header that cannot be read: {error}") from error
+    if version != version_of(header):
+        raise StateError(f"{name} has a header that cannot be read: it is one of format {version_of(header)}")
+    return header, end
 
 
 def _record(data: bytes, parsed: Parsed) -> str | None:
@@ -258,12 +276,21 @@ def _record(data: bytes, parsed: Parsed) -> str | None:
     if zlib.crc32(body, parsed.chain) != checksum:
         return "the checksum of a record is wrong, or the record belongs elsewhere"
     if first == CHANGE:
-        _apply_change(json.loads(body[CHANGE_PREFIX.size :]), parsed)
+        try:
+            change = unpacked(body[CHANGE_PREFIX.size :], deflated=False)
+            check_change(change, len(parsed.header["base"]["slots"]), parsed.next_step)
+        except ValueError as error:
+            return f"a change-record cannot be read: {error}"
+        _apply_change(change, parsed)
     else:
         values = layout.unpack(body)
         if first != parsed.next_step:
             return f"step {parsed.next_step} is expected, but step {first} follows"
         coefficients, loss, numbers = values[1 : 1 + num_probes], values[1 + num_probes], values[2 + num_probes :]
+        state = numbers[parsed.rates] if parsed.normalised else 0.0
+        multipliers = numbers[: parsed.rates] + parsed.settings.eps + parsed.settings.weight_decay
+        if not can_be_applied(coefficients, multipliers, state):
+            return f"step {first} has a coefficient or a learning rate that no update can have"
         parsed.steps.append(
             LoggedStep(
                 first,
@@ -306,7 +333,8 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
 def _another(data: bytes, parsed: Parsed) -> bool:
     """Whether there is a good step-record after ``parsed.end``; the damage is then not a torn tail."""
     layout = parsed.layout
-    for at in range(parsed.end + 4, len(data) - layout.size - CRC.size + 1):
+    last = min(len(data) - layout.size - CRC.size + 1, parsed.end + 4 + SEARCHED // layout.size)
+    for at in range(parsed.end + 4, last):
         body = data[at : at + layout.size]
         chain = CRC.unpack_from(data, at - 4)[0]
         if zlib.crc32(body, chain) == CRC.unpack_from(data, at + layout.size)[0]:

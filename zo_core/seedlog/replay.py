@@ -73,6 +73,7 @@ def replay(
     engine = model if isinstance(model, ZeroOrder) else engine_for(model, log)
     engine.target.relink(engine.slots)
     check_run(engine, log, start, frozen=frozen)
+    _check_rules(engine, log)
     if start == log.first_step and engine.places.used():
         raise StateError("the engine has rule state from other steps, which a replay would use; make a new engine")
     if start == log.first_step:
@@ -90,6 +91,24 @@ def replay(
         if entry.rollback is not None:
             engine.optimizer.factor = entry.rollback.factor
     return end
+
+
+def _check_rules(engine: ZeroOrder, log: SeedLog) -> None:
+    """Checks, before anything moves, that all steps have the engine's rule; only its settings may change.
+
+    Raises:
+        StateError: a step has another rule, or settings that the rule does not have.
+    """
+    for entry in {repr(entry.rule): entry for entry in log.steps}.values():
+        try:
+            same = type(_rule(entry, engine, RULES.describe(engine.rule))) is type(engine.rule)
+        except ValueError as error:
+            raise StateError(f"the seed log {log.path} has step {entry.step} with {error}") from error
+        if not same:
+            raise StateError(
+                f"the seed log {log.path} has step {entry.step} with the rule {entry.rule!r}, and its run has "
+                f"{log.header['rule']!r}; a run cannot change its rule, so this log was not written by one"
+            )
 
 
 def _follow_normaliser(engine: ZeroOrder, log: SeedLog, end: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -79,8 +80,10 @@ class RunLog:
                     raise
                 logger.warning("%s. It is kept aside, and a new log begins at step %d", error, engine.step_count)
                 self.log = self._begun(engine, "attach")
-            steps = SeedLog.read(self.path).steps
-            self.summary.resume(entry.loss for entry in steps if entry.step < engine.step_count)
+            earlier = [entry for entry in SeedLog.read(self.path).steps if entry.step < engine.step_count]
+            self.summary.resume(entry.loss for entry in earlier)
+            for entry in earlier:
+                engine.curves.add(entry.step, entry.loss, _grad(engine, entry), entry.lrs[0], entry.why)
         return self.log
 
     def _begun(self, engine: ZeroOrder, start: Start) -> SeedLogWriter:
@@ -191,3 +194,10 @@ class RunLog:
         if before.stopped is not None and before.stopped.still(self.path):
             self._held = self.stopped = before.stopped
             before.stopped.engine.continuity.ahead = before.stopped.step
+
+
+def _grad(engine: ZeroOrder, entry: LoggedStep) -> float:
+    """The projected gradient of a step, if its coefficients tell it: clipping is not undone."""
+    if engine.estimator.name != "spsa" or entry.skipped:
+        return math.nan
+    return math.fsum(entry.coefficients) * (1.0 if entry.normaliser is None else math.sqrt(entry.normaliser))

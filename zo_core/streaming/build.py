@@ -231,7 +231,8 @@ def describe(model: nn.Module, streaming: Streaming) -> None:
     size = sum(block.nbytes for block in blocks)
     written = sum(b.nbytes for b in blocks if any(t.requires_grad for held in b.holders.values() for t in held))
     logger.info(
-        "%d blocks, %s, are streamed from %s; %s stay on %s, with %d arena slots of %s; a step reads %s and writes %s",
+        "%d blocks, %s, are streamed from %s; %s stay on %s, with room for %d blocks of up to %s; a step reads %s "
+        "and writes %s",
         len(blocks),
         human(size),
         f"files in {store.folder}" if isinstance(store, DiskStore) else "host memory",

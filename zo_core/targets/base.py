@@ -41,6 +41,10 @@ class Slot:
     own: Mapping[str, float] = field(default_factory=dict)
     region: Region | None = None
 
+    def __repr__(self) -> str:
+        shape, dtype = list(self.tensor.shape), str(self.tensor.dtype).removeprefix("torch.")
+        return f"Slot({self.key!r}, {dtype} {shape})"
+
     @property
     def tensor(self) -> Tensor:
         return self.tensors[0]

@@ -155,12 +155,13 @@ def _refuse(other: Other, names: list[str]) -> None:
     those = " and ".join(map(repr, names[:2])) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     if other.kind == "attribute":
         logger.warning(
-            "attribute %r shows the memory of parameters that move (%s); a forward that reads it sees them unperturbed",
+            "attribute %r is a view of parameters that move (%s); a forward that reads it sees them unperturbed",
             other.name,
             those,
         )
         return
     raise ModelError(
-        f"{other.kind} {other.name!r} shows memory of {those}, and a probe could not show it as they are perturbed; "
-        f"give it memory of its own with tensor.clone(), or requires_grad_(False) on {those}"
+        f"{other.kind} {other.name!r} shares a part of its memory with {those}, so a probe cannot perturb "
+        "one and leave the other as it is; give it memory of its own with tensor.clone(), or "
+        f"requires_grad_(False) on {those}"
     )

@@ -1,0 +1,112 @@
+"""What backpropagation needs besides weights, gradients and moments: a forward and a backward on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .trace import Trace
+
+
+class _Fused(torch.autograd.Function):
+    """What fused attention keeps for its backward pass: its inputs, its result, and a number for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Makes attention keep what the fused kernels of CPU and CUDA keep."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            return _Fused.apply(named["query"], named["key"], named["value"])
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes besides weights and their gradients.
+
+    Attributes:
+        plain: peak of a forward and a backward.
+        checkpointed: the same if each layer keeps only its inputs and computes the rest again; None if the model
+            cannot.
+    """
+
+    plain: int
+    checkpointed: int | None
+
+
+def kept_by_backpropagation(model: nn.Module, batches: list[dict[str, Tensor]], layers: int) -> Kept | None:
+    """Counts what a forward and a backward keep, without dropout.
+
+    Args:
+        model: on the meta device; unchanged.
+        batches: inputs with labels; the first that the model takes is used.
+        layers: number of layers that checkpointing computes again one by one. Which they are is what the model's own
+            ``activation_checkpointing_enable`` chooses.
+
+    Returns:
+        None if the model cannot run without values.
+    """
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # fine-tuning mostly has none, and kernels differ in what they keep of a mask
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop)
+    for inputs in batches:
+        try:
+            peak, after = _run(model, inputs, backward=True)
+            break
+        except Exception:  # a forward that needs values, which do not exist, may raise any error
+            continue
+    else:
+        return None
+    try:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[operator]
+        getattr(model, "enable_input_require_grads", lambda: None)()
+        _, less = _run(model, inputs, backward=False)
+    except Exception:
+        return Kept(peak, None)
+    # The backward pass computes one layer again at a time; before that, it has the logits and their gradient.
+    saved = after - less
+    return Kept(peak, max(peak - saved, less + saved // max(layers, 1)))
+
+
+def _run(model: nn.Module, inputs: dict[str, Tensor], *, backward: bool) -> tuple[int, int]:
+    """Returns the peak, and what is alive after the forward."""
+    trace = Trace([*model.parameters(), *model.buffers()])
+    with torch.enable_grad(), _FusedAttention(), trace:
+        loss = model(**inputs).loss
+        after = sum(trace.live.values())
+        if backward:
+            loss.backward()
+    return trace.segments[-1].peak, after
+
+
+def _drop(parameter: Tensor) -> None:
+    """Gradients are counted with the optimizer."""
+    parameter.grad = None
