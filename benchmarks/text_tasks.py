@@ -329,9 +329,18 @@ def llama_prefix(make: Maker) -> Task:
 
 def llama_nf4(make: Maker) -> Task:
     """As `llama_code`, quantised to nf4; the quantisation scales move."""
+    return in_nf4(llama_code(make))
+
+
+def lm_nf4(make: Maker) -> Task:
+    """As `lm`, quantised to nf4."""
+    return in_nf4(lm(make))
+
+
+def in_nf4(task: Task) -> Task:
+    """The task with all linear layers but the head quantised to nf4."""
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    task = llama_code(make)
     for name, plain in list(task.model.named_modules()):
         if isinstance(plain, nn.Linear) and name != "lm_head":
             layer = Linear4bit(plain.in_features, plain.out_features, bias=False, compute_dtype=torch.float32)

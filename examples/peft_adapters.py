@@ -1,9 +1,11 @@
-"""Trains a PEFT adapter (LoRA or a prefix) with forward passes only, saves it and loads it again. Offline.
+"""Trains a PEFT adapter (LoRA, a prefix, or LoRA along the activations) with forward passes only. Offline.
 
     python examples/peft_adapters.py --method lora
     python examples/peft_adapters.py --method prefix
+    python examples/peft_adapters.py --method activations
 
-A small causal language model learns English by backpropagation; the adapter then learns Python source code.
+A small causal language model learns English by backpropagation; the adapter then learns Python source code, is saved,
+and loaded again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
 
-from hf_zo import ZOTrainer, ZOTrainingArguments
+from hf_zo import ZOTrainer, ZOTrainingArguments, activation_adapter
 
 LENGTH = 96
 SOURCES = [
@@ -42,10 +44,11 @@ SOURCES = [
     "tarfile",
 ]
 
-#: Adapter, learning rate and eps. Adapters need larger ones than full weights.
-METHODS = {
+#: Adapter, learning rate and eps. Adapters need larger ones than full weights; None takes the defaults.
+METHODS: dict[str, tuple[Any, float | None, float | None]] = {
     "lora": (LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]), 3e-3, 1e-2),
     "prefix": (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), 3e-2, 1e-1),
+    "activations": (None, None, None),
 }
 
 
@@ -78,9 +81,15 @@ def main() -> None:
         pretraining.remove_callback(PrinterCallback)
         pretraining.train()
         code = rows("\n".join(inspect.getsource(importlib.import_module(name)) for name in SOURCES))
+        if adapter is None:
+            batches = [{"input_ids": torch.stack([row["input_ids"] for row in code[-32:]])}]
+            model = activation_adapter(copy.deepcopy(base), batches, rank=8, task_type="CAUSAL_LM")
+        else:
+            model = get_peft_model(copy.deepcopy(base), adapter)
+        rates = {} if lr is None else {"learning_rate": lr, "zo_eps": eps}
         trainer = ZOTrainer(
-            model=get_peft_model(copy.deepcopy(base), adapter),
-            args=settings(folder, ZOTrainingArguments, max_steps=args.steps, learning_rate=lr, zo_eps=eps),
+            model=model,
+            args=settings(folder, ZOTrainingArguments, max_steps=args.steps, **rates),
             train_dataset=code[64:],
             eval_dataset=code[:64],
         )

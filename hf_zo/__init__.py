@@ -19,6 +19,7 @@ if _missing:
 if TYPE_CHECKING:
     from zo_core import ZOConfig
 
+    from .activations import activation_adapter
     from .adapter import load_zo_adapter, save_zo_adapter
     from .arguments import ZOArguments, ZOTrainingArguments
     from .low_rank import low_rank_adapter
@@ -32,6 +33,7 @@ __all__ = [
     "ZOTrainer",
     "ZOTrainerMixin",
     "ZOTrainingArguments",
+    "activation_adapter",
     "from_pretrained_offloaded",
     "load_zo_adapter",
     "low_rank_adapter",
@@ -45,6 +47,7 @@ _MODULES = {
     "ZOTrainer": "hf_zo.trainer",
     "ZOTrainerMixin": "hf_zo.mixin",
     "ZOTrainingArguments": "hf_zo.arguments",
+    "activation_adapter": "hf_zo.activations",
     "from_pretrained_offloaded": "hf_zo.offload",
     "load_zo_adapter": "hf_zo.adapter",
     "low_rank_adapter": "hf_zo.low_rank",

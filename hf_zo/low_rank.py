@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,10 +48,39 @@ def low_rank_adapter(
         ConfigError: the rank or a field is not valid, peft is too old, or layers are not linear.
         ModelError: the model already has adapters.
     """
+    adapted, layers = frozen_adapter(model, rank, target_modules, config, "low_rank_adapter")
+    set_signs(layers, rank, seed)
+    return adapted
+
+
+def set_signs(layers: Mapping[str, Any], rank: int, seed: int) -> None:
+    """Fills A of these layers with the signs that a seed and their names determine."""
+    base = derive_seed(seed, 0, 0)
+    for name, layer in layers.items():
+        down: Any = layer.lora_A["default"].weight
+        with torch.no_grad():
+            down.copy_(LowRank(rank).rights((base,), name, torch.Size([1, down.shape[1]]), down.device))
+
+
+def frozen_adapter(
+    model: nn.Module, rank: int, target_modules: str | list[str], config: dict[str, Any], by: str
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Adds LoRA adapters ``B A / sqrt(rank)`` whose A stays frozen, for the caller to set; B is zero.
+
+    Args:
+        model, rank, target_modules, config: as for `low_rank_adapter`.
+        by: name of the caller, for errors.
+
+    Returns:
+        The model with adapters, and its layers with adapters by their names in the base model.
+
+    Raises:
+        ConfigError, ModelError: as for `low_rank_adapter`.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    problems = [f"{key}= is set by low_rank_adapter; leave it out" for key in OWN if key in config]
+    problems = [f"{key}= is set by {by}; leave it out" for key in OWN if key in config]
     try:
         LowRank(rank)
     except ValueError as error:
@@ -74,12 +104,8 @@ def low_rank_adapter(
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise ConfigError([f"{name} is no linear layer; leave it out of target_modules" for name in other])
-    base = derive_seed(seed, 0, 0)
-    for name, layer in layers.items():
-        down: Any = layer.lora_A["default"].weight
-        with torch.no_grad():
-            down.copy_(LowRank(rank).rights((base,), name, torch.Size([1, down.shape[1]]), down.device))
+    for layer in layers.values():
         # Otherwise PEFT makes A trainable when it activates the adapter: in set_adapter, and after disable_adapter.
         layer.frozen_peft_weight_names = {"default": ("lora_A",)}
-        down.requires_grad_(False)
-    return adapted
+        layer.lora_A["default"].weight.requires_grad_(False)
+    return adapted, layers

@@ -302,7 +302,8 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
 def take_normaliser(engine: Run, state: dict[str, float | str] | None) -> None:
     """Continues with the normaliser of an earlier run; None if that had none."""
     size = engine.normaliser.size if isinstance(engine.normaliser, Curvature) else 1.0
-    engine.normaliser = None if state is None else normaliser_of(str(state["name"]), size)
+    name = None if state is None else str(state["name"])
+    engine.normaliser = normaliser_of(name, size, two_sided=engine.estimator.two_sided)
     if engine.normaliser is not None and state is not None:
         engine.normaliser.load(state)
     engine.continuity.given["normalise"] = False if state is None else state["name"]

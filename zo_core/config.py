@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
-from .estimators import ESTIMATORS, Estimator, Spsa
+from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, LowRank, Noise
 from .normaliser import CURVATURE, GRADIENT
 from .registry import Registry, similar
@@ -113,10 +113,10 @@ class ZOConfig:
             "help": "Divide each step's estimate by the root of a running mean of squares, so that a learning rate "
             'carries over between models, tasks and losses. "gradient", or True, takes the projected gradients (MEAZO, '
             'arXiv 2605.03869): the rate is a length, how far a step moves a weight. "curvature" takes the curvature '
-            "along the directions, for one forward more in the first steps and in one of eight later: the rate is a "
-            'fraction of Newton\'s step. None is False if a learning rate was given. Without one it is "curvature" for '
-            '"spsa" with the rules "sgd" and "momentum", False where the scale of the loss cancels anyway ("fzoo", '
-            '"sign"), and else "gradient".'
+            "along the directions, for one forward more (three, if the estimator measures one side alone) in the first "
+            "steps and in one of eight later: the rate is a fraction of Newton's step. None is False if a rate "
+            'was given. Without one it is "curvature" for "spsa" with the rules "sgd" and "momentum", False where the '
+            'scale of the loss cancels anyway ("fzoo", "sign"), and else "gradient".'
         },
     )
     clip: float | None = field(
@@ -222,10 +222,11 @@ class ZOConfig:
             problems.append(
                 f"normalise={self.normalise!r} must be {GRADIENT!r} (or True), {CURVATURE!r}, False or None"
             )
-        elif self.normalise == CURVATURE and estimator is not None and not isinstance(estimator, Spsa):
+        elif self.normalise == CURVATURE and estimator is not None and estimator.scale_free:
             problems.append(
-                f"normalise={CURVATURE!r} needs two-sided differences, which estimator={estimator.name!r} has not; "
-                f"write normalise={GRADIENT!r}"
+                f"normalise={CURVATURE!r} needs an estimate of the gradient, and that of "
+                f"estimator={estimator.name!r} does not depend on the scale of the loss; leave it out, or write "
+                f"normalise={GRADIENT!r}"
             )
         if (
             self.stack_probes is True
@@ -346,9 +347,9 @@ class ZOConfig:
             return self.normalise if isinstance(self.normalise, str) else GRADIENT if self.normalise else None
         if not open:
             return None
-        if isinstance(estimator, Spsa) and rule.linear:
-            return CURVATURE
-        return None if estimator.scale_free or rule.scale_free else GRADIENT
+        if estimator.scale_free or rule.scale_free:
+            return None
+        return CURVATURE if estimator.two_sided and rule.linear else GRADIENT
 
     def unattended(self) -> ZOConfig:
         """The configuration for trainers, whose runs nobody watches: ``brake="auto"`` is "rollback"."""

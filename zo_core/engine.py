@@ -122,7 +122,9 @@ class ZeroOrder(TrainedModel):
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         self._left = settings.lr is None if optimizer is None else isinstance(optimizer, ZOOptimizer) and optimizer.left
         self._left = self._left and self.config.lr != AUTO
-        self.normaliser = normaliser_of(settings.normaliser, moving(slots, self.noise.share))
+        self.normaliser = normaliser_of(
+            settings.normaliser, moving(slots, self.noise.share), two_sided=self.estimator.two_sided
+        )
         self._default_eps = default_eps(self.estimator, model, slots) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
@@ -247,7 +249,7 @@ class ZeroOrder(TrainedModel):
     def _points(self) -> tuple[tuple[Point, ...], tuple[int, ...], int]:
         """The points of the next step, the seeds of its directions, and how many of the points are the normaliser's."""
         seeds = self._seeds()
-        extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds)
+        extra = () if self.normaliser is None else self.normaliser.extra(self.step_count, seeds, self.eps)
         return (*self.estimator.points(seeds, self.eps), *extra), seeds, len(extra)
 
     def _planned(self) -> StepPlan:

@@ -93,7 +93,8 @@ def begin_again(engine: Running) -> None:
 
 def _normalise_anew(engine: Running) -> None:
     if engine.normaliser is not None:
-        engine.normaliser = normaliser_of(engine.normaliser.name, moving(engine.slots, engine.noise.share))
+        size, two_sided = moving(engine.slots, engine.noise.share), engine.estimator.two_sided
+        engine.normaliser = normaliser_of(engine.normaliser.name, size, two_sided=two_sided)
 
 
 def take_over(engine: Running, before: Running) -> None:

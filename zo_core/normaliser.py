@@ -34,8 +34,8 @@ class Normaliser:
         """What coefficients are divided by; 1 before the first step."""
         return math.sqrt(self.mean_square) if self.count else 1.0
 
-    def extra(self, step: int, seeds: Sequence[int]) -> tuple[Point, ...]:
-        """The points that a step measures for the normaliser, besides those of the estimator."""
+    def extra(self, step: int, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
+        """The points that a step measures for the normaliser, after those of the estimator."""
         return ()
 
     def counts(self, step: int) -> bool:
@@ -104,13 +104,15 @@ class Curvature(Normaliser):
     has the best rate at about ``1 / tr(H)``, and ``E[c] = tr(H)``; noise of the batches and negative curvature are why
     the root mean square is taken, which is never smaller than the mean.
 
-    The loss at theta is one forward more. The first `EVERY_STEP` steps measure it, then one in `INTERVAL`, so that a
-    curvature that grows during training is followed. One sample may be close to 0 by chance, so the mean begins
-    with a pseudo-sample that makes a first step of rate 1 as long as ``1 / PRIOR``, over all weights together; after
-    16 samples it has a weight of 1/153.
+    The loss at theta is one forward more, and with an estimator that does not measure both sides of its directions,
+    the losses on both sides along the first one are two more. The first `EVERY_STEP` steps measure it, then one in
+    `INTERVAL`, so that a curvature that grows during training is followed. One sample may be close to 0 by chance, so
+    the mean begins with a pseudo-sample that makes a first step of rate 1 as long as ``1 / PRIOR``, over all weights
+    together; after 16 samples it has a weight of 1/153.
 
     Attributes:
         size: number of elements that move.
+        two_sided: whether the estimator measures both sides of each direction, one after the other.
     """
 
     name: ClassVar[str] = CURVATURE
@@ -119,27 +121,32 @@ class Curvature(Normaliser):
     PRIOR: ClassVar[float] = 2.5
     LEAST_GAIN: ClassVar[float] = 1 / 32
     size: float = 1.0
+    two_sided: bool = True
 
     def counts(self, step: int) -> bool:
         return self.count < self.EVERY_STEP or step % self.INTERVAL == 0
 
-    def extra(self, step: int, seeds: Sequence[int]) -> tuple[Point, ...]:
-        return (Point(seeds[0], 0.0),) if self.counts(step) else ()
+    def extra(self, step: int, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
+        if not self.counts(step):
+            return ()
+        return tuple(Point(seeds[0], scale) for scale in ((0.0,) if self.two_sided else (eps, -eps, 0.0)))
 
     def see(self, step: int, probes: tuple[Probe, ...], losses: Sequence[float], eps: float) -> None:
         if not self.counts(step):
             return
         if not self.count:
             self.mean_square = self.PRIOR**2 * self.size * _mean_square(probes)
-        *perturbed, centre = losses
+        *perturbed, centre = losses if self.two_sided else losses[-3:]
         pairs = zip(perturbed[::2], perturbed[1::2], strict=True)
         squares = [((plus + minus - 2.0 * centre) / (eps * eps)) ** 2 for plus, minus in pairs]
         self._enter(math.fsum(squares) / len(squares), max(2.0 / (self.count + 3), self.LEAST_GAIN))
 
 
-def normaliser_of(name: str | None, size: float) -> Normaliser | None:
-    """The normaliser of this name for ``size`` elements; None for none."""
-    return {GRADIENT: Gradient(), CURVATURE: Curvature(size=size)}[name] if name is not None else None
+def normaliser_of(name: str | None, size: float, *, two_sided: bool = True) -> Normaliser | None:
+    """The normaliser of this name for ``size`` elements and an estimator of that kind; None for none."""
+    if name is None:
+        return None
+    return {GRADIENT: Gradient(), CURVATURE: Curvature(size=size, two_sided=two_sided)}[name]
 
 
 def _mean_square(probes: Sequence[Probe]) -> float:

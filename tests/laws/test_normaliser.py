@@ -14,7 +14,7 @@ import torch
 from models import closure, tiny
 from traces import same_bits, weights
 
-from zo_core import ConfigError, SeedLog, SeedLogWriter, StateError, StepRecord, ZeroOrder, ZOOptimizer, replay
+from zo_core import ConfigError, Point, SeedLog, SeedLogWriter, StateError, StepRecord, ZeroOrder, ZOOptimizer, replay
 from zo_core.defaults import NEWTON, default_lr
 from zo_core.normaliser import CURVATURE, Curvature
 from zo_core.seedlog.format import NORMALISED, VERSION
@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "momentum": {"rule": "momentum"},
     "sign": {"rule": "sign"},
     "four directions": {"num_probes": 4},
+    "one side": {"estimator": {"name": "es", "shaping": "center"}, "num_probes": 3},
     "fzoo": {"estimator": "fzoo", "num_probes": 3},
     "low rank": {"noise": {"name": "low_rank", "rank": 2, "refresh": 3}},
     "sampled": {"noise": {"name": "sampled", "share": 0.5}},
@@ -92,6 +93,19 @@ def test_the_formula_of_the_curvature() -> None:
         assert zo.normaliser.mean_square == pytest.approx(mean, rel=1e-9)
         assert record.probes[0].coefficient == pytest.approx(raw.probes[0].coefficient / math.sqrt(mean), rel=2**-23)
     assert zo.normaliser.count == Curvature.EVERY_STEP + (60 - Curvature.EVERY_STEP + 7) // 8
+
+
+def test_where_one_side_is_measured_the_curvature_measures_both_along_the_first_direction() -> None:
+    state: dict[str, Any] = {"mean_square": 2.0, "count": 5}
+    one, two = Curvature(two_sided=False, **state), Curvature(**state)
+    assert one.extra(0, (7, 8), 0.5) == (Point(7, 0.5), Point(7, -0.5), Point(7, 0.0))
+    one.see(0, (), (9.0, 8.0, 3.0, 2.5, 1.0), 0.5)
+    two.see(0, (), (3.0, 2.5, 1.0), 0.5)
+    assert one.saved() == two.saved()
+    assert one.mean_square > 2.0
+    zo = engine(estimator={"name": "es", "shaping": "center"}, num_probes=2, normalise=CURVATURE)
+    assert run(zo)[-1].probes
+    assert zo.normaliser == Curvature(zo.normaliser.mean_square, STEPS, zo.normaliser.size, two_sided=False)
 
 
 def test_a_step_of_the_curvature_is_a_part_of_newtons_step() -> None:

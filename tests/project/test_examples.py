@@ -23,7 +23,7 @@ SHORT: dict[str, list[list[str]]] = {
     "lightning_digits": [[]],
     "lightning_hf": [[]],
     "offload_from_disk": [["--layers", "2"]],
-    "peft_adapters": [[f"--method={method}", "--pretraining-steps=1"] for method in ("lora", "prefix")],
+    "peft_adapters": [[f"--method={method}", "--pretraining-steps=1"] for method in ("lora", "prefix", "activations")],
     "quickstart": [["--pretraining-steps", "1"]],
     "several_processes": [[]],
     "share_adapter": [[]],

@@ -52,6 +52,11 @@ class Estimator:
     def scale_free(self) -> bool:
         return False
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether the points are the two sides of each direction in turn, at the same distance, and no others."""
+        return False
+
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         """The points to measure, given one seed per direction."""
         raise NotImplementedError

@@ -62,6 +62,10 @@ class Es(Estimator):
     def scale_free(self) -> bool:
         return self.shaping != "center"
 
+    @property
+    def two_sided(self) -> bool:
+        return self.antithetic
+
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         sides = (1.0, -1.0) if self.antithetic else (1.0,)
         return tuple(Point(seed, side * eps) for seed in seeds for side in sides)

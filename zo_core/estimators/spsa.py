@@ -18,6 +18,10 @@ class Spsa(Estimator):
     name: ClassVar[str] = "spsa"
     default_eps: ClassVar[float] = 1e-3
 
+    @property
+    def two_sided(self) -> bool:
+        return True
+
     def points(self, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         return tuple(Point(seed, side * eps) for seed in seeds for side in (1.0, -1.0))
 
