@@ -1,0 +1,170 @@
+"""A language model learns from rewards, with forward passes only: completions of Python code that parse. Offline.
+
+python examples/rewards.py
+python examples/rewards.py --lora
+python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
+
+A small model learns the source code of the standard library by its loss, for a few seconds. It then completes lines
+of that code, and the reward is whether Python's own parser accepts what it wrote. No gradient of the parser exists;
+evolution strategies need only the reward. With --model (network needed), a model of the Hub is trained instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
+
+from hf_zo import ZORewardConfig, ZORewardTrainer
+
+MODULES = "argparse ast dataclasses difflib functools heapq logging pathlib pickle random statistics tarfile typing"
+CONTEXT = 48
+
+
+def parses(completions: list[str], **_: Any) -> list[float]:
+    """Whether each completion is one line with an expression of at least 8 characters."""
+    return [float(text.endswith("\n") and len(text.strip()) >= 8 and is_expression(text)) for text in completions]
+
+
+def is_expression(text: str) -> bool:
+    try:
+        ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, MemoryError):
+        return False
+    return True
+
+
+def sources() -> str:
+    return "\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES.split())
+
+
+def prompts(text: str) -> list[dict[str, str]]:
+    """What comes before an expression: the last characters up to a `return` or an assignment."""
+    found = []
+    for mark in ("    return ", " = "):
+        start = text.find(mark)
+        while start >= 0:
+            end = start + len(mark)
+            found.append({"prompt": text[max(0, end - CONTEXT) : end]})
+            start = text.find(mark, end)
+    random.Random(0).shuffle(found)
+    return found
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte; a line feed ends a completion."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<pad>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCausalLM:
+    """A Llama of 0.25 million parameters that has learnt a text by backpropagation."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=128, tie_word_embeddings=True, **shape))
+    model.generation_config.eos_token_id = tokenizer("\n")["input_ids"][0]
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - 96, (16,))
+        rows = torch.stack([tokens[start : start + 96] for start in starts.tolist()])
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+
+def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
+    text = sources()
+    if args.model:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    else:
+        tokenizer = byte_tokenizer()
+        model = small_model(text, tokenizer, args.pretraining_steps, args.seed)
+    rows = prompts(text)
+    config = ZORewardConfig(
+        folder,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.prompts,
+        per_device_eval_batch_size=64,
+        zo_num_probes=args.population,
+        zo_eps=args.eps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        max_completion_length=24,
+        logging_steps=max(1, args.steps // 10),
+        log_completions=args.show > 0,
+        num_completions_to_print=args.show,
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    own = {"peft_config": lora()} if args.lora else {}
+    trainer = ZORewardTrainer(
+        model, parses, config, train_dataset=rows[128:], eval_dataset=rows[:128], processing_class=tokenizer, **own
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
+    found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
+    found.add_argument("--steps", type=int, default=60)
+    found.add_argument("--population", type=int, default=30)
+    found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
+    found.add_argument("--pretraining-steps", type=int, default=300)
+    found.add_argument("--learning-rate", type=float)
+    found.add_argument("--eps", type=float)
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--show", type=int, default=0, help="completions to print with each log")
+    return found
+
+
+def main() -> None:
+    args = parser().parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_for(args, folder)
+        before = trainer.evaluate()["eval_reward"]
+        trainer.train()
+        after = trainer.evaluate()["eval_reward"]
+        for entry in trainer.state.log_history:
+            if "reward" in entry:
+                print(f"step {entry['step']:>4}  reward of the population {entry['reward']:.3f}")
+    print(f"Reward on prompts that were held out: {before:.3f} before, {after:.3f} after {args.steps} steps")
+
+
+if __name__ == "__main__":
+    main()
