@@ -83,7 +83,9 @@ def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCau
     """A Llama of 0.25 million parameters that has learnt a text by backpropagation."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=128, tie_word_embeddings=True, **shape))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=257, max_position_embeddings=128, tie_word_embeddings=True, **shape)
+    )
     model.generation_config.eos_token_id = tokenizer("\n")["input_ids"][0]
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -36,10 +36,10 @@ class Scoring(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Returns the score of the weights, to be maximised, float32 of shape ``[]``: the mean reward per prompt."""
+        """Returns the score of the weights, to be maximised, float64 of shape ``[]``: the mean reward per prompt."""
         answers = self.answer(model, inputs, self.args.num_generations, self.state.global_step)
         self._metrics["answers"].append(answers)
-        return torch.tensor(score(answers), device=self.args.device)
+        return torch.tensor(score(answers), dtype=torch.float64)
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]], times: int, step: int) -> list[Answer]:
         """Completes the prompts of some rows ``times`` times each, and has the completions rewarded."""
