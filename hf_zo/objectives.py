@@ -79,7 +79,7 @@ class OfMetrics:
     def __call__(self, trainer: Trainer, model: nn.Module, inputs: Any) -> Tensor:
         assert trainer.compute_metrics is not None
         _, logits, labels = Trainer.prediction_step(trainer, model, inputs, prediction_loss_only=False)
-        if trainer.preprocess_logits_for_metrics is not None:
+        if trainer.preprocess_logits_for_metrics is not None and logits is not None and labels is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)
         own = {"inputs": nested_numpify(inputs)} if "inputs" in trainer.args.include_for_metrics else {}
         found = trainer.compute_metrics(

@@ -30,7 +30,7 @@ class Scoring(Trainer):
     def __init__(self, rewards: RewardFunctions, completer: Completer, **kwargs: Any):
         self.rewards, self.completer = rewards, completer
         self._metrics = _nothing()
-        super().__init__(data_collator=list, **kwargs)
+        super().__init__(data_collator=_rows, **kwargs)
         rewards.to(self.args.device)
 
     def compute_loss(
@@ -72,18 +72,27 @@ class Scoring(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """Scores the completions of the unperturbed model."""
-        rows = self._prepare_inputs(inputs)
+        rows: Any = self._prepare_inputs(inputs)
         times = self.args.num_generations_eval or self.args.num_generations
         with torch.no_grad(), self.compute_loss_context_manager():
             answers = self.answer(model, rows, times, 0)
         self._metrics["evaluated"] += self.accelerator.gather_for_metrics(answers, use_gather_object=True)
         return torch.tensor(-score(answers), device=self.args.device), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Like `Trainer.evaluation_loop`; the metrics are those of the rewards and completions."""
         training, self._metrics = self._metrics, _nothing()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
             found = numbers(self._metrics["evaluated"], self.rewards.names) | means(self._metrics["own"])
         finally:
             self._metrics = training
@@ -256,8 +265,13 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             print(f"step {row['step']}, reward {row['reward']}: {row['prompt']!r} -> {row['completion']!r}")
 
 
+def _rows(rows: list[Any]) -> Any:
+    """Collates nothing: a batch is the list of its rows."""
+    return rows
+
+
 def _nothing() -> dict[str, list[Any]]:
-    """What is collected while closures run; the trainer's trial runs put it back by this attribute's name in TRL."""
+    """What is collected while closures run. `auto_lr.unnoticed` restores it after trial runs, by its name in TRL."""
     return {"answers": [], "own": [], "evaluated": []}
 
 

@@ -49,8 +49,10 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
         resolved = super()._resolve_config(config)
         return resolved.replace(maximize=True) if self._zo_scored else resolved
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Returns the objective in training, if there is one, and else the loss."""
         if self._zo_objective is None or return_outputs:  # evaluations ask for the outputs, training steps do not
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return self._zo_objective(self, model, inputs)
