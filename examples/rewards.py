@@ -1,12 +1,12 @@
-"""A language model learns from rewards, with forward passes only: completions of Python code that parse. Offline.
+"""A language model learns from rewards, with forward passes only: completions that Python's parser accepts. Offline.
 
 python examples/rewards.py
 python examples/rewards.py --lora
 python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
 
 A small model learns the source code of the standard library by its loss, for a few seconds. It then completes lines
-of that code, and the reward is whether Python's own parser accepts what it wrote. No gradient of the parser exists;
-evolution strategies need only the reward. With --model (network needed), a model of the Hub is trained instead.
+of that code, and the reward is whether Python's own parser finds a call with arguments in what it wrote. A parser has
+no gradient; evolution strategies need only the reward. With --model (network needed), a model of the Hub is trained instead.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ MODULES = "argparse ast dataclasses difflib functools heapq logging pathlib pick
 CONTEXT = 48
 
 
-def parses(completions: list[str], **_: Any) -> list[float]:
-    """Whether each completion is one line with an expression of at least 8 characters."""
-    return [float(text.endswith("\n") and len(text.strip()) >= 8 and is_expression(text)) for text in completions]
+def calls(completions: list[str], **_: Any) -> list[float]:
+    """Whether each completion is one line with a call that has an argument, as Python's parser reads it."""
+    return [float(text.endswith("\n") and is_call(text.strip())) for text in completions]
 
 
-def is_expression(text: str) -> bool:
+def is_call(text: str) -> bool:
     try:
-        ast.parse(text.strip(), mode="eval")
+        expression = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, MemoryError):
         return False
-    return True
+    return isinstance(expression, ast.Call) and bool(expression.args or expression.keywords)
 
 
 def sources() -> str:
@@ -134,7 +134,7 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
     )
     own = {"peft_config": lora()} if args.lora else {}
     trainer = ZORewardTrainer(
-        model, parses, config, train_dataset=rows[128:], eval_dataset=rows[:128], processing_class=tokenizer, **own
+        model, calls, config, train_dataset=rows[128:], eval_dataset=rows[:128], processing_class=tokenizer, **own
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -144,8 +144,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
     found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
-    found.add_argument("--steps", type=int, default=60)
-    found.add_argument("--population", type=int, default=30)
+    found.add_argument("--steps", type=int, default=40)
+    found.add_argument("--population", type=int, default=16)
     found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
     found.add_argument("--pretraining-steps", type=int, default=300)
     found.add_argument("--learning-rate", type=float)
