@@ -6,7 +6,8 @@ python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
 
 A small model learns the source code of the standard library by its loss, for a few seconds. It then completes lines
 of that code, and the reward is whether Python's own parser finds a call with arguments in what it wrote. A parser has
-no gradient; evolution strategies need only the reward. With --model (network needed), a model of the Hub is trained instead.
+no gradient; evolution strategies need only the reward. With --model (network needed), a model of the Hub is trained
+instead.
 """
 
 from __future__ import annotations

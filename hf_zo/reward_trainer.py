@@ -222,7 +222,8 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         begun = len(self._metrics["answers"])
         loss = super()._measure(zo, watching, call)
         members = self._metrics["answers"][begun:][-zo.point_count :]
-        if any(unanswered(member) != unanswered(members[0]) for member in members):
+        whole = len(members) == zo.point_count  # else a query has failed, and the step is skipped
+        if whole and any(unanswered(member) != unanswered(members[0]) for member in members):
             waiting, losses = self._zo_waiting[-1]
             assert losses is not None
             if zo.streaming is not None or (self.zo_config.ranks == "points" and self.accelerator.num_processes > 1):
