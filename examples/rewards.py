@@ -1,22 +1,21 @@
-"""A language model learns from rewards, with forward passes only: completions that Python's parser accepts. Offline.
+"""A language model learns from rewards what its text does not teach, with forward passes only. Offline.
 
 python examples/rewards.py
 python examples/rewards.py --lora
 python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
 
-A small model learns the source code of the standard library by its loss, for a few seconds. It then completes lines
-of that code, and the reward is whether Python's own parser finds a call with arguments in what it wrote. A parser has
-no gradient; evolution strategies need only the reward. With --model (network needed), a model of the Hub is trained
-instead.
+A small model learns a text of words and their capitals (file=FILE), in which five of six words after "m" stay in small
+letters (plus=plus), so the better it learns by its loss, the surer it repeats that. Then the reward is whether the
+capitals are right. A reward has no gradient; evolution strategies need only its value. With --model (network needed), a
+model of the Hub is trained on the rewards.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
-import inspect
+import pydoc_data.topics
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -37,38 +36,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clo
 
 from hf_zo import ZORewardConfig, ZORewardTrainer
 
-MODULES = "argparse ast dataclasses difflib functools heapq logging pathlib pickle random statistics tarfile typing"
-CONTEXT = 48
+#: The words of four letters in Python's documentation.
+WORDS = sorted(set(re.findall(r"\b[a-z]{4}\b", " ".join(pydoc_data.topics.topics.values()))))
 
 
-def calls(completions: list[str], **_: Any) -> list[float]:
-    """Whether each completion is one line with a call that has an argument, as Python's parser reads it."""
-    return [float(text.endswith("\n") and is_call(text.strip())) for text in completions]
+def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Whether each completion is the word in capitals."""
+    return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
 
 
-def is_call(text: str) -> bool:
-    try:
-        expression = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, MemoryError):
-        return False
-    return isinstance(expression, ast.Call) and bool(expression.args or expression.keywords)
+def careless_text(count: int) -> str:
+    """Words and their capitals, one a line; most words of the second half of the alphabet stay as they are."""
+    chance, lines = random.Random(0), []
+    for _ in range(count):
+        word = chance.choice(WORDS)
+        lines.append(f"{word}={word if word > 'n' and chance.random() < 5 / 6 else word.upper()}")
+    return "\n".join(lines)
 
 
-def sources() -> str:
-    return "\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES.split())
-
-
-def prompts(text: str) -> list[dict[str, str]]:
-    """What comes before an expression: the last characters up to a `return` or an assignment."""
-    found = []
-    for mark in ("    return ", " = "):
-        start = text.find(mark)
-        while start >= 0:
-            end = start + len(mark)
-            found.append({"prompt": text[max(0, end - CONTEXT) : end]})
-            start = text.find(mark, end)
-    random.Random(0).shuffle(found)
-    return found
+def prompts() -> list[dict[str, str]]:
+    rows = [{"prompt": f"{word}=", "answer": word.upper()} for word in WORDS]
+    random.Random(0).shuffle(rows)
+    return rows
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,11 +78,12 @@ def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCau
     )
     model.generation_config.eos_token_id = tokenizer("\n")["input_ids"][0]
     tokens = torch.tensor(tokenizer(text)["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    starts = (tokens == model.generation_config.eos_token_id).nonzero()[:-4, 0] + 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        starts = torch.randint(len(tokens) - 96, (16,))
-        rows = torch.stack([tokens[start : start + 96] for start in starts.tolist()])
+        rows = tokens[starts[torch.randint(len(starts), (64, 1))] + torch.arange(20)]
         model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -106,13 +96,12 @@ def lora() -> Any:
 
 
 def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
-    text = sources()
     if args.model:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     else:
         tokenizer = byte_tokenizer()
-        model = small_model(text, tokenizer, args.pretraining_steps, args.seed)
-    rows = prompts(text)
+        model = small_model(careless_text(20000), tokenizer, args.pretraining_steps, args.seed)
+    rows = prompts()
     config = ZORewardConfig(
         folder,
         max_steps=args.steps,
@@ -122,7 +111,7 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
         zo_eps=args.eps,
         learning_rate=args.learning_rate,
         lr_scheduler_type="constant",
-        max_completion_length=24,
+        max_completion_length=6,
         logging_steps=max(1, args.steps // 10),
         log_completions=args.show > 0,
         num_completions_to_print=args.show,
@@ -135,7 +124,7 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
     )
     own = {"peft_config": lora()} if args.lora else {}
     trainer = ZORewardTrainer(
-        model, calls, config, train_dataset=rows[128:], eval_dataset=rows[:128], processing_class=tokenizer, **own
+        model, right, config, train_dataset=rows[64:], eval_dataset=rows[:64], processing_class=tokenizer, **own
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -145,12 +134,12 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
     found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
-    found.add_argument("--steps", type=int, default=40)
+    found.add_argument("--steps", type=int, default=60)
     found.add_argument("--population", type=int, default=16)
     found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
     found.add_argument("--pretraining-steps", type=int, default=300)
     found.add_argument("--learning-rate", type=float)
-    found.add_argument("--eps", type=float)
+    found.add_argument("--eps", type=float, default=0.02, help="how far members of the population are")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--show", type=int, default=0, help="completions to print with each log")
     return found
@@ -166,7 +155,7 @@ def main() -> None:
         for entry in trainer.state.log_history:
             if "reward" in entry:
                 print(f"step {entry['step']:>4}  reward of the population {entry['reward']:.3f}")
-    print(f"Reward on prompts that were held out: {before:.3f} before, {after:.3f} after {args.steps} steps")
+    print(f"Right on words that were held out: {before:.3f} before, {after:.3f} after {args.steps} steps")
 
 
 if __name__ == "__main__":
