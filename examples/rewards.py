@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--population", type=int, default=16)
     found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
     found.add_argument("--pretraining-steps", type=int, default=300)
-    found.add_argument("--learning-rate", type=float)
+    found.add_argument("--learning-rate", type=float, default=5e-3)
     found.add_argument("--eps", type=float, default=0.02, help="how far members of the population are")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--show", type=int, default=0, help="completions to print with each log")

@@ -135,7 +135,7 @@ class RewardModel:
         if isinstance(model, str):
             model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         self.model = model.eval().requires_grad_(False)
-        path = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        path = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
         self.__name__ = path.split("/")[-1]
         self.tokenizer = AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer
         if self.tokenizer.pad_token is None:

@@ -72,10 +72,9 @@ class Scoring(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """Scores the completions of the unperturbed model."""
-        rows: Any = self._prepare_inputs(inputs)
         times = self.args.num_generations_eval or self.args.num_generations
         with torch.no_grad(), self.compute_loss_context_manager():
-            answers = self.answer(model, rows, times, 0)
+            answers = self.answer(model, inputs, times, 0)
         self._metrics["evaluated"] += self.accelerator.gather_for_metrics(answers, use_gather_object=True)
         return torch.tensor(-score(answers), device=self.args.device), None, None
 
@@ -167,7 +166,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))  # type: ignore[arg-type]
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
         if peft_config is not None:
             from peft import get_peft_model
 

@@ -308,7 +308,7 @@ def test_a_classifier_is_a_reward_model() -> None:
 
     class Classifier(nn.Module):
         class config:
-            _name_or_path, pad_token_id = "someone/judge", None
+            name_or_path, pad_token_id = "someone/judge", None
 
         device = torch.device("cpu")
 
