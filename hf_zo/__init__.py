@@ -25,11 +25,15 @@ if TYPE_CHECKING:
     from .low_rank import low_rank_adapter
     from .mixin import ZOTrainerMixin
     from .offload import from_pretrained_offloaded
+    from .reward_config import ZORewardConfig
+    from .reward_trainer import ZORewardTrainer
     from .trainer import ZOTrainer
 
 __all__ = [
     "ZOArguments",
     "ZOConfig",
+    "ZORewardConfig",
+    "ZORewardTrainer",
     "ZOTrainer",
     "ZOTrainerMixin",
     "ZOTrainingArguments",
@@ -44,6 +48,8 @@ __all__ = [
 _MODULES = {
     "ZOArguments": "hf_zo.arguments",
     "ZOConfig": "zo_core",
+    "ZORewardConfig": "hf_zo.reward_config",
+    "ZORewardTrainer": "hf_zo.reward_trainer",
     "ZOTrainer": "hf_zo.trainer",
     "ZOTrainerMixin": "hf_zo.mixin",
     "ZOTrainingArguments": "hf_zo.arguments",

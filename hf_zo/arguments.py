@@ -86,6 +86,10 @@ class ZOArguments:
             if f.name in SETTINGS and getattr(self, f.name) != f.default
         }
 
+    def zo_given(self) -> list[str]:
+        """Returns the names of the ``zo_*`` fields that differ from the defaults of these arguments' class."""
+        return [f.name for f in fields(self) if f.name in SETTINGS and getattr(self, f.name) != f.default]
+
     def to_zo_config(self) -> ZOConfig:
         """Returns the settings as a `ZOConfig`.
 

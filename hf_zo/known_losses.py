@@ -68,7 +68,7 @@ RATIO = (
     "the ratio of probabilities is 1 by value, whatever the weights are, and only its gradient is not; write "
     "num_iterations=2, which compares with the probabilities at the time of sampling"
 )
-REWARD = "or train on the reward itself, with ZeroOrder and a closure that samples and returns minus the mean reward"
+REWARD = "or train on the reward itself, with ZORewardTrainer"
 GENERATES = "generates in training_step, so each probe would be measured on completions of its own"
 JUMPS = (
     "in jumps, which have no gradient, and a step whose probes are on both sides of one measures the jump; bound "

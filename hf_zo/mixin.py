@@ -102,8 +102,8 @@ class ZOTrainerMixin(_Trainer):
         args = self.args if isinstance(self.args, ZOArguments) else ZOArguments()
         if config is None:
             return args.to_zo_config()
-        if args.zo_settings():
-            given = ", ".join(f"zo_{name}" for name in args.zo_settings())
+        if args.zo_given():
+            given = ", ".join(args.zo_given())
             raise ConfigError([f"settings came twice, in zo_config and in args ({given}); write them in one place"])
         return config
 

@@ -23,6 +23,7 @@ from hf_helpers import texts
 from lightning_helpers import QUIET, Wrapped, loader
 from models import batch, tiny
 from torch import nn
+from trl_helpers import small_tokenizer
 
 import lightning_zo
 import zo_core
@@ -33,7 +34,11 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: What a stranger has and a test has not: much time, and a GPU.
-HERE = {"max_steps=5000": "max_steps=2", 'accelerator="cuda"': 'accelerator="cpu"'}
+HERE = {
+    "max_steps=5000": "max_steps=2",
+    "max_completion_length=64": "max_completion_length=4",
+    'accelerator="cuda"': 'accelerator="cpu"',
+}
 
 pytestmark = [
     *QUIET,
@@ -110,7 +115,8 @@ def surroundings(code: str) -> dict[str, Any]:
         "batch": batch("llama"),
         "train": rows,
         "held_out": rows,
-        "tokenizer": None,
+        "tokenizer": small_tokenizer() if "ZORewardTrainer" in code else None,
+        "rows": [{"prompt": "w1 w2", "answer": "w3"}] * 4,
         "torch": torch,
         "L": lightning,
         "lightning": lightning,

@@ -1,0 +1,162 @@
+"""A language model learns from rewards what its text does not teach, with forward passes only. Offline.
+
+python examples/rewards.py
+python examples/rewards.py --lora
+python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
+
+A small model learns a text of words and their capitals (file=FILE), in which five of six words after "m" stay in small
+letters (plus=plus), so the better it learns by its loss, the surer it repeats that. Then the reward is whether the
+capitals are right. A reward has no gradient; evolution strategies need only its value. With --model (network needed), a
+model of the Hub is trained on the rewards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pydoc_data.topics
+import random
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
+
+from hf_zo import ZORewardConfig, ZORewardTrainer
+
+#: The words of four letters in Python's documentation.
+WORDS = sorted(set(re.findall(r"\b[a-z]{4}\b", " ".join(pydoc_data.topics.topics.values()))))
+
+
+def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Whether each completion is the word in capitals."""
+    return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
+
+
+def careless_text(count: int) -> str:
+    """Words and their capitals, one a line; most words of the second half of the alphabet stay as they are."""
+    chance, lines = random.Random(0), []
+    for _ in range(count):
+        word = chance.choice(WORDS)
+        lines.append(f"{word}={word if word > 'n' and chance.random() < 5 / 6 else word.upper()}")
+    return "\n".join(lines)
+
+
+def prompts() -> list[dict[str, str]]:
+    rows = [{"prompt": f"{word}=", "answer": word.upper()} for word in WORDS]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte; a line feed ends a completion."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**vocabulary, "<pad>": 256}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+
+
+def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCausalLM:
+    """A Llama of 0.25 million parameters that has learnt a text by backpropagation."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=257, max_position_embeddings=128, tie_word_embeddings=True, **shape)
+    )
+    model.generation_config.eos_token_id = tokenizer("\n")["input_ids"][0]
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    starts = (tokens == model.generation_config.eos_token_id).nonzero()[:-4, 0] + 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        rows = tokens[starts[torch.randint(len(starts), (64, 1))] + torch.arange(20)]
+        model(input_ids=rows, labels=rows).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+
+def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
+    if args.model:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    else:
+        tokenizer = byte_tokenizer()
+        model = small_model(careless_text(20000), tokenizer, args.pretraining_steps, args.seed)
+    rows = prompts()
+    config = ZORewardConfig(
+        folder,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.prompts,
+        per_device_eval_batch_size=64,
+        zo_num_probes=args.population,
+        zo_eps=args.eps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="constant",
+        max_completion_length=6,
+        logging_steps=max(1, args.steps // 10),
+        log_completions=args.show > 0,
+        num_completions_to_print=args.show,
+        save_strategy="no",
+        report_to="none",
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    own = {"peft_config": lora()} if args.lora else {}
+    trainer = ZORewardTrainer(
+        model, right, config, train_dataset=rows[64:], eval_dataset=rows[:64], processing_class=tokenizer, **own
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
+    found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
+    found.add_argument("--steps", type=int, default=60)
+    found.add_argument("--population", type=int, default=16)
+    found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
+    found.add_argument("--pretraining-steps", type=int, default=300)
+    found.add_argument("--learning-rate", type=float, default=5e-3)
+    found.add_argument("--eps", type=float, default=0.02, help="how far members of the population are")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--show", type=int, default=0, help="completions to print with each log")
+    return found
+
+
+def main() -> None:
+    args = parser().parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_for(args, folder)
+        before = trainer.evaluate()["eval_reward"]
+        trainer.train()
+        after = trainer.evaluate()["eval_reward"]
+        for entry in trainer.state.log_history:
+            if "reward" in entry:
+                print(f"step {entry['step']:>4}  reward of the population {entry['reward']:.3f}")
+    print(f"Right on words that were held out: {before:.3f} before, {after:.3f} after {args.steps} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""`ZORewardTrainer`: trains a language model on rewards of what it generates, without gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from zo_core import ConfigError, LossError, LowRank, ZeroOrder, ZOConfig
+
+from .completions import Answer, Completer, compared, means, numbers, score, unanswered, without_spread
+from .loss_calls import LossCall
+from .mixin import ZOTrainerMixin
+from .reward_config import ZORewardConfig
+from .reward_functions import NAMED, RewardFunctions
+
+
+class Scoring(Trainer):
+    """The part of `ZORewardTrainer` that generates completions and scores them, at the weights as they are."""
+
+    args: ZORewardConfig
+
+    def __init__(self, rewards: RewardFunctions, completer: Completer, **kwargs: Any):
+        self.rewards, self.completer = rewards, completer
+        self._metrics = _nothing()
+        super().__init__(data_collator=_rows, **kwargs)
+        rewards.to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Returns the score of the weights, to be maximised, float64 of shape ``[]``: the mean reward per prompt."""
+        answers = self.answer(model, inputs, self.args.num_generations, self.state.global_step)
+        self._metrics["answers"].append(answers)
+        return torch.tensor(score(answers), dtype=torch.float64)
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]], times: int, step: int) -> list[Answer]:
+        """Completes the prompts of some rows ``times`` times each, and has the completions rewarded."""
+        inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        answers = self.completer(inner, [row["prompt"] for row in rows], times, self.args.seed, step)
+        columns = {
+            "prompts": [each.prompt for each in answers for _ in range(times)],
+            "completions": [text for each in answers for text in each.completions],
+            "completion_ids": [ids for each in answers for ids in each.ids],
+            **{name: [row[name] for row in rows for _ in range(times)] for name in rows[0] if name not in NAMED},
+        }
+        by_function = self.rewards(
+            columns, trainer_state=self.state, log_metric=self._log_metric, log_extra=self._log_extra
+        )
+        rewards = [list(row) for row in zip(*by_function, strict=True)]
+        for index, each in enumerate(answers):
+            each.rewards = rewards[index * times : (index + 1) * times]
+            each.totals = [self.rewards.total(row) for row in each.rewards]
+        return answers
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self._metrics["own"].append((name, float(value)))
+
+    def _log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self._metrics["own"].append((column, list(values)))
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Scores the completions of the unperturbed model."""
+        times = self.args.num_generations_eval or self.args.num_generations
+        with torch.no_grad(), self.compute_loss_context_manager():
+            answers = self.answer(model, inputs, times, 0)
+        self._metrics["evaluated"] += self.accelerator.gather_for_metrics(answers, use_gather_object=True)
+        return torch.tensor(-score(answers), device=self.args.device), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Like `Trainer.evaluation_loop`; the metrics are those of the rewards and completions."""
+        training, self._metrics = self._metrics, _nothing()
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            found = numbers(self._metrics["evaluated"], self.rewards.names) | means(self._metrics["own"])
+        finally:
+            self._metrics = training
+        metrics = output.metrics if output.metrics is not None else {}
+        metrics.update({f"{metric_key_prefix}_{name}": number for name, number in found.items()})
+        if "reward" in found:  # Trainer's mean of batches counts a smaller last batch as a whole one
+            metrics[f"{metric_key_prefix}_loss"] = -found["reward"]
+        return output._replace(metrics=metrics)
+
+
+class ZORewardTrainer(ZOTrainerMixin, Scoring):
+    """Trains a language model on rewards of what it generates, with the interface of TRL's ``GRPOTrainer``:
+
+        def reward(completions, answer, **kwargs):
+            return [float(text.strip() == right) for text, right in zip(completions, answer)]
+
+        ZORewardTrainer(model, reward, ZORewardConfig("out"), train_dataset=rows).train()
+
+    Each step is one of evolution strategies: a population of perturbed weights completes the same prompts, greedily
+    or with the same random numbers, and the weights move towards the members with the larger rewards. There is no
+    backward pass, no reference model and no value model; memory is that of generation. Reward functions are called
+    as ``GRPOTrainer`` calls them, once for each member, so they need not be changed. `ZOTrainerMixin` describes what
+    else is different from a plain trainer: the seed log, resuming, the brake.
+
+    Logs have ``reward``, ``reward_std``, ``rewards/NAME/mean``, ``rewards/NAME/std``, ``frac_reward_zero_std`` and
+    the lengths of completions, over the whole population; ``loss`` is minus the mean reward. Evaluations report the
+    same of the unperturbed model, with the prefix ``eval_``.
+
+    Args:
+        model: a causal or sequence-to-sequence language model, or the name of a causal one.
+        reward_funcs: one or several functions, sync or async, called with ``prompts``, ``completions``,
+            ``completion_ids``, each other column of the data set by its name, ``trainer_state``, ``log_metric`` and
+            ``log_extra``; each returns a list with one number per completion, or None where it does not apply. Of
+            conversational prompts the completions are conversations, too. A sequence classifier, or the name of one,
+            is a reward model.
+        args: a `ZORewardConfig`; None makes one.
+        train_dataset, eval_dataset: rows with a column ``prompt`` of texts or conversations.
+        processing_class: the tokenizer; None loads that of the model's name.
+        reward_processing_classes: the tokenizers of reward models.
+        callbacks, optimizers: as for `Trainer`.
+        peft_config: adapters to train instead of the weights.
+        zo_config: a `ZOConfig` in place of the ``zo_*`` fields of ``args``.
+
+    Raises:
+        ConfigError: settings are not valid, or a row has no prompt.
+        LossError: while training, a reward function did not return one finite number or None per completion; the
+            message names it, and no weight has moved in that step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: ZORewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        peft_config: Any = None,
+        zo_config: ZOConfig | None = None,
+    ):
+        args = ZORewardConfig() if args is None else args
+        if not isinstance(args, ZORewardConfig):
+            raise ConfigError(
+                [f"args is a {type(args).__name__}; write ZORewardConfig, which has the same names for what it shares"]
+            )
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        for each in (train_dataset, *evaluated):
+            _check_rows(each)
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))  # type: ignore[arg-type]
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [ends] if isinstance(ends, int) else ends or []
+        self._zo_lines: list[dict[str, float]] = []
+        self._zo_last: tuple[Sequence[Answer], Sequence[tuple[str, Any]]] = (), ()
+        super().__init__(
+            rewards=RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes),
+            completer=Completer(processing_class, args, ends),
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            zo_config=zo_config,
+        )
+        self.model_accepts_loss_kwargs = False  # the score of a step is the mean over its micro-batches
+
+    def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
+        return super()._resolve_config(config).replace(maximize=True)
+
+    def _zo_engine(self, model: nn.Module, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        made = super()._zo_engine(model, given)
+        assert self.zo is not None
+        plain = isinstance(self.zo.noise.plain, LowRank) and all(slot.scaling is None for slot in self.zo.slots)
+        if not plain and self.zo.streaming is None:
+            self.zo.copy_whole()  # once for each member; layer by layer it would be once for each token
+        return made
+
+    # The step
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self._metrics = _nothing()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        assert self.zo is not None
+        # The first step runs one member twice, to compare; a repeated step may run the unperturbed model, to draw.
+        answers = self._metrics["answers"]
+        answers = answers[len(answers) % self.zo.point_count :]
+        if answers:
+            self._zo_last = [each for member in answers for each in member], self._metrics["own"]
+            found = numbers(self._zo_last[0], self.rewards.names) | means(self._metrics["own"])
+            if self.zo_config.ranks != "points" or self.accelerator.num_processes == 1:  # a whole population is here
+                found["frac_reward_zero_std"] = without_spread(answers)
+            self._zo_lines.append(found)
+        return loss
+
+    def _measure(self, zo: ZeroOrder, watching: Callable[[], Any], call: LossCall) -> Tensor:
+        begun = len(self._metrics["answers"])
+        loss = super()._measure(zo, watching, call)
+        members = self._metrics["answers"][begun:][-zo.point_count :]
+        whole = len(members) == zo.point_count  # else a query has failed, and the step is skipped
+        if whole and any(unanswered(member) != unanswered(members[0]) for member in members):
+            waiting, losses = self._zo_waiting[-1]
+            assert losses is not None
+            if zo.streaming is not None or (self.zo_config.ranks == "points" and self.accelerator.num_processes > 1):
+                raise LossError(
+                    "reward functions returned None for a prompt's completions by some members of the population and "
+                    "not by others, who are not all at hand with a streamed model or ranks='points'; return a number"
+                )
+            filled = [losses[0].new_tensor(-score) for score in compared(members)]
+            self._zo_waiting[-1] = waiting, filled
+        return loss
+
+    # The logs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            lines, self._zo_lines = self._zo_lines, []
+            logs.update(means([pair for line in gather_object(lines) for pair in line.items()]))
+            if self.args.log_completions and self.is_world_process_zero():
+                self._log_completions(*self._zo_last)
+        super().log(logs, *args, **kwargs)
+
+    def _log_completions(self, answers: Sequence[Answer], own: Sequence[tuple[str, Any]]) -> None:
+        rows = [
+            {"step": self.state.global_step, "prompt": each.prompt, "completion": completion}
+            | dict(zip(self.rewards.names, rewards, strict=True))
+            | {"reward": total}
+            for each in answers
+            for completion, rewards, total in zip(each.completions, each.rewards, each.totals, strict=True)
+        ]
+        for name in dict.fromkeys(name for name, value in own if isinstance(value, list)):
+            values = [value for column, found in own if column == name for value in found]
+            for row, value in zip(rows, values[-len(rows) :], strict=False):
+                row[name] = value
+        shown = rows[: self.args.num_completions_to_print]
+        folder = Path(str(self.args.output_dir)) / "completions"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"completions_{self.state.global_step:05d}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in shown)
+        for row in shown:
+            print(f"step {row['step']}, reward {row['reward']}: {row['prompt']!r} -> {row['completion']!r}")
+
+
+def _rows(rows: list[Any]) -> Any:
+    """Collates nothing: a batch is the list of its rows."""
+    return rows
+
+
+def _nothing() -> dict[str, list[Any]]:
+    """What is collected while closures run. `auto_lr.unnoticed` restores it after trial runs, by its name in TRL."""
+    return {"answers": [], "own": [], "evaluated": []}
+
+
+def _check_rows(rows: Any) -> None:
+    """Raises `ConfigError` if rows have no prompts; those of a stream are seen when they come."""
+    if rows is None or not hasattr(rows, "__len__") or not len(rows):
+        return
+    row = rows[0]
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
+        raise ConfigError(
+            [f"a row of the data set is {row!r:.200}; it needs a column 'prompt' with a text or a conversation"]
+        )
