@@ -239,7 +239,12 @@ class ZeroOrder(TrainedModel):
     @property
     def point_count(self) -> int:
         """Number of points at which this process measures the next step, or the step in progress."""
-        return len(self.exchange.share(*self._points()[:2]))
+        return len(self.exchange.dealt(*self._points()[:2])[self.exchange.rank])
+
+    @property
+    def most_points(self) -> int:
+        """As `point_count`, in the process that measures most of them."""
+        return max(map(len, self.exchange.dealt(*self._points()[:2])))
 
     def _points(self) -> tuple[tuple[Point, ...], tuple[int, ...], int]:
         """The points of the next step, the seeds of its directions, and how many of the points are the normaliser's."""
@@ -256,7 +261,8 @@ class ZeroOrder(TrainedModel):
         points, seeds, extra = self._points()
         self.noise.prepare(seeds, shapes_of(self.slots), self._device)
         ratios = self.directions.ratios(self.slots)
-        return StepPlan(self.step_count, seeds, points, self.exchange.share(points, seeds), ratios, extra)
+        mine = self.exchange.dealt(points, seeds)[self.exchange.rank]
+        return StepPlan(self.step_count, seeds, points, mine, ratios, extra)
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
         first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])

@@ -31,8 +31,8 @@ class Exchange(Protocol):
         """How many directions a step has if ``num_probes`` is ``own``."""
         ...
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
-        """Indices of the points that this process measures, given the seeds of all directions."""
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        """For each process, the indices of the points that it measures, given the seeds of all directions."""
         ...
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
@@ -73,8 +73,8 @@ class Alone:
     def directions(self, own: int) -> int:
         return own
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
-        return tuple(range(len(points)))
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(range(len(points)))]
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
         return [dict(enumerate(losses))]

@@ -70,7 +70,7 @@ class Ranks:
     def directions(self, own: int) -> int:
         return own * self.size if self.mode == "directions" else own
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
         found = shares(self.mode, points, seeds, self.size)
         if not all(found):
             raise ConfigError(
@@ -79,7 +79,7 @@ class Ranks:
                     "raise num_probes, or write ranks='directions'"
                 ]
             )
-        return found[self.rank]
+        return found
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
         found = shares(self.mode, points, seeds, self.size)

@@ -181,11 +181,17 @@ def test_a_run_continues_with_another_number_of_processes(
     assert len(said) == (after == 1)
 
 
-def test_all_processes_find_the_same_rate(tmp_path: Path) -> None:
+#: With "points" and a third point, one process measures two points of a step and the other one.
+SEARCHES: list[dict[str, Any]] = [{"normalise": False}, {"normalise": "curvature", "ranks": "points"}]
+
+
+@pytest.mark.parametrize("settings", SEARCHES)
+def test_all_processes_find_the_same_rate(tmp_path: Path, settings: dict[str, Any]) -> None:
     def work(rank: int) -> tuple[float, State]:
         model = model_of()
-        zo = ZeroOrder(model, normalise=False)
-        batches = [lambda step=step: loss(model, rank, step) for step in range(4)]
+        zo = ZeroOrder(model, **settings)
+        data = 0 if zo.config.ranks == "points" else rank
+        batches = [lambda step=step: loss(model, data, step) for step in range(4)]
         found = zo.suggest_lr(batches, forwards=200)
         return found.lr, state(model)
 
