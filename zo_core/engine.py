@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -33,6 +33,7 @@ from .placement import resolve
 from .ranks import exchange_of
 from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
+from .shared_data import Batch, check_same, while_all_have
 from .step import Skips, StepPlan, chosen, mean, probes_from, times
 from .targets import Slot, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
@@ -74,6 +75,8 @@ class ZeroOrder(TrainedModel):
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
         second: the second round of steps; None with an estimator that has none.
+        in_common: what else than settings and weights has to be the same in all processes, by what it is called in the
+            error of the first step: a trainer's number of steps, for example.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
 
@@ -133,6 +136,7 @@ class ZeroOrder(TrainedModel):
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._agreed = False
+        self.in_common: dict[str, Any] = {}
         self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
@@ -159,6 +163,21 @@ class ZeroOrder(TrainedModel):
         """
         self.measure(closure)
         return self.optimizer.step()
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches of a loader; with several processes, as long as every one of them has one.
+
+            for batch in zo.batches(loader):
+                zo.step(lambda: model(**batch).loss)
+
+        A process that runs out of batches ends the loop in all of them after the same step, with one line of log; the
+        others would wait for it. One that cannot read its next batch is an error in all of them.
+
+        Raises:
+            RanksError: another process could not read its next batch, or does not answer.
+            Exception: whatever the loader raises.
+        """
+        return while_all_have(loader, self.exchange)
 
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.
@@ -265,10 +284,16 @@ class ZeroOrder(TrainedModel):
         return StepPlan(self.step_count, seeds, points, mine, ratios, extra)
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
-        first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
+        assert self._plan is not None
+        common = self._plan.points if self.exchange.same_data else points
+        first = None if self.first_steps is None else self.first_steps.look(self.oracle, common, closures[0])
         found = self.oracle.together(points, closures)
         if self.first_steps is not None and first is not None:
-            self.first_steps.compare(first[1], found[0][first[0]], self.slots)
+            point, loss = first
+            if self.exchange.same_data:
+                check_same(loss, self.exchange, self.slots, self.eps)
+            if point in points:
+                self.first_steps.compare(loss, found[0][points.index(point)], self.slots)
             advise(self)
         return found
 
@@ -277,18 +302,22 @@ class ZeroOrder(TrainedModel):
         assert self._plan is not None, "losses() comes first"
         self._plan.add(losses)
 
-    def measure_second(self) -> None:
-        """Measures the second round of a step, for estimators that have one; `apply` does it if nobody has.
+    def complete(self) -> None:
+        """Waits for the losses of other processes, and measures the second round of estimators that have one.
 
-        ``optimizer.step()`` calls it first: an exception in a closure comes before anything has changed.
+        `apply` does it if nobody has. ``optimizer.step()`` calls it first: an exception in a closure or in another
+        process, and an interrupt while this one waits, come before anything has changed.
 
         Raises:
+            RanksError: another process has failed, or does not answer.
             Exception: whatever a closure raises; the weights are untouched, and the step's measurements are discarded.
         """
-        if self.second is None or self._plan is None:
+        if self._plan is None:
             return
         try:
-            self.second.measure(self, self._plan)
+            self._plan.gather(self.exchange)
+            if self.second is not None:
+                self.second.measure(self, self._plan)
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)
@@ -312,7 +341,7 @@ class ZeroOrder(TrainedModel):
             return self._repeat(*self._repeated)
         if self._plan is None:
             raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
-        self.measure_second()
+        self.complete()
         plan, self._plan = self._plan, None
         losses = plan.gather(self.exchange)
         if self.first_steps is not None:

@@ -19,10 +19,12 @@ class Exchange(Protocol):
         rank: index of this process.
         size: number of processes.
         populations: how many equal parts of the directions were measured on data of their own each.
+        same_data: whether the points of one batch are dealt out, so that all processes need the same batches.
     """
 
     rank: int
     size: int
+    same_data: bool
 
     @property
     def populations(self) -> int: ...
@@ -67,7 +69,7 @@ class Exchange(Protocol):
 class Alone:
     """One process: it measures every point, and there is nothing to gather."""
 
-    rank, size = 0, 1
+    rank, size, same_data = 0, 1, False
     populations = 1
 
     def directions(self, own: int) -> int:

@@ -213,7 +213,7 @@ class Trials:
         return self._shared([float(self.engine.oracle.losses([Point(0, 0.0)], c)[0]) for c in self.closures])
 
     def _shared(self, losses: list[float]) -> list[float]:
-        """The means over the processes of a run, so that all of them decide alike; they count their calls alike, too."""
+        """The means over the processes of a run, so that all of them decide alike, and count their calls alike."""
         found = self.engine.exchange.everywhere((losses, self.spent))
         self.spent = max(spent for _, spent in found)
         return [math.fsum(column) / len(found) for column in zip(*(each for each, _ in found), strict=True)]
