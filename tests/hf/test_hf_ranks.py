@@ -15,7 +15,7 @@ import torch
 
 from zo_core.seedlog import SeedLog, replay
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # launches of two processes
 
 Found = dict[str, dict[str, Any]]
 

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import closure, tiny
 from processes import together
-from torch import Tensor, nn
+from rank_runs import State, both, equal, loss, model_of, state
+from torch import Tensor
 
 from zo_core import ConfigError, RanksError, StateError, ZeroOrder
 from zo_core.seedlog import SeedLog, SeedLogWriter, replay
 
 STEPS = 4
-State = dict[str, Tensor]
-
-
-def model_of(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * rank + step)
-    inputs = torch.randn(8, 6, generator=generator)
-    return inputs, inputs.argmax(1) % 4
-
-
-def loss(model: nn.Module, rank: int, step: int) -> Tensor:
-    inputs, labels = batch(rank, step)
-    return F.cross_entropy(model(inputs), labels)
-
-
-def state(model: nn.Module) -> State:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(a: State, b: State) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def run(rank: int, *, same_batch: bool = False, steps: int = STEPS, **settings: Any) -> list[State]:
@@ -203,11 +177,6 @@ def test_all_processes_find_the_same_rate(tmp_path: Path, settings: dict[str, An
 # Faults
 
 
-def both(tmp_path: Path, work: Callable[[int], Any], **how: Any) -> tuple[Any, Any]:
-    first, second = together(work, tmp_path, **how)
-    return first, second
-
-
 def test_an_exception_on_one_process_reaches_all_of_them_and_the_run_can_go_on(tmp_path: Path) -> None:
     def work(rank: int) -> tuple[str, State, State, State]:
         model = model_of()
@@ -359,93 +328,3 @@ def test_processes_can_train_models_of_their_own(tmp_path: Path) -> None:
     first, second = together(lambda rank: run(rank, ranks=None)[-1], tmp_path)
     assert not equal(first, second)
     assert equal(first, run(0)[-1])
-
-
-def test_all_processes_go_back_to_the_same_step(tmp_path: Path) -> None:
-    def work(rank: int) -> tuple[list[int], State]:
-        model = model_of()
-        zo, found = ZeroOrder(model, lr=1e-2, brake="rollback"), []
-        for step in range(30):
-            if step == 23 and rank == 0:
-                SeedLogWriter.attach(zo, tmp_path / "seedlog.zo")  # steps before it cannot be reverted
-            record = zo.step(lambda step=step: loss(model, rank, step) + 50.0 * (step in (24, 25, 26)))  # type: ignore[misc]
-            found += [] if record.rollback is None else [record.rollback.to]
-        return found, state(model)
-
-    first, second = both(tmp_path, work)
-    assert first[0] == second[0] == [23]
-    assert equal(first[1], second[1])
-
-
-# Data
-
-
-def test_a_process_without_a_batch_left_ends_the_loop_of_all(tmp_path: Path) -> None:
-    def work(rank: int) -> tuple[int, State]:
-        model = model_of()
-        zo = ZeroOrder(model, lr=1e-2)
-        for step in zo.batches(range(3 + 2 * (1 - rank))):
-            zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
-        return zo.step_count, state(model)
-
-    first, second = both(tmp_path, work)
-    assert first[0] == second[0] == 3
-    assert equal(first[1], second[1])
-
-
-def test_data_that_one_process_cannot_read_is_an_error_on_all(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        def broken() -> Iterator[int]:
-            yield 0
-            if rank == 1:
-                raise OSError("part-3.parquet is damaged")
-            yield 1
-
-        model = model_of()
-        zo = ZeroOrder(model, lr=1e-2)
-        for step in zo.batches(broken()):
-            zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
-
-    first, second = both(tmp_path, work)
-    assert (first.kind, second.kind) == (RanksError, OSError)
-    assert "rank 1 raised OSError: part-3.parquet is damaged" in first.text
-
-
-@pytest.mark.slow
-def test_a_process_that_leaves_the_loop_is_named_at_once(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        model = model_of()
-        zo = ZeroOrder(model, lr=1e-2)
-        for step in range(3 + rank):
-            zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
-
-    first, second = both(tmp_path, work, timeout=100)
-    assert first is None
-    assert second.kind is RanksError
-    assert "rank 0 has ended" in second.text or "perhaps rank 0, has ended" in second.text
-    assert "zo.batches(loader)" in second.text
-
-
-@pytest.mark.parametrize("kind", ["batch", "dropout"])
-def test_points_need_the_same_data(tmp_path: Path, kind: str) -> None:
-    def work(rank: int) -> None:
-        model = nn.Sequential(model_of(), nn.Dropout(0.5))
-        torch.manual_seed(rank if kind == "dropout" else 0)
-        zo = ZeroOrder(model, lr=1e-2, ranks="points", dropout=True)
-        zo.step(lambda: loss(model, rank if kind == "batch" else 0, 0))
-
-    for found in both(tmp_path, work):
-        assert found.kind is RanksError
-        assert "ranks='points' needs the same batch in every process" in found.text
-
-
-def test_lengths_of_runs_have_to_agree(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        model = model_of()
-        zo = ZeroOrder(model, lr=1e-2)
-        zo.in_common = {"steps of the run": 12 - rank}
-        zo.step(lambda: loss(model, rank, 0))
-
-    for found in both(tmp_path, work):
-        assert found.kind is ConfigError
-        assert "steps of the run=11 on rank 1, and steps of the run=12 on rank 0" in found.text

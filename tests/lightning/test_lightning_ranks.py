@@ -14,7 +14,7 @@ import torch
 
 from zo_core.seedlog import SeedLog, replay
 
-pytestmark = pytest.mark.slow  # seven launches of two processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # seven launches of two processes
 
 Found = dict[str, Any]
 
