@@ -152,23 +152,22 @@ def test_reading_weights_in_one_process_changes_nothing(tmp_path: Path, settings
     assert not equal(first[0][0], first[0][1])
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("estimator", ["spsa", pytest.param("conservative", marks=pytest.mark.slow)])
-def test_thousands_of_steps_leave_nothing_behind(tmp_path: Path, estimator: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["spsa", "conservative"])
+def test_many_steps_leave_nothing_behind(tmp_path: Path, estimator: str) -> None:
     def work(rank: int) -> int:
         model = nn.Linear(3, 1)
-        zo, row = ZeroOrder(model, lr=1e-6, estimator=estimator), torch.ones(2, 3)
+        zo, row = ZeroOrder(model, lr=1e-6, estimator=estimator, brake=None), torch.ones(2, 3)
 
-        def train(steps: int) -> None:
+        def held_after(steps: int) -> int:
             for _ in range(steps):
                 zo.step(lambda: (model(row) - rank).square().mean())
             gc.collect()
+            # The updates that the brake may revert are kept by design, the last 20,000 of them.
+            others = [tracemalloc.Filter(False, "*/brake/state.py"), tracemalloc.Filter(False, tracemalloc.__file__)]
+            return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(others).traces)
 
-        train(600)  # the history of the brake and the last losses are bounded, and full by now
         tracemalloc.start()
-        train(100)
-        before = tracemalloc.get_traced_memory()[0]
-        train(1500)
-        return tracemalloc.get_traced_memory()[0] - before
+        return -held_after(600) + held_after(300)  # Python's free lists fill with what was made since the start
 
-    assert max(both(tmp_path, work)) < 30_000
+    assert max(both(tmp_path, work, seconds=280)) < 10_000  # 33 bytes a step
