@@ -300,7 +300,7 @@ class ZOTrainerMixin(_Trainer):
         if zo.step_count != self.state.global_step:
             self._zo_waiting, self._zo_losses = [], []
             zo.at(self.state.global_step)
-        zo.in_common = run_length(self)
+        zo.agree_on(run_length(self))
         zo.keep_mode(self._zo_model())
         if model is not self.model and any(map(is_compiled, model.modules())):
             zo.copy_whole()

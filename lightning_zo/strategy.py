@@ -217,7 +217,7 @@ class ZOStrategy(Processes):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
-        zo.in_common = {"batches in an epoch": module.trainer.num_training_batches}
+        zo.agree_on({"batches in an epoch": module.trainer.num_training_batches})
         self._runs += 1
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         steps = length(module.trainer) if zo.wants_lr else None

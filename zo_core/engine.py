@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -75,8 +75,6 @@ class ZeroOrder(TrainedModel):
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
         second: the second round of steps; None with an estimator that has none.
-        in_common: what else than settings and weights has to be the same in all processes, by what it is called in the
-            error of the first step: a trainer's number of steps, for example.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
 
@@ -136,7 +134,7 @@ class ZeroOrder(TrainedModel):
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._agreed = False
-        self.in_common: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
         self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
@@ -178,6 +176,14 @@ class ZeroOrder(TrainedModel):
             Exception: whatever the loader raises.
         """
         return while_all_have(loader, self.exchange)
+
+    def agree_on(self, facts: Mapping[str, Any]) -> None:
+        """Names what else than settings and weights has to be the same in all processes when the first step begins.
+
+        Args:
+            facts: values by what the error calls them: the number of steps of a trainer's run, for example.
+        """
+        self.facts = dict(facts)
 
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.

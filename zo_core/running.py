@@ -38,7 +38,7 @@ class Running(Driver, Protocol):
     normaliser: Normaliser | None
     optimizer: ZOOptimizer
     exchange: Exchange
-    in_common: dict[str, Any]
+    facts: dict[str, Any]
 
     @property
     def target(self) -> Target: ...

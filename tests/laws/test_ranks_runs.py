@@ -97,7 +97,7 @@ def test_lengths_of_runs_have_to_agree(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         model = model_of()
         zo = ZeroOrder(model, lr=1e-2)
-        zo.in_common = {"steps of the run": 12 - rank}
+        zo.agree_on({"steps of the run": 12 - rank})
         zo.step(lambda: loss(model, rank, 0))
 
     for found in both(tmp_path, work):
