@@ -76,12 +76,12 @@ def loader(*, shuffle: bool) -> DataLoader[Any]:
 
 
 def fit(
-    folder: Path, strategy: Any, *callbacks: Callback, resume: str | None = None, data: Any = None, devices: int = 2
+    folder: Path, strategy: Any, *callbacks: Callback, resume: str | None = None, data: Any = None
 ) -> dict[str, Any]:
     run = Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=devices,
+        devices=2,
         max_steps=STEPS,
         default_root_dir=folder,
         logger=False,
