@@ -6,6 +6,7 @@ changes: the same digits are rotated and have half the contrast, and the network
 
     python examples/lightning_digits.py
     python examples/lightning_digits.py --strategy zo_offload
+    python examples/lightning_digits.py --devices 2          # two processes, which Lightning starts
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,7 +52,7 @@ class Digits(L.LightningModule):
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.log("accuracy", (self.layers(images).argmax(1) == labels).float().mean())
+        self.log("accuracy", (self.layers(images).argmax(1) == labels).float().mean(), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
@@ -76,10 +78,11 @@ def loader(images: Tensor, labels: Tensor, *, train: bool) -> DataLoader[tuple[T
     return DataLoader(TensorDataset(images, labels), batch_size=128 if train else len(images), shuffle=train)
 
 
-def trainer(strategy: str, epochs: int) -> L.Trainer:
+def trainer(strategy: str, epochs: int, devices: int = 1) -> L.Trainer:
     return L.Trainer(
         strategy=strategy,
         accelerator="cpu",
+        devices=devices,
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
@@ -88,11 +91,17 @@ def trainer(strategy: str, epochs: int) -> L.Trainer:
     )
 
 
+@rank_zero_only  # the other processes run this script, too
+def say(line: str) -> None:
+    print(line)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--strategy", default="zo", choices=["zo", "zo_offload"])
     parser.add_argument("--epochs", type=int, default=100, help="of the adaptation")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--devices", type=int, default=1)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*")
@@ -109,17 +118,17 @@ def main() -> None:
     first.fit(module, loader(images[ours], labels[ours], train=True))
     known = first.test(module, held_out, verbose=False)[0]["accuracy"]
     before = first.test(module, held_out_after, verbose=False)[0]["accuracy"]
-    print(f"{sum(p.numel() for p in module.parameters()):,} parameters, trained by backpropagation")
-    print(f"accuracy on held-out digits            {known:.3f}")
-    print(f"accuracy once the data has shifted     {before:.3f}")
+    say(f"{sum(p.numel() for p in module.parameters()):,} parameters, trained by backpropagation")
+    say(f"accuracy on held-out digits            {known:.3f}")
+    say(f"accuracy once the data has shifted     {before:.3f}")
 
     module.lr = args.lr
     start = time.perf_counter()
-    second = trainer(args.strategy, args.epochs)
+    second = trainer(args.strategy, args.epochs, args.devices)
     second.fit(module, loader(after[ours], labels[ours], train=True))
     seconds = time.perf_counter() - start
     adapted = second.test(module, held_out_after, verbose=False)[0]["accuracy"]
-    print(f"after {second.global_step} steps of {args.strategy!r}, {seconds:.0f} s  {adapted:.3f}")
+    say(f"after {second.global_step} steps of {args.strategy!r}, {seconds:.0f} s  {adapted:.3f}")
 
 
 if __name__ == "__main__":

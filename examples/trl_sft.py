@@ -1,6 +1,7 @@
 """TRL's SFTTrainer with forward passes only: one class of two lines. Offline by default.
 
 python examples/trl_sft.py
+torchrun --standalone --nproc_per_node 2 examples/trl_sft.py
 python examples/trl_sft.py --model Qwen/Qwen2.5-0.5B --dataset trl-lib/Capybara --learning-rate 1e-6
 """
 
@@ -76,7 +77,8 @@ def main() -> None:
         trainer = ZOSFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} at the end")
+    if trainer.is_world_process_zero():
+        print(f"training loss {losses[0]:.3f} at first, {losses[-1]:.3f} at the end")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from zo_core import SeedLog, StateError, ZeroOrder
+from zo_core import RanksError, SeedLog, StateError, ZeroOrder
 from zo_core.modes import rng_state, set_rng_state
 from zo_core.seedlog import FILE_NAME, RunLog, Start
 
@@ -118,7 +118,7 @@ class Journal(RunLog):
 
     def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
         self.running = False
-        self.stop(interrupted=kind is not None and issubclass(kind, KeyboardInterrupt))
+        self.stop(interrupted=kind is not None and issubclass(kind, (KeyboardInterrupt, RanksError)))
 
 
 def _is_complete(folder: Path) -> bool:

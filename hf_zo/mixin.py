@@ -39,7 +39,7 @@ from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
 from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
-from .preparing import leave_state, leave_unwrapped
+from .preparing import leave_state, leave_unwrapped, run_length, undivided
 from .quantised import quantised_training
 
 if TYPE_CHECKING:
@@ -156,6 +156,12 @@ class ZOTrainerMixin(_Trainer):
         leave_state(self.accelerator)
         if self.accelerator.num_processes > 1:
             leave_unwrapped(self.accelerator)
+
+    def get_train_dataloader(self) -> Any:
+        """Like `Trainer.get_train_dataloader`; with ``ranks="points"`` all processes have the same batches."""
+        same = self.accelerator.num_processes > 1 and self._resolve_config(self._zo_given).ranks == "points"
+        with undivided(self.accelerator) if same else nullcontext():
+            return super().get_train_dataloader()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Does nothing: a checkpoint of a run with backpropagation in fp16 has a scaler, and there is none here."""
@@ -294,6 +300,7 @@ class ZOTrainerMixin(_Trainer):
         if zo.step_count != self.state.global_step:
             self._zo_waiting, self._zo_losses = [], []
             zo.at(self.state.global_step)
+        zo.agree_on(run_length(self))
         zo.keep_mode(self._zo_model())
         if model is not self.model and any(map(is_compiled, model.modules())):
             zo.copy_whole()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 
 from zo_core import ZOOptimizer
 from zo_core.optimizer import TorchOptimizerFace
@@ -43,3 +46,35 @@ def leave_unwrapped(accelerator: Any) -> None:
         return prepare(model, device_placement=device_placement, evaluation_mode=True)
 
     accelerator.prepare_model = prepare_model
+
+
+@contextmanager
+def undivided(accelerator: Any) -> Iterator[None]:
+    """A context in which an accelerator gives all batches of a loader to every process, instead of dealing them out."""
+
+    def prepare(loader: Any, device_placement: bool | None = None, **how: Any) -> Any:
+        return prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            dispatch_batches=False,
+            put_on_device=accelerator.device_placement if device_placement is None else device_placement,
+            use_seedable_sampler=True,
+        )
+
+    accelerator.prepare_data_loader = prepare
+    try:
+        yield
+    finally:
+        del accelerator.prepare_data_loader  # the method of its class is there again
+
+
+def run_length(trainer: Any) -> dict[str, int | None]:
+    """What processes have to have in common, or some would wait for others at the end of an epoch or of the run."""
+    loader = trainer.callback_handler.train_dataloader
+    try:
+        batches = len(loader)
+    except TypeError:  # no length, or no loader yet
+        batches = None
+    return {"steps of the run": trainer.state.max_steps, "batches in an epoch": batches}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer import call
@@ -34,6 +35,7 @@ from .closure import StepGuard, not_executed
 from .decay import decay, kept
 from .engine import FRONT_END, build, check, settings
 from .journal import Journal, log_path
+from .loaders import EndingTogether
 from .logs import log_line
 from .probes import Probes
 from .processes import Processes
@@ -147,6 +149,16 @@ class ZOStrategy(Processes):
         if self._journal is not None:
             self._journal.summary = self._summary
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which part of the data a process takes: all of it with "points", which deals out points instead."""
+        return {"num_replicas": 1, "rank": 0} if self.config.ranks == "points" else super().distributed_sampler_kwargs
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Makes the epoch end in all processes at once, where the length of their data is not known."""
+        unknown = self.is_distributed and self._module().trainer.training and sized_len(dataloader) is None
+        return EndingTogether(dataloader, lambda: self.zo) if unknown else dataloader
+
     def _start(self) -> ZeroOrder:
         """Makes an engine for the optimizer's current parameters; it takes over the state of a running engine."""
         module, optimizer, before = self._module(), self.optimizers[0], self.zo
@@ -205,6 +217,7 @@ class ZOStrategy(Processes):
         if module.trainer.fit_loop._skip_backward:  # an epoch that only updates statistics
             return run(*args, **kwargs)
         zo = self._at_step(module.trainer.global_step)
+        zo.agree_on({"batches in an epoch": module.trainer.num_training_batches})
         self._runs += 1
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         steps = length(module.trainer) if zo.wants_lr else None

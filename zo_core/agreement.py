@@ -70,6 +70,7 @@ def _facts(engine: Running) -> dict[str, Any]:
         "directions": engine.num_probes,
         "parameter groups": groups,
         "trained tensors": [(slot.key, tuple(slot.tensor.shape), str(slot.tensor.dtype)) for slot in engine.slots],
+        **engine.facts,
         "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
     }
 

@@ -15,7 +15,7 @@ import torch
 
 from .brake import Braking
 from .config import ZOConfig
-from .errors import StateError
+from .errors import RanksError, StateError
 from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, Noise, derive_seed
 from .normaliser import Curvature, Normaliser, normaliser_of
@@ -110,7 +110,10 @@ class Continuity:
         before, self.whole = self.whole, False
         try:
             yield
-        except StateError:  # nothing was measured, or the log could not be written: no weight is half moved
+        except (
+            StateError,
+            RanksError,
+        ):  # nothing was measured, or the log could not be written: no weight is half moved
             self.whole = before
             raise
         self.whole = before

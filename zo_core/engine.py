@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,7 @@ from .placement import resolve
 from .ranks import exchange_of
 from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
+from .shared_data import Batch, check_same, while_all_have
 from .step import Skips, StepPlan, chosen, mean, probes_from, times
 from .targets import Slot, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
@@ -138,6 +139,7 @@ class ZeroOrder(TrainedModel):
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._agreed = False
+        self.facts: dict[str, Any] = {}
         self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
@@ -164,6 +166,29 @@ class ZeroOrder(TrainedModel):
         """
         self.measure(closure)
         return self.optimizer.step()
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yields the batches of a loader; with several processes, as long as every one of them has one.
+
+            for batch in zo.batches(loader):
+                zo.step(lambda: model(**batch).loss)
+
+        A process that runs out of batches ends the loop in all of them after the same step, with one line of log; the
+        others would wait for it. One that cannot read its next batch is an error in all of them.
+
+        Raises:
+            RanksError: another process could not read its next batch, or does not answer.
+            Exception: whatever the loader raises.
+        """
+        return while_all_have(loader, self.exchange)
+
+    def agree_on(self, facts: Mapping[str, Any]) -> None:
+        """Names what else than settings and weights has to be the same in all processes when the first step begins.
+
+        Args:
+            facts: values by what the error calls them: the number of steps of a trainer's run, for example.
+        """
+        self.facts = dict(facts)
 
     def measure(self, closure: Callable[[], Any]) -> Tensor:
         """Measures one micro-batch; the losses of all calls before `apply` are summed.
@@ -244,7 +269,12 @@ class ZeroOrder(TrainedModel):
     @property
     def point_count(self) -> int:
         """Number of points at which this process measures the next step, or the step in progress."""
-        return len(self.exchange.share(*self._points()[:2]))
+        return len(self.exchange.dealt(*self._points()[:2])[self.exchange.rank])
+
+    @property
+    def most_points(self) -> int:
+        """As `point_count`, in the process that measures most of them."""
+        return max(map(len, self.exchange.dealt(*self._points()[:2])))
 
     def _points(self) -> tuple[tuple[Point, ...], tuple[int, ...], int]:
         """The points of the next step, the seeds of its directions, and how many of the points are the normaliser's."""
@@ -261,14 +291,21 @@ class ZeroOrder(TrainedModel):
         points, seeds, extra = self._points()
         self.noise.prepare(seeds, shapes_of(self.slots), self._device)
         ratios = self.directions.ratios(self.slots)
-        return StepPlan(self.step_count, seeds, points, self.exchange.share(points, seeds), ratios, extra)
+        mine = self.exchange.dealt(points, seeds)[self.exchange.rank]
+        return StepPlan(self.step_count, seeds, points, mine, ratios, extra)
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
-        first = None if self.first_steps is None else self.first_steps.look(self.oracle, points, closures[0])
+        assert self._plan is not None
+        common = self._plan.points if self.exchange.same_data else points
+        first = None if self.first_steps is None else self.first_steps.look(self.oracle, common, closures[0])
         with self.curves.clock.timed("forwards", len(points) * len(closures)):
             found = self.oracle.together(points, closures)
         if self.first_steps is not None and first is not None:
-            self.first_steps.compare(first[1], found[0][first[0]], self.slots)
+            point, loss = first
+            if self.exchange.same_data:
+                check_same(loss, self.exchange, self.slots, self.eps)
+            if point in points:
+                self.first_steps.compare(loss, found[0][points.index(point)], self.slots)
             advise(self)
         return found
 
@@ -277,20 +314,24 @@ class ZeroOrder(TrainedModel):
         assert self._plan is not None, "losses() comes first"
         self._plan.add(losses)
 
-    def measure_second(self) -> None:
-        """Measures the second round of a step, for estimators that have one; `apply` does it if nobody has.
+    def complete(self) -> None:
+        """Waits for the losses of other processes, and measures the second round of estimators that have one.
 
-        ``optimizer.step()`` calls it first: an exception in a closure comes before anything has changed.
+        `apply` does it if nobody has. ``optimizer.step()`` calls it first: an exception in a closure or in another
+        process, and an interrupt while this one waits, come before anything has changed.
 
         Raises:
+            RanksError: another process has failed, or does not answer.
             Exception: whatever a closure raises; the weights are untouched, and the step's measurements are discarded.
         """
-        if self.second is None or self._plan is None or self._plan.tried is not None:
+        if self._plan is None:
             return
         try:
             with self.curves.clock.timed("forwards"):
-                self.second.measure(self, self._plan)
-            self.curves.clock.forwards += len(self._plan.tried or ()) * len(self.second.kept)
+                self._plan.gather(self.exchange)
+                if self.second is not None and self._plan.tried is None:
+                    self.second.measure(self, self._plan)
+                    self.curves.clock.forwards += len(self._plan.tried or ()) * len(self.second.kept)
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)
@@ -314,7 +355,7 @@ class ZeroOrder(TrainedModel):
             return self._repeat(*self._repeated)
         if self._plan is None:
             raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
-        self.measure_second()
+        self.complete()
         plan, self._plan = self._plan, None
         with self.curves.clock.timed("forwards"):  # that have been queued on a GPU
             losses = plan.gather(self.exchange)

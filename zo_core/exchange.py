@@ -19,10 +19,12 @@ class Exchange(Protocol):
         rank: index of this process.
         size: number of processes.
         populations: how many equal parts of the directions were measured on data of their own each.
+        same_data: whether the points of one batch are dealt out, so that all processes need the same batches.
     """
 
     rank: int
     size: int
+    same_data: bool
 
     @property
     def populations(self) -> int: ...
@@ -31,8 +33,8 @@ class Exchange(Protocol):
         """How many directions a step has if ``num_probes`` is ``own``."""
         ...
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
-        """Indices of the points that this process measures, given the seeds of all directions."""
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        """For each process, the indices of the points that it measures, given the seeds of all directions."""
         ...
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
@@ -67,14 +69,14 @@ class Exchange(Protocol):
 class Alone:
     """One process: it measures every point, and there is nothing to gather."""
 
-    rank, size = 0, 1
+    rank, size, same_data = 0, 1, False
     populations = 1
 
     def directions(self, own: int) -> int:
         return own
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
-        return tuple(range(len(points)))
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(range(len(points)))]
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
         return [dict(enumerate(losses))]

@@ -27,18 +27,18 @@ class FirstSteps:
 
     def look(
         self, oracle: ResidentOracle | LockstepOracle, points: Sequence[Point], closure: Callable[[], Any]
-    ) -> tuple[int, Tensor] | None:
+    ) -> tuple[Point, Tensor] | None:
         """Measures one point of the first step in advance; generators and buffers are restored afterwards.
 
         Returns:
-            The index of the point and its loss, for `compare`; None if this has been done before.
+            The point and its loss, for `compare`; None if this has been done before.
         """
         if self.looked:
             return None
         self.looked = True
         start = rng_state()
-        index = next((index for index, point in enumerate(points) if point.scale), 0)
-        loss = oracle.losses((points[index],), closure)[0]
+        point = next((point for point in points if point.scale), points[0])
+        loss = oracle.losses((point,), closure)[0]
         set_rng_state(start)
         oracle.state.rewind()
         if not oracle.realisation.used:
@@ -46,7 +46,7 @@ class FirstSteps:
                 "the closure ran without any of the trained weights, so nothing will be learnt: it has to compute the "
                 "loss with the model that is trained (or with what wraps it), and to do so each time that it is called"
             )
-        return index, loss
+        return point, loss
 
     def compare(self, first: Tensor, again: Tensor, slots: Sequence[Slot]) -> None:
         """Warns if the closure returned two different losses at the same weights."""

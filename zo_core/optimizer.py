@@ -26,7 +26,7 @@ class Driver(Run, Protocol):
 
     def measure(self, closure: Callable[[], Any]) -> Tensor: ...
 
-    def measure_second(self) -> None: ...
+    def complete(self) -> None: ...
 
     def apply(self) -> Any: ...
 
@@ -140,7 +140,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         if closure is not None:
             self.engine.measure(closure)
-        self.engine.measure_second()
+        self.engine.complete()
         with self.engine.continuity.applying():
             return self.engine.apply()
 

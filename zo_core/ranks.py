@@ -54,6 +54,7 @@ class Ranks:
 
     def __init__(self, mode: str):
         self.mode, self.rank, self.size = mode, dist.get_rank(), dist.get_world_size()
+        self.same_data = mode == "points"
         #: The default group, with the user's timeout, if it takes tensors in host memory.
         self.group: Any = None if "gloo" in str(dist.get_backend_config()) else dist.new_group(backend="gloo")
         self._step, self._digest = 0, 0
@@ -70,7 +71,7 @@ class Ranks:
     def directions(self, own: int) -> int:
         return own * self.size if self.mode == "directions" else own
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
         found = shares(self.mode, points, seeds, self.size)
         if not all(found):
             raise ConfigError(
@@ -79,7 +80,7 @@ class Ranks:
                     "raise num_probes, or write ranks='directions'"
                 ]
             )
-        return found[self.rank]
+        return found
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
         found = shares(self.mode, points, seeds, self.size)
@@ -166,7 +167,7 @@ class Ranks:
         except RuntimeError as error:
             raise RanksError(
                 f"{self._missing()} at step {self._step} ({str(error).splitlines()[0]}); the weights are as they were "
-                "before the step"
+                "before the step. If it had no batch left: a loop over zo.batches(loader) ends in all processes at once"
             ) from error
 
     def _missing(self) -> str:
@@ -183,4 +184,4 @@ class Ranks:
 
 
 def _said(header: Sequence[int]) -> str:
-    return f"step {header[1]}" if header[0] == LOSSES else "the search for a learning rate"
+    return f"step {header[1]}" if header[0] == LOSSES else "an exchange between steps"

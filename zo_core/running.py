@@ -38,12 +38,16 @@ class Running(Driver, Protocol):
     normaliser: Normaliser | None
     optimizer: ZOOptimizer
     exchange: Exchange
+    facts: dict[str, Any]
 
     @property
     def target(self) -> Target: ...
 
     @property
     def point_count(self) -> int: ...
+
+    @property
+    def most_points(self) -> int: ...
 
     @property
     def streaming(self) -> Streaming | None: ...

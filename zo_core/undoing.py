@@ -50,7 +50,8 @@ def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback 
     if not engine.rule.undoable:
         braking.warn(step, alarm, f"the updates of the rule {engine.rule.name!r} cannot be reverted: take a lower rate")
         return None
-    rollback = Rollback(braking.goal(alarm), engine.optimizer.factor / 2)
+    goal = max(engine.exchange.everywhere(braking.goal(alarm)))  # only one process writes a log, whose start limits it
+    rollback = Rollback(goal, engine.optimizer.factor / 2)
     logger.warning(
         "%s; the weights %s, and from here on the learning rate is %.4g of what is set",
         alarm.said(step),

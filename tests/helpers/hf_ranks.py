@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
+from zo_core import RanksError
 
 STEPS = 6
 
@@ -25,6 +26,18 @@ class Ordered(ZOTrainer):
 
 class Interrupted(Exception):
     """An error of the user's own code."""
+
+
+class CtrlC(TrainerCallback):
+    """An interrupt after a step, in all processes."""
+
+    def __init__(self) -> None:
+        self.left = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.left and state.global_step == 2:
+            self.left = False
+            raise KeyboardInterrupt
 
 
 class Interrupt(TrainerCallback):
@@ -51,7 +64,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def trainer(
-    folder: Path, mode: str = "directions", accumulate: int = 1, callbacks: Any = (), **settings: Any
+    folder: Path, mode: str = "directions", accumulate: int = 1, callbacks: Any = (), cls: Any = None, **settings: Any
 ) -> Ordered:
     args = ZOTrainingArguments(
         str(folder),
@@ -61,13 +74,12 @@ def trainer(
         disable_tqdm=True,
         report_to=[],
         logging_steps=2,
-        save_steps=3,
         eval_strategy="steps",
         eval_steps=3,
         zo_ranks=mode,
-        **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": STEPS, **settings},
+        **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_steps": 3, "max_steps": STEPS, **settings},
     )
-    return Ordered(model(), args, train_dataset=rows(), eval_dataset=rows()[:16], callbacks=list(callbacks))
+    return (cls or Ordered)(model(), args, train_dataset=rows(), eval_dataset=rows()[:16], callbacks=list(callbacks))
 
 
 def train(folder: Path, *args: Any, resume: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -78,10 +90,34 @@ def train(folder: Path, *args: Any, resume: bool = False, **kwargs: Any) -> dict
     return {"state": run.model.state_dict(), "log": run.state.log_history, "wrapped": wrapped}
 
 
+class Measuring(Ordered):
+    """Is interrupted on rank 1 while it measures a step."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 4 and self.args.process_index == 1 and not self.interrupted:
+            type(self).interrupted = True  # not an attribute of the trainer: these go back with the step
+            raise KeyboardInterrupt
+        return super().compute_loss(*args, **kwargs)
+
+    interrupted = False
+
+
+def continued(folder: Path) -> dict[str, Any]:
+    """A run that goes on in the same processes after two interrupts."""
+    run = trainer(folder, callbacks=[CtrlC()], cls=Measuring, save_steps=5, zo_rule="momentum")
+    assert run.model is not None
+    for resume, kinds in ((False, KeyboardInterrupt), (True, (KeyboardInterrupt, RanksError))):
+        with suppress(kinds):  # type: ignore[arg-type]
+            run.train(resume_from_checkpoint=resume)
+    run.train(resume_from_checkpoint=True)
+    return {"state": run.model.state_dict(), "stopped": run.interrupted}
+
+
 def main(folder: Path) -> None:
     found = {
         "directions": train(folder / "directions"),
         "data": train(folder / "data", "data"),
+        "points": train(folder / "points", "points"),
         "accumulated": train(folder / "accumulated", "directions", 2),
         "normalised": train(folder / "normalised", learning_rate=None, zo_num_probes=2),
         "streamed": train(folder / "streamed", zo_offload="cpu"),
@@ -89,6 +125,8 @@ def main(folder: Path) -> None:
     with suppress(Interrupted):
         train(folder / "resumed", callbacks=[Interrupt()])
     found["resumed"] = train(folder / "resumed", resume=True)
+    found["momentum"] = train(folder / "momentum", zo_rule="momentum")
+    found["continued"] = continued(folder / "continued")
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 
 

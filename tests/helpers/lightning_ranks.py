@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import lightning_zo  # noqa: F401  registers the strategies
+from lightning_zo import ZOStrategy
 
 STEPS = 8
 
@@ -57,13 +58,26 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
 
 
+class Uneven(IterableDataset[Any]):
+    """Has fewer batches on rank 1, and does not know how many."""
+
+    def __iter__(self) -> Iterator[Any]:
+        rank = torch.distributed.get_rank()
+        for step in range(5 - 2 * rank):
+            generator = torch.Generator().manual_seed(10 * rank + step)
+            rows = torch.randn(8, 6, generator=generator)
+            yield rows, rows.argmax(1) % 4
+
+
 def loader(*, shuffle: bool) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 6, generator=generator)
     return DataLoader(TensorDataset(rows, rows.argmax(1) % 4), batch_size=8, shuffle=shuffle)
 
 
-def fit(folder: Path, strategy: str, *callbacks: Callback, resume: str | None = None) -> dict[str, Any]:
+def fit(
+    folder: Path, strategy: Any, *callbacks: Callback, resume: str | None = None, data: Any = None
+) -> dict[str, Any]:
     run = Trainer(
         strategy=strategy,
         accelerator="cpu",
@@ -77,9 +91,11 @@ def fit(folder: Path, strategy: str, *callbacks: Callback, resume: str | None = 
     )
     trained = Module()
     with suppress(Interrupted):
-        run.fit(trained, loader(shuffle=True), loader(shuffle=False), ckpt_path=resume)
+        run.fit(trained, loader(shuffle=True) if data is None else data, loader(shuffle=False), ckpt_path=resume)
     return {
         "state": trained.state_dict(),
+        "steps": run.global_step,
+        "epochs": run.current_epoch,
         "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
     }
 
@@ -90,6 +106,8 @@ def main(folder: Path, which: str) -> None:
         "zo_offload": lambda: fit(folder / "zo_offload", "zo_offload"),
         "interrupted": lambda: fit(folder / "resumed", "zo", Interrupt()),
         "resumed": lambda: fit(folder / "resumed", "zo", resume="last"),
+        "points": lambda: fit(folder / "points", ZOStrategy({"ranks": "points"}), data=loader(shuffle=False)),
+        "uneven": lambda: fit(folder / "uneven", "zo", data=DataLoader(Uneven(), batch_size=None)),
     }
     found = runs[which]()
     torch.save(found, folder / f"{which}{torch.distributed.get_rank()}.pt")

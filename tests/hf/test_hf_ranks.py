@@ -15,20 +15,24 @@ import torch
 
 from zo_core.seedlog import SeedLog, replay
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # launches of two processes
 
 Found = dict[str, dict[str, Any]]
+
+
+def torchrun(script: Path, folder: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted processes may find addresses of dead ones
+    how: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 400}
+    done = subprocess.run([*command, str(script), str(folder)], **how)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found, Found]:
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(hf_ranks.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    root = str(script.parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun(Path(hf_ranks.__file__), folder)
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2))
     return folder, first, second
 
@@ -37,7 +41,7 @@ def equal(a: Any, b: Any) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-NAMES = ["directions", "data", "accumulated", "normalised", "streamed", "resumed"]
+NAMES = ["directions", "data", "points", "accumulated", "normalised", "streamed", "resumed", "continued"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,6 +75,11 @@ def test_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], t
     assert equal(runs[1]["data"]["state"], alone["state"])
 
 
+def test_points_are_those_of_one_process(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
+    alone = hf_ranks.train(tmp_path)
+    assert equal(runs[1]["points"]["state"], alone["state"])
+
+
 def test_streamed_processes_are_resident_ones(runs: tuple[Path, Found, Found]) -> None:
     assert equal(runs[1]["streamed"]["state"], runs[1]["directions"]["state"])
 
@@ -88,3 +97,15 @@ def test_one_process_continues_what_two_began(runs: tuple[Path, Found, Found], t
 def test_a_resumed_run_is_an_uninterrupted_one(runs: tuple[Path, Found, Found]) -> None:
     assert equal(runs[1]["resumed"]["state"], runs[1]["directions"]["state"])
     assert len(SeedLog.read(runs[0] / "resumed" / "seedlog.zo").steps) == hf_ranks.STEPS
+
+
+def test_a_run_that_continues_in_the_same_processes_is_an_uninterrupted_one(runs: tuple[Path, Found, Found]) -> None:
+    assert equal(runs[1]["continued"]["state"], runs[1]["momentum"]["state"])
+    assert (runs[1]["continued"]["stopped"], runs[2]["continued"]["stopped"]) == (False, True)
+
+
+def test_a_run_that_was_killed_twice_is_an_uninterrupted_one(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
+    torchrun(Path(hf_ranks.__file__).with_name("hf_restarted.py"), tmp_path, "--max-restarts=2")
+    for rank in range(2):
+        assert equal(torch.load(tmp_path / f"rank{rank}.pt"), runs[1]["directions"]["state"])
+    assert len(SeedLog.read(tmp_path / "seedlog.zo").steps) == hf_ranks.STEPS

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import closure, tiny
 from processes import together
-from torch import Tensor, nn
+from rank_runs import State, both, equal, loss, model_of, state
+from torch import Tensor
 
 from zo_core import ConfigError, RanksError, StateError, ZeroOrder
 from zo_core.seedlog import SeedLog, SeedLogWriter, replay
 
 STEPS = 4
-State = dict[str, Tensor]
-
-
-def model_of(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * rank + step)
-    inputs = torch.randn(8, 6, generator=generator)
-    return inputs, inputs.argmax(1) % 4
-
-
-def loss(model: nn.Module, rank: int, step: int) -> Tensor:
-    inputs, labels = batch(rank, step)
-    return F.cross_entropy(model(inputs), labels)
-
-
-def state(model: nn.Module) -> State:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(a: State, b: State) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def run(rank: int, *, same_batch: bool = False, steps: int = STEPS, **settings: Any) -> list[State]:
@@ -181,11 +155,17 @@ def test_a_run_continues_with_another_number_of_processes(
     assert len(said) == (after == 1)
 
 
-def test_all_processes_find_the_same_rate(tmp_path: Path) -> None:
+#: With "points" and a third point, one process measures two points of a step and the other one.
+SEARCHES: list[dict[str, Any]] = [{"normalise": False}, {"normalise": "curvature", "ranks": "points"}]
+
+
+@pytest.mark.parametrize("settings", SEARCHES)
+def test_all_processes_find_the_same_rate(tmp_path: Path, settings: dict[str, Any]) -> None:
     def work(rank: int) -> tuple[float, State]:
         model = model_of()
-        zo = ZeroOrder(model, normalise=False)
-        batches = [lambda step=step: loss(model, rank, step) for step in range(4)]
+        zo = ZeroOrder(model, **settings)
+        data = 0 if zo.config.ranks == "points" else rank
+        batches = [lambda step=step: loss(model, data, step) for step in range(4)]
         found = zo.suggest_lr(batches, forwards=200)
         return found.lr, state(model)
 
@@ -195,11 +175,6 @@ def test_all_processes_find_the_same_rate(tmp_path: Path) -> None:
 
 
 # Faults
-
-
-def both(tmp_path: Path, work: Callable[[int], Any], **how: Any) -> tuple[Any, Any]:
-    first, second = together(work, tmp_path, **how)
-    return first, second
 
 
 def test_an_exception_on_one_process_reaches_all_of_them_and_the_run_can_go_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from zo_core.seedlog import SeedLog, replay
 
-pytestmark = pytest.mark.slow  # five launches of two processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # seven launches of two processes
 
 Found = dict[str, Any]
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tupl
     script = Path(lightning_ranks.__file__)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     found = {}
-    for which in ("zo", "zo_offload", "interrupted", "resumed"):
+    for which in ("zo", "zo_offload", "interrupted", "resumed", "points", "uneven"):
         command = [sys.executable, str(script), str(folder), which]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -38,7 +38,7 @@ def equal(a: Any, b: Any) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", ["zo", "zo_offload", "resumed"])
+@pytest.mark.parametrize("name", ["zo", "zo_offload", "resumed", "points", "uneven"])
 def test_processes_hold_the_same_bits_and_the_one_log_replays(runs: Any, name: str) -> None:
     folder, found = runs
     first, second = found[name]
@@ -48,6 +48,15 @@ def test_processes_hold_the_same_bits_and_the_one_log_replays(runs: Any, name: s
     assert not equal(first["state"], model.state_dict())
     replay(model, folder / name / "seedlog.zo")
     assert equal(first["state"], model.state_dict())
+
+
+def test_an_epoch_of_unknown_length_ends_in_both(runs: Any) -> None:
+    assert [(each["steps"], each["epochs"]) for each in runs[1]["uneven"]] == [(lightning_ranks.STEPS, 3)] * 2
+
+
+def test_points_are_dealt_out(runs: Any) -> None:
+    steps = SeedLog.read(runs[0] / "points" / "seedlog.zo").steps
+    assert [len(step.probes) for step in steps] == [1] * lightning_ranks.STEPS
 
 
 def test_streamed_processes_are_resident_ones(runs: Any) -> None:

@@ -17,8 +17,10 @@ FOLDER = Path(__file__).parents[2] / "examples"
 
 #: What makes each example short: its first step ends it.
 SHORT: dict[str, list[list[str]]] = {
+    "accelerate_loop": [["--cpu"]],
     "bare_loop": [[]],
     "black_box": [[]],
+    "federated_flower": [[]],
     "int4_scales": [["--pretraining-steps", "1"]],
     "lightning_digits": [[]],
     "lightning_hf": [[]],
@@ -72,6 +74,8 @@ def test_every_example_is_there() -> None:
 
 @pytest.mark.parametrize(("name", "options"), [(name, each) for name in SHORT for each in SHORT[name]])
 def test_its_learning_rate_is_one_that_works(ends: Any, name: str, options: list[str]) -> None:
+    if name == "federated_flower":
+        pytest.importorskip("flwr")  # in no extra: it needs older versions of packages that others need
     zo = ends(name, options)
     assert useful_rates(zo) is not None
     assert lr_advice(zo) is None

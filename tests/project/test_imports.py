@@ -57,6 +57,7 @@ RANKS = {
     "placement": 9,
     "live": 9,
     "running": 9,
+    "shared_data": 5,
     "agreement": 10,
     "undoing": 10,
     "second_round": 10,

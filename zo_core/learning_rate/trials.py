@@ -60,17 +60,17 @@ class Trials:
         forwards: how many calls of closures all runs may take together.
 
     Attributes:
-        left, spent: how many calls are left, and how many there were.
-        points: forwards of a first step; later ones may take fewer.
+        spent: how many calls there were; with several processes, in the one that has made most of them.
+        points: forwards of a first step, in the process that measures most of them; later ones may take fewer.
         start: the loss on each batch before any step.
         changes: of the steps of the last run, each the difference between the loss and that of its batch at the start.
         bar: shows the calls.
     """
 
     def __init__(self, engine: Running, closures: Sequence[Callable[[], Any]], forwards: int, proportions: list[float]):
-        self.engine, self.left, self.spent, self.proportions = engine, forwards, 0, proportions
+        self.engine, self.forwards, self.spent, self.proportions = engine, forwards, 0, proportions
         self.closures = [self._counted(closure) for closure in closures]
-        self.points = engine.point_count + len(engine.estimator.multiples)
+        self.points = self._cost_of_step()
         self.bar = Bar(forwards, "learning rate")
         self.before = Snapshot(engine)
         self.start: list[float] = []
@@ -83,12 +83,19 @@ class Trials:
 
     def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def counted() -> Any:
-            self.left -= 1
             self.spent += 1
             self.bar.advance(1)
             return closure()
 
         return counted
+
+    @property
+    def left(self) -> int:
+        """How many calls are left."""
+        return self.forwards - self.spent
+
+    def _cost_of_step(self) -> int:
+        return self.engine.most_points + len(self.engine.estimator.multiples)
 
     def close(self) -> None:
         """Restores the engine bit for bit."""
@@ -178,7 +185,7 @@ class Trials:
         self._rewind()
         self.changes = []
         for step in range(steps):
-            if self.left < self.engine.point_count + len(self.engine.estimator.multiples):
+            if self.left < self._cost_of_step():
                 return
             index = step % len(self.closures)
             self._set(rate(step))
@@ -206,8 +213,10 @@ class Trials:
         return self._shared([float(self.engine.oracle.losses([Point(0, 0.0)], c)[0]) for c in self.closures])
 
     def _shared(self, losses: list[float]) -> list[float]:
-        """The means over the processes of a run, so that all of them decide alike."""
-        return self.engine.exchange.average(losses)
+        """The means over the processes of a run, so that all of them decide alike, and count their calls alike."""
+        found = self.engine.exchange.everywhere((losses, self.spent))
+        self.spent = max(spent for _, spent in found)
+        return [math.fsum(column) / len(found) for column in zip(*(each for each, _ in found), strict=True)]
 
 
 def broken(changes: Sequence[float], scale: float) -> bool:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..agreement import agree
 from ..errors import StateError
 from ..files import replacing
 from ..summary import Summary
@@ -49,6 +50,7 @@ class RunLog:
         self.stopped: Stopped | None = None
         self._held: Stopped | None = None
         self._received: dict[int, LoggedStep] | None = None
+        self._beside: ZeroOrder | None = None
 
     def start(self, engine: ZeroOrder) -> Start:
         """Decides how the run begins.
@@ -90,12 +92,15 @@ class RunLog:
         if start == "branch":
             return SeedLogWriter.branch(engine, self.path)
         if start == "follow":
-            held = self._held
-            engine.continuity.ahead = held.step if held is not None and held.engine is engine else 0
-            if engine.continuity.ahead:  # it repeats the run from its beginning, when the brake had done nothing
-                engine.braking.reset()
-                engine.optimizer.factor = 1.0
+            self._take_weights_of(engine)
         return SeedLogWriter.attach(engine, self.path, follow=start == "follow")
+
+    def _take_weights_of(self, engine: ZeroOrder) -> None:
+        held = self._held
+        engine.continuity.ahead = held.step if held is not None and held.engine is engine else 0
+        if engine.continuity.ahead:  # it repeats the run from its beginning, when the brake had done nothing
+            engine.braking.reset()
+            engine.optimizer.factor = 1.0
 
     def logged(self, engine: ZeroOrder) -> LoggedStep | None:
         """Returns the engine's next step from the log; None if the step must be measured.
@@ -107,7 +112,10 @@ class RunLog:
             self._received = self._everywhere(engine)
         if engine.exchange.rank:
             assert self._received is not None
-            return self._received.get(engine.step_count)
+            entry = self._received.get(engine.step_count)
+            if entry is not None and entry.merged and entry.step >= engine.continuity.ahead:
+                engine.updaters.settle()  # as the writer of the log does
+            return entry
         try:
             return self._logged(engine)
         except BaseException as error:
@@ -115,7 +123,11 @@ class RunLog:
             raise
 
     def _everywhere(self, engine: ZeroOrder) -> dict[int, LoggedStep]:
-        """The steps of the log from the engine's next one on, on every process; only rank 0 has the log."""
+        """The steps of the log from the engine's next one on, on every process; only rank 0 has the log.
+
+        Raises:
+            StateError: a run that was interrupted in these processes was not at the same step in all of them.
+        """
         mine: dict[int, LoggedStep] = {}
         try:
             if not engine.exchange.rank:
@@ -123,8 +135,19 @@ class RunLog:
         except BaseException as error:
             engine.exchange.fail(error)
             raise
-        found: dict[int, LoggedStep] = engine.exchange.everywhere(mine)[0]
-        return found
+        if engine.exchange.rank:
+            self._beside = engine
+            self._take_weights_of(engine)
+        found = engine.exchange.everywhere((mine, engine.continuity.ahead))
+        ahead = [at for _, at in found]
+        if len(set(ahead)) > 1:
+            raise StateError(
+                f"the processes were interrupted at the steps {ahead}, by rank; a run can only continue in them from "
+                "the same step, so start them again: they then repeat the steps of the log"
+            )
+        if ahead[0]:
+            agree(engine)
+        return found[0][0]
 
     def _logged(self, engine: ZeroOrder) -> LoggedStep | None:
         log = self.open(engine)
@@ -183,6 +206,8 @@ class RunLog:
         try:
             if self.log is not None:
                 self.stopped = Stopped.of(self.log) if interrupted else None
+            elif self._beside is not None and interrupted:
+                self.stopped = Stopped.beside(self._beside, self.path)
         finally:  # if this is interrupted, too, the log is closed, and the model must be loaded again
             self.end()
 

@@ -23,14 +23,14 @@ class Stopped:
         engine: the engine, with the weights and the state of the rule.
         path: path of the log.
         step: the next step of the log.
-        chain: checksum of the log's last record.
+        chain: checksum of the log's last record; None in a process that does not write the log.
         digest: digest of the fingerprint of the weights.
     """
 
     engine: ZeroOrder
     path: Path
     step: int
-    chain: int
+    chain: int | None
     digest: str
 
     @classmethod
@@ -44,8 +44,15 @@ class Stopped:
             return None
         return cls(engine, log.path, log.next_step, log.chain, fingerprint(engine)["digest"])
 
+    @classmethod
+    def beside(cls, engine: ZeroOrder, path: Path) -> Stopped | None:
+        """As `of`, in a process that does not write the log; its weights are compared with those of rank 0 later."""
+        return cls(engine, path, step_of(engine), None, "") if engine.continuity.whole else None
+
     def still(self, path: Path) -> bool:
         """Whether the engine, its weights and the log are unchanged since the interrupt."""
+        if self.chain is None:
+            return path == self.path and self.engine.continuity.whole and step_of(self.engine) == self.step
         try:
             log = SeedLog.read(path)
         except StateError:
