@@ -1,7 +1,7 @@
 """Keeps the numbers in README and docs those of the files in benchmarks/results.
 
-    python docs/numbers.py             # rewrites the marked tables, and docs/benchmarks.md
-    python docs/numbers.py --check     # lists what is not current, and exits with 1
+    python docs/measured.py             # rewrites the marked tables, and docs/benchmarks.md
+    python docs/measured.py --check     # lists what is not current, and exits with 1
 
 Two marks, each in a line of its own before a table (with an empty line between them):
 
@@ -42,7 +42,7 @@ PARTS = {
 HEAD = """# All results
 
     python -m benchmarks                    # measures everything again, and saves it
-    python docs/numbers.py                  # writes this page, and the tables of other pages
+    python docs/measured.py                  # writes this page, and the tables of other pages
 
 Every table here is a file in `benchmarks/results`, written by the command below it, with the machine and the date. This
 page is written by a script, and a test compares it, and the tables of README and of the other pages, with the files.
@@ -119,7 +119,7 @@ def main() -> int:
             new, wrong = current(text, found, path.name)
         problems += wrong
         if new != text and check:
-            problems.append(f"{path.name} is not current; run python docs/numbers.py")
+            problems.append(f"{path.name} is not current; run python docs/measured.py")
         elif new != text:
             path.write_text(new, encoding="utf-8")
     print("\n".join(problems) or "every marked number is that of a result")
