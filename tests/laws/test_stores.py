@@ -102,7 +102,11 @@ def slot(values: dict[str, Tensor]) -> Slab:
     return filled
 
 
-@pytest.mark.parametrize("names", [set(), {"matrix"}, {"half", "scalar"}, {"two", "three", "scalar"}, None], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [set(), {"matrix"}, {"half", "scalar"}, {"two", "three", "scalar"}, None],
+    ids=["none", "one", "two", "three", "all"],
+)
 def test_registered_memory_takes_only_what_changed_in_as_few_copies_as_that_is_apart(
     names: set[str] | None, registered: RamStore
 ) -> None:
