@@ -81,22 +81,22 @@ class Outcome:
 
 
 @lru_cache
-def _task(name: str, folder: Path, device: torch.device) -> Task:
-    return make_task(name, folder, device)
+def _task(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
+    return make_task(name, folder, device, dtype)
 
 
-def prepare(name: str, folder: Path, device: torch.device) -> float:
+def prepare(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> float:
     """Trains the model of a task, unless it is in the folder; returns the seconds that it took."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    _task(name, folder, device)
+    _task(name, folder, device, dtype)
     return time.perf_counter() - start
 
 
-def run(cell: Cell, folder: Path, device: torch.device) -> Outcome:
+def run(cell: Cell, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Outcome:
     """Trains a copy of the task's model."""
     torch.set_num_threads(1)
-    task = _task(cell.task, folder, device)
+    task = _task(cell.task, folder, device, dtype)
     model = copy.deepcopy(task.model)
     before = held_out(task, model)
     start = time.perf_counter()
@@ -328,20 +328,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no cell is started after that many")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the models")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the models")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained models")
     parser.add_argument("--save", metavar="NAME", default="first-run", help="file in benchmarks/results to go on with")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what was saved")
     args = parser.parse_args(arguments)
     end = time.monotonic() + args.seconds
+    dtype = getattr(torch, args.dtype)
     title = "First runs: held-out loss with no rate given, with an automatic one, and at the rates of a grid"
-    known = known_from(saved(args.save, args.device))
+    name = args.save if args.dtype == "float32" else f"{args.save}-{args.dtype}"
+    known = known_from(saved(name, args.device))
     settings = json.dumps(json.loads(args.settings), sort_keys=True)
     tasks = [task for task in args.tasks if able(task)]
     cells = [Cell(t, seed, args.steps, args.schedule, settings, "") for seed in range(args.seeds) for t in tasks]
 
     def finished(cell: Cell) -> None:
         print(*cell.key, known[cell.key], flush=True)
-        save(args.save, title, COLUMNS, rows_of(known), args.device, write=True, show=False)
+        save(name, title, COLUMNS, rows_of(known), args.device, write=True, show=False)
 
     if not args.table:
         if args.powers is None:
@@ -350,10 +353,10 @@ def main(arguments: list[str] | None = None) -> None:
             plans = independent(cells, args.contenders, args.powers)
         with executor(args.workers) as pool:
             if args.workers > 1:  # or every worker would train the same models, one after another
-                ready = partial(prepare, folder=args.cache, device=args.device)
+                ready = partial(prepare, folder=args.cache, device=args.device, dtype=dtype)
                 for task, seconds in zip(tasks, pool.map(ready, tasks), strict=True):
                     print(f"{task} was ready after {seconds:.1f} s", flush=True)
-            work = partial(run, folder=args.cache, device=args.device)
+            work = partial(run, folder=args.cache, device=args.device, dtype=dtype)
             drive(plans, known, work, pool, args.workers, finished, end)
     print(table(known, Cell("", 0, args.steps, args.schedule, settings, ""), tasks, args.contenders))
 

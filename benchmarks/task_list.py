@@ -51,18 +51,21 @@ def lacking(name: str) -> list[str]:
     return [package for package in NEEDS.get(name, ()) if find_spec(package) is None]
 
 
-def make_task(name: str, folder: Path = CACHE, device: torch.device | None = None) -> Task:
+def make_task(
+    name: str, folder: Path = CACHE, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Task:
     """The task of this name; its trained model is read from ``folder``, or written to it.
 
     Args:
         name: of `TASKS` or `LARGE`.
         folder: for trained models.
         device: of the model and the batches; None takes the CPU.
+        dtype: of the model, which was trained in float32, and of numbers in the batches.
     """
     device = device or torch.device("cpu")
     task = {**TASKS, **LARGE}[name](Maker(folder, device))
 
     def data(step: int) -> Batch:
-        return tuple(column.to(device) for column in task.data(step))
+        return tuple(column.to(device, dtype if column.is_floating_point() else None) for column in task.data(step))
 
-    return replace(task, model=task.model.to(device), data=data)
+    return replace(task, model=task.model.to(device, dtype), data=data)
