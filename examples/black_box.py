@@ -1,4 +1,4 @@
-"""Train a network in front of a classifier that is only known by its answers over HTTP, in a minute on one CPU core.
+"""Train a network in front of a classifier that is only known by its answers over HTTP, in seconds of one CPU core.
 
 A nearest-neighbours classifier of scikit-learn knows handwritten digits and is served on this machine. It has no
 gradient, and a client sees nothing of it but class probabilities. A new camera adds a gray veil and noise, and many
