@@ -65,8 +65,8 @@ class ZOArguments:
     zo_log: bool = field(
         default=True,
         metadata={
-            "help": "Write every step to seedlog.zo in the output folder (24 bytes each with one direction; 32 if steps "
-            "are normalised)."
+            "help": "Write every step to seedlog.zo in the output folder (24 bytes each with one direction; 32 if "
+            "steps are normalised)."
         },
     )
 
