@@ -36,6 +36,9 @@ PARTS = {
     "Memory": ("shared-memory", "estimate", "memory-over-steps", "int4-memory"),
     "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning"),
     "Learning rates": ("first-run", "suggest-lr"),
+    "More from a forward": ("directions", "basis-energy", "forwards-to-target"),
+    "Rewards": ("generation",),
+    "Several processes": ("ranks",),
     "Replay": ("replay",),
     "Others": ("",),
 }

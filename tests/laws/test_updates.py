@@ -153,8 +153,8 @@ class Halves(Alone):
     def __init__(self, other: ZeroOrder):
         self.other = other
 
-    def share(self, points: Sequence[Point], seeds: Sequence[int]) -> tuple[int, ...]:
-        return tuple(range(0, len(points), 2))
+    def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(range(start, len(points), 2)) for start in range(2)]
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
         theirs = self.other.oracle.losses(list(points[1::2]), closure("llama", self.other.model, 0))
