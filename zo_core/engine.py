@@ -140,7 +140,9 @@ class ZeroOrder(TrainedModel):
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._agreed = False
         self.facts: dict[str, Any] = {}
-        self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None] | None = None
+        self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None, bool] | None = (
+            None
+        )
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
@@ -370,7 +372,7 @@ class ZeroOrder(TrainedModel):
         if plan.failed:
             estimate = replace(estimate, skip=plan.failed)
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
-        rollback = braked(self, loss, plan.own)
+        rollback = braked(self, None if plan.failed else loss, plan.own)
         if rollback is not None:
             return self._done(loss, math.nan, (), skipped="braked", rollback=rollback, scores=scores)
         if estimate.skip is None:
@@ -386,7 +388,8 @@ class ZeroOrder(TrainedModel):
             self._skips.log(self.step_count, estimate)
         grads = estimate.projected_grads
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
-        return self._done(loss, projected_grad, probes, clipped, estimate.skip, scores=scores)
+        failed = bool(plan.failed)
+        return self._done(loss, projected_grad, probes, clipped, estimate.skip, scores=scores, failed=failed)
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
         with self.curves.clock.timed("updates"):
@@ -401,6 +404,7 @@ class ZeroOrder(TrainedModel):
         skipped: str | None = None,
         rollback: Rollback | None = None,
         scores: Scores | None = None,
+        failed: bool = False,
     ) -> StepRecord:
         """Every step ends here, whether it was measured, repeated or skipped."""
         record = StepRecord(
@@ -415,6 +419,7 @@ class ZeroOrder(TrainedModel):
             normaliser=None if self.normaliser is None else self.normaliser.mean_square,
             rollback=rollback,
             scores=scores,
+            failed=failed,
         )
         note(self, probes)
         self.curves.add(record.step, loss, projected_grad, record.lr, skipped, partial(memory_now, self._device))
@@ -487,6 +492,7 @@ class ZeroOrder(TrainedModel):
         normaliser: float | None = None,
         rollback: Rollback | None = None,
         scores: Scores | None = None,
+        failed: bool = False,
     ) -> None:
         """Makes the next `apply` repeat an earlier step, instead of applying one that is measured now.
 
@@ -496,6 +502,7 @@ class ZeroOrder(TrainedModel):
             normaliser: that of its record.
             rollback: that of its record, which is done again.
             scores: those to report in the new record.
+            failed: that of its record.
 
         Raises:
             StateError: only one of the engine and the step has a normaliser.
@@ -505,7 +512,7 @@ class ZeroOrder(TrainedModel):
                 f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "
                 "pass what the record of the step has"
             )
-        self._plan, self._repeated = None, (probes, loss, normaliser, rollback, scores)
+        self._plan, self._repeated = None, (probes, loss, normaliser, rollback, scores, failed)
 
     def _repeat(
         self,
@@ -514,9 +521,10 @@ class ZeroOrder(TrainedModel):
         normaliser: float | None,
         rollback: Rollback | None,
         scores: Scores | None,
+        failed: bool,
     ) -> StepRecord:
         self.discard()
-        repeated(self, loss, rollback)
+        repeated(self, None if failed else loss, rollback)
         if probes and self.normaliser is not None and normaliser is not None:
             self.normaliser.repeat(self.step_count, normaliser)
         if probes and self.step_count >= self.continuity.ahead:
@@ -526,7 +534,9 @@ class ZeroOrder(TrainedModel):
         unit = 1.0 if self.normaliser is None else self.normaliser.scale
         projected_grad = math.fsum(p.coefficient for p in probes) * unit if two_sided else float("nan")
         skipped = None if probes else "skipped in the log"
-        return self._done(loss, projected_grad, probes, skipped=skipped, rollback=rollback, scores=scores)
+        return self._done(
+            loss, projected_grad, probes, skipped=skipped, rollback=rollback, scores=scores, failed=failed
+        )
 
     def snapshot(self) -> Snapshot:
         """A copy of what steps change: weights, rule state, rates, generators and counters; `restore` puts it back.

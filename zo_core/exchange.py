@@ -38,7 +38,7 @@ class Exchange(Protocol):
         ...
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
-        """The losses of all processes, given those of this one's share.
+        """The losses of all processes, given those of this one's share; none at all if a query has failed.
 
         Raises:
             RanksError: another process could not measure its share, is at another step, or does not answer.

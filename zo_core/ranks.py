@@ -85,10 +85,11 @@ class Ranks:
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
         found = shares(self.mode, points, seeds, self.size)
         self._enter(LOSSES, step)
-        own = torch.full((max(map(len, found)),), float("nan"), dtype=torch.float64)
+        own = torch.full((max(map(len, found)) + 1,), float("nan"), dtype=torch.float64)
         own[: len(losses)] = torch.tensor(losses, dtype=torch.float64)
+        own[-1] = len(losses)
         rows = [row.tolist() for row in self._gathered(own)]
-        return [dict(zip(indices, row, strict=False)) for indices, row in zip(found, rows, strict=True)]
+        return [dict(zip(indices[: int(row[-1])], row, strict=False)) for indices, row in zip(found, rows, strict=True)]
 
     def combine(self, points: Sequence[Point], rows: Rows) -> list[float]:
         return combined(self.mode, points, rows)

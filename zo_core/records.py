@@ -95,6 +95,7 @@ class StepRecord(float):
         rollback: set if the brake reverted earlier updates at this step.
         scores: what the closures returned, with the estimator "es" and with ``maximize``; else, and where one
             was not finite, None.
+        failed: whether the step was skipped because a query failed (`QueryError`), which says nothing of the loss.
     """
 
     loss: float
@@ -108,6 +109,7 @@ class StepRecord(float):
     normaliser: float | None = None
     rollback: Rollback | None = None
     scores: Scores | None = None
+    failed: bool = False
 
     @property
     def without_signal(self) -> bool:

@@ -38,7 +38,7 @@ class StepPlan:
         gathered: losses at all points, once they are known.
         own: those at the estimator's points; all of them if one is not finite, to be shown.
         tried: losses of the second round; None before it.
-        failed: why a loss could not be had in this process; empty if all could.
+        failed: why a loss could not be had; empty if all could, as far as this process knows.
     """
 
     step: int
@@ -74,7 +74,12 @@ class StepPlan:
     def gather(self, exchange: Exchange) -> list[float]:
         """The losses at all points, with those of other processes, which are waited for the first time."""
         if not self.gathered:
-            rows = exchange.gather(self.points, self.seeds, self.step, self.losses())
+            rows = exchange.gather(self.points, self.seeds, self.step, [] if self.failed else self.losses())
+            failed = [f"rank {rank}" for rank, row in enumerate(rows) if not row]
+            if failed:
+                self.failed = self.failed or f"a query failed on {', '.join(failed)}"
+                self.gathered = self.own = [math.nan] * len(self.points)
+                return self.gathered
             self.gathered = exchange.combine(self.points, rows)
             finite = all(map(math.isfinite, self.gathered))
             self.own = exchange.combine(self.points[: len(self.points) - self.extra], rows) if finite else self.gathered

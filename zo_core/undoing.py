@@ -28,12 +28,12 @@ class Reverting(Running, Protocol):
     directions: Directions
 
 
-def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback | None:
+def braked(engine: Reverting, loss: float | None, losses: Sequence[float]) -> Rollback | None:
     """Passes the loss of the step that was measured to the brake, and goes back or takes shorter steps if it says so.
 
     Args:
         engine: the engine, before the update of the step.
-        loss: mean loss of the step.
+        loss: mean loss of the step; None if a query failed.
         losses: losses of its probes.
 
     Returns:
@@ -62,7 +62,7 @@ def braked(engine: Reverting, loss: float, losses: Sequence[float]) -> Rollback 
     return rollback
 
 
-def repeated(engine: Reverting, loss: float, rollback: Rollback | None) -> None:
+def repeated(engine: Reverting, loss: float | None, rollback: Rollback | None) -> None:
     """Does for a step of the log what `braked` did when it was measured; for a skipped step, too.
 
     Raises:
@@ -76,7 +76,7 @@ def repeated(engine: Reverting, loss: float, rollback: Rollback | None) -> None:
     roll_back(engine, rollback)
 
 
-def _see(engine: Reverting, loss: float) -> Alarm | None:
+def _see(engine: Reverting, loss: float | None) -> Alarm | None:
     normaliser, braking = engine.normaliser, engine.braking
     braking.normaliser = None if normaliser is None else (normaliser.mean_square, normaliser.count)
     return braking.see(engine.step_count, loss)

@@ -14,7 +14,8 @@ from models import closure, tiny
 from processes import together
 from torch import Tensor, nn
 
-from zo_core import ConfigError, ModelError, QueryError, StateError, ZeroOrder, retrying
+from zo_core import ConfigError, ModelError, QueryError, SeedLog, StateError, ZeroOrder, retrying
+from zo_core.seedlog import SeedLogWriter
 
 
 class Around(nn.ModuleDict):
@@ -155,6 +156,49 @@ def test_all_processes_skip_the_step_whose_query_failed_in_one(tmp_path: Path) -
     (skipped, weights), (others, other) = together(work, tmp_path)
     assert skipped == others == [False, True, False]
     assert equal(weights, other)
+
+
+def asking(model: Around, step: int, fails: Callable[[int], bool]) -> Callable[[], float]:
+    """A closure that draws a random number, and whose query fails in some steps."""
+
+    def ask() -> float:
+        drawn = torch.rand(()).item()
+        if fails(step):
+            raise QueryError("down")
+        return plain(model) + drawn
+
+    return ask
+
+
+def test_queries_that_fail_say_nothing_to_the_brake_of_a_run_or_of_one_that_repeats_it(tmp_path: Path) -> None:
+    model, path = Around(), tmp_path / "log"
+    zo = ZeroOrder(model, lr=1e-3, brake="rollback")
+    log = SeedLogWriter.attach(zo, path)
+    for step in range(12):
+        record, failed = zo.step(asking(model, step, lambda step: 4 <= step < 10)), 4 <= step < 10
+        assert (record.skipped, record.failed, record.rollback) == ("down" if failed else None, failed, None)
+    log.close()
+    assert zo.optimizer.factor == 1.0
+    assert zo.braking.brake.infinite == 0
+    whole, parsed = path.read_bytes(), SeedLog.read(path).parsed
+    assert [entry.failed for entry in parsed.steps] == [4 <= step < 10 for step in range(12)]
+    assert parsed.steps[5].why == "a query failed"
+    for cut in (12, 6):
+        again = Around()
+        other = ZeroOrder(again, lr=1e-3, brake="rollback")
+        path.write_bytes(whole[: parsed.offsets[cut]] if cut < 12 else whole)  # the change-record of step 6 is there
+        log = SeedLogWriter.attach(other, path, follow=True)
+        while (entry := log.logged()) is not None:
+            other.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback, entry.scores, entry.failed)
+            assert other.apply().failed == entry.failed
+        assert other.step_count == cut
+        if cut == 12:
+            assert equal(state(model), state(again))
+            assert other.braking.saved() == zo.braking.saved()
+        else:  # what was not done is not in the log that continues
+            assert not other.step(asking(again, cut, lambda step: False)).failed
+        log.close()
+        assert not SeedLog.read(path).steps[6].failed or cut == 12
 
 
 # Closures that wait

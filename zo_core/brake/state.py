@@ -161,8 +161,10 @@ class Braking:
         self.normaliser: tuple[float, int] | None = None
         self.brake, self.trust, self.history = Brake(), Trust(), History()
 
-    def see(self, step: int, loss: float) -> Alarm | None:
+    def see(self, step: int, loss: float | None) -> Alarm | None:
         """Takes the loss of a step; returns an alarm if it has risen, or has fallen by less than it should have.
+
+        A step whose query failed has no loss (None), and changes nothing.
 
         Every step of a run comes here once, repeated and skipped ones included, so that a resumed run has the
         statistics of the run that it continues. After a jump in the steps they begin anew.
@@ -170,7 +172,7 @@ class Braking:
         if step != self.next_step:
             self.brake, self.trust, self.history = Brake(step), Trust(), History(step)
         self.next_step = step + 1
-        if self.mode is None:
+        if self.mode is None or loss is None:
             return None
         logged = in_float32(loss)
         alarm = self.brake.see(step, logged) or self.trust.see(step, logged, self._best(step))

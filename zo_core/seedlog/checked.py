@@ -213,5 +213,6 @@ CHANGES: dict[str, tuple[Check, str]] = {
     "num_probes": PROBES,
     "draws": FLAG,
     "merged": FLAG,
+    "failed": FLAG,
     "checkpoint": COUNT,
 }

@@ -85,6 +85,7 @@ class LoggedStep:
         normaliser: state of the step normaliser after the step; None without one.
         rollback: what the brake reverted instead of an update in this step, which is then a skipped one; or None.
         scores: what the closures returned; None in a log without scores, and where one was not finite.
+        failed: whether the step was skipped because a query failed.
     """
 
     step: int
@@ -99,6 +100,7 @@ class LoggedStep:
     normaliser: float | None = None
     rollback: Rollback | None = None
     scores: Scores | None = None
+    failed: bool = False
 
     @property
     def skipped(self) -> bool:
@@ -109,6 +111,8 @@ class LoggedStep:
         """Why the step moved nothing, as far as a log tells; None if it moved weights."""
         if self.rollback is not None:
             return f"went back to before step {self.rollback.to}"
+        if self.failed:
+            return "a query failed"
         return "skipped" if self.skipped else None
 
     @cached_property
@@ -158,8 +162,8 @@ class Parsed:
         checkpoints: the steps at which the writing of a checkpoint began.
         changes: number of change-records.
         settings, rule, draws, merged, next_step, num_probes: their values after the last record.
-        rollback: that of the next step. If the log ends here, that step was not done.
-        pending: byte offset of the change-record with ``rollback``.
+        rollback, failed: those of the next step. If the log ends here, that step was not done.
+        pending: byte offset of the change-record with them.
         end: byte offset of the end of the last good record; anything after it is damaged.
         chain: checksum of the last good record.
         torn: number of bytes after ``end`` if they are an incomplete record.
@@ -181,6 +185,7 @@ class Parsed:
     draws: bool = False
     merged: bool = False
     rollback: Rollback | None = None
+    failed: bool = False
     pending: int = 0
     torn: int = 0
     corrupt: str | None = None
@@ -305,9 +310,10 @@ def _record(data: bytes, parsed: Parsed) -> str | None:
                 numbers[parsed.rates] if parsed.normalised else None,
                 parsed.rollback,
                 Scores(*numbers[-4:]) if parsed.scored and not math.isnan(numbers[-1]) else None,
+                parsed.failed,
             )
         )
-        parsed.merged, parsed.rollback = False, None
+        parsed.merged, parsed.rollback, parsed.failed = False, None, False
         parsed.offsets.append(at)
         parsed.next_step = first + 1
     parsed.end, parsed.chain = at + size, checksum
@@ -326,6 +332,8 @@ def _apply_change(change: dict[str, Any], parsed: Parsed) -> None:
     parsed.next_step = change.get("next_step", parsed.next_step)
     if "rollback" in change:
         parsed.rollback, parsed.pending = Rollback(**change["rollback"]), parsed.end
+    if change.get("failed"):
+        parsed.failed, parsed.pending = True, parsed.end
     if "checkpoint" in change:
         parsed.checkpoints.append(change["checkpoint"])
 

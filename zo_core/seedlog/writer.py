@@ -175,17 +175,20 @@ class SeedLogWriter:
                 "processes",
                 *(record.step, self.engine.num_probes, self.num_probes),
             )
-        if self._drew != self.draws:
-            changes["draws"] = self._drew
+        drew = self._drew and not record.failed  # the generators of a step that failed went back
+        if drew != self.draws:
+            changes["draws"] = drew
         if self.engine.merged:
             changes["merged"] = True
         if record.step != self.next_step:
             changes["next_step"] = record.step
         if record.rollback is not None:
             changes["rollback"] = asdict(record.rollback)
+        if record.failed:
+            changes["failed"] = True
         if changes:
             self.note(changes)
-        self.settings, self.rule, self.draws, self._drew = settings, rule, self._drew, False
+        self.settings, self.rule, self.draws, self._drew = settings, rule, drew, False
         self.num_probes = self.engine.num_probes
         width = 1 + max(settings.columns)
         columns = [lrs[settings.columns.index(column)] for column in range(width)]
@@ -245,7 +248,9 @@ def _continued(engine: ZeroOrder, path: Path) -> Parsed:
             logger.warning("%s ends in %d bytes of a record that was not finished; they are dropped", path, damaged)
             os.truncate(path, parsed.end)
         parsed.corrupt = None
-        if parsed.rollback is not None:  # the run was killed before the step itself, which will do it again
+        if (
+            parsed.rollback is not None or parsed.failed
+        ):  # the run was killed before the step itself, which will do it again
             os.truncate(path, parsed.pending)
             parsed = SeedLog.read(path).parsed
     log = SeedLog(path, parsed)
