@@ -245,7 +245,10 @@ class ZeroOrder(TrainedModel):
         random = rng_state()
         try:
             self.optimizer.check_numbers()
-            plan = self._plan = self._plan or self._planned()
+            if self._plan is None:
+                self._plan = replace(self._planned(), random=random)
+                self.oracle.state.begin_step()
+            plan = self._plan
             with self.hidden():
                 if self.second is not None:
                     return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
@@ -334,6 +337,10 @@ class ZeroOrder(TrainedModel):
                 if self.second is not None and self._plan.tried is None:
                     self.second.measure(self, self._plan)
                     self.curves.clock.forwards += len(self._plan.tried or ()) * len(self.second.kept)
+            if self._plan.failed and self._plan.random:  # in any process, and all micro-batches leave no trace
+                set_rng_state(self._plan.random)
+                self._plan.random = {}
+                self.oracle.state.rewind_step()
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)

@@ -188,6 +188,8 @@ class ForwardState:
         #: Number of hooks that an oracle has registered on the modules since `begin`.
         self.own_hooks = 0
         self._looked_closely = False
+        #: What changed from one `begin` of a step to the next, with the values at the former; None before the first.
+        self._earlier: list[tuple[list[tuple[_Part, Any]], list[Any]]] | None = None
         #: What differs between probes that take turns, by key.
         self.shared: dict[tuple[int, str], _Part] = {}
 
@@ -197,6 +199,11 @@ class ForwardState:
         Args:
             known_to_change: tensors that are copied in advance whatever their size, by ``id``.
         """
+        if self._earlier is None:
+            self._earlier = []
+        else:
+            with torch.no_grad(), torch.DisableTorchFunction():
+                self._earlier.append(([(part, part.start) for part in self.changed()], self.beside))
         self.beside = self._beside()
         self.places, self.contents, self.hooks = [], [], []
         before, self.values = self.values, {}
@@ -309,6 +316,22 @@ class ForwardState:
                         )
                     part.version = part.tensor._version
         return bool(parts)
+
+    def begin_step(self) -> None:
+        """Makes the next `begin` the one that `rewind_step` goes back to."""
+        self._earlier = None
+
+    def rewind_step(self) -> None:
+        """Restores the state that the first `begin` of the step recorded, before all of its micro-batches."""
+        self.rewind()
+        with torch.no_grad(), torch.DisableTorchFunction():
+            for parts, beside in reversed(self._earlier or []):
+                for part, start in parts:
+                    part.put(start)
+                    if isinstance(part, _Values):
+                        part.lost = True  # its copy is that of the last micro-batch
+                self._put_beside(beside)
+        self._earlier = None
 
     # Probes that take turns
 

@@ -31,6 +31,9 @@ from .running import Running
 from .step import StepPlan, probes_from
 from .streaming import LockstepOracle
 
+#: Why a step is skipped, if nobody says more.
+FAILED = "a query failed"
+
 Oracle = ResidentOracle | LockstepOracle
 Scaled = Callable[[Tensor], Tensor]
 
@@ -156,11 +159,14 @@ class SecondRound:
             for each, found in zip(self.kept, self._losses(engine, second.to_measure), strict=True):
                 second.add([each.scaled(loss) for loss in found])
         except QueryError as error:
-            plan.failed, second.sums = str(error) or "a query failed", []
+            plan.failed, second.sums = str(error) or FAILED, []
             second.add([torch.full((), math.nan, dtype=torch.float64)] * len(points))
         finally:
             engine.directions.plan = plan
-        plan.tried = engine.exchange.average(second.losses())  # all of them measure all of it
+        own = [*second.losses(), float(bool(plan.failed))]
+        *plan.tried, failed = engine.exchange.average(own)  # all of them measure all of it
+        if failed and not plan.failed:
+            plan.failed = f"{FAILED} in another process"
 
     def _losses(self, engine: Trying, points: Sequence[Point]) -> list[list[Tensor]]:
         oracle = engine.oracle

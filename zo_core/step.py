@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class StepPlan:
         own: those at the estimator's points; all of them if one is not finite, to be shown.
         tried: losses of the second round; None before it.
         failed: why a loss could not be had; empty if all could, as far as this process knows.
+        random: state of the global random generators before the first measurement.
     """
 
     step: int
@@ -55,6 +57,7 @@ class StepPlan:
     own: list[float] = field(default_factory=list)
     tried: list[float] | None = None
     failed: str = ""
+    random: dict[str, Any] = field(default_factory=dict)
 
     @property
     def to_measure(self) -> list[Point]:

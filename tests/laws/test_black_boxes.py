@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,57 @@ def test_queries_that_fail_say_nothing_to_the_brake_of_a_run_or_of_one_that_repe
             assert not other.step(asking(again, cut, lambda step: False)).failed
         log.close()
         assert not SeedLog.read(path).steps[6].failed or cut == 12
+
+
+class Remembers(Around):
+    """Has a buffer, an attribute and a list that forwards change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(()))
+        self.calls, self.seen = 0, list[float]()
+
+    def forward(self) -> Tensor:
+        drawn = torch.rand(INPUTS.shape)
+        noisy = self["before"](INPUTS + drawn + self.center)
+        self.center += drawn.mean()
+        self.calls += 1
+        self.seen.append(self.center.item())
+        return (self["after"](noisy) - self.calls).square().mean()  # type: ignore[no-any-return]
+
+
+def skips(rank: int | None, call: int, settings: dict[str, Any]) -> tuple[list[Any], dict[str, Tensor], Any]:
+    """Three steps of two micro-batches; a call fails in step 1 on rank 1, and alone (None) the step is skipped."""
+    model, grads = Remembers(), []
+    torch.manual_seed(7)
+    zo = ZeroOrder(model, lr=1e-3, **settings)
+    for step in range(3):
+        for part in range(2):
+            calls = count(1)
+
+            def ask(step: int = step, part: int = part, calls: Iterator[int] = calls) -> Tensor:
+                loss = model()
+                if next(calls) == call and (rank, step, part) == (1, 1, 1):
+                    raise QueryError("down")
+                return loss  # type: ignore[no-any-return]
+
+            if rank is not None or step != 1:
+                zo.measure(ask)
+        record = zo.skip("down") if rank is None and step == 1 else zo.apply()
+        grads.append((record.projected_grad, record.failed) if step != 1 else record.skipped is not None)
+    return grads, state(model), (torch.rand(1).item(), model.calls, model.seen)
+
+
+@pytest.mark.parametrize(("estimator", "call"), [("spsa", 1), ("conservative", 1), ("conservative", 2)])
+def test_a_failed_query_leaves_no_trace_in_the_other_processes(estimator: str, call: int, tmp_path: Path) -> None:
+    """With "points", all of them do what one process does that skips the step."""
+    alone = skips(None, call, {"estimator": estimator})
+    for grads, weights, beside in together(
+        lambda rank: skips(rank, call, {"estimator": estimator, "ranks": "points"}), tmp_path
+    ):
+        assert grads == alone[0]
+        assert equal(weights, alone[1])
+        assert beside == alone[2]
 
 
 # Closures that wait
