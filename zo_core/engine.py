@@ -300,18 +300,31 @@ class ZeroOrder(TrainedModel):
         return StepPlan(self.step_count, seeds, points, mine, ratios, extra)
 
     def _at(self, points: Sequence[Point], closures: Sequence[Callable[[], Any]]) -> list[list[Tensor]]:
-        assert self._plan is not None
-        common = self._plan.points if self.exchange.same_data else points
-        first = None if self.first_steps is None else self.first_steps.look(self.oracle, common, closures[0])
+        if self.first_steps is not None and not self.first_steps.looked:
+            return self._looking(self.first_steps, points, closures)
         with self.curves.clock.timed("forwards", len(points) * len(closures)):
-            found = self.oracle.together(points, closures)
-        if self.first_steps is not None and first is not None:
-            point, loss = first
-            if self.exchange.same_data:
-                check_same(loss, self.exchange, self.slots, self.eps)
-            if point in points:
-                self.first_steps.compare(loss, found[0][points.index(point)], self.slots)
-            advise(self)
+            return self.oracle.together(points, closures)
+
+    def _looking(
+        self, checks: FirstSteps, points: Sequence[Point], closures: Sequence[Callable[[], Any]]
+    ) -> list[list[Tensor]]:
+        """As `_at` in the first step, with the checks of the closure; the next step has them if a query fails."""
+        plan, same_data, error = self._plan, self.exchange.same_data, None
+        assert plan is not None
+        try:
+            point, loss = checks.look(self.oracle, plan.points if same_data else points, closures[0])
+            with self.curves.clock.timed("forwards", len(points) * len(closures)):
+                found = self.oracle.together(points, closures)
+        except QueryError as raised:
+            error = raised
+        plan.looks_again = error is not None
+        if same_data:  # a process whose query has failed takes part
+            plan.looks_again = not check_same(None if error else loss, self.exchange, self.slots, self.eps)
+        if not plan.looks_again and point in points:
+            checks.compare(loss, found[0][points.index(point)], self.slots)
+        advise(self)
+        if error is not None:
+            raise error
         return found
 
     def add(self, losses: Sequence[Tensor]) -> None:
@@ -341,6 +354,8 @@ class ZeroOrder(TrainedModel):
                 set_rng_state(self._plan.random)
                 self._plan.random = {}
                 self.oracle.state.rewind_step()
+                if self.first_steps is not None and self._plan.looks_again:
+                    self.first_steps.looked = False
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)

@@ -27,14 +27,12 @@ class FirstSteps:
 
     def look(
         self, oracle: ResidentOracle | LockstepOracle, points: Sequence[Point], closure: Callable[[], Any]
-    ) -> tuple[Point, Tensor] | None:
+    ) -> tuple[Point, Tensor]:
         """Measures one point of the first step in advance; generators and buffers are restored afterwards.
 
         Returns:
-            The point and its loss, for `compare`; None if this has been done before.
+            The point and its loss, for `compare`.
         """
-        if self.looked:
-            return None
         self.looked = True
         start = rng_state()
         point = next((point for point in points if point.scale), points[0])

@@ -43,16 +43,21 @@ def while_all_have(batches: Iterable[Batch], exchange: Exchange) -> Iterator[Bat
         yield batch  # type: ignore[misc]
 
 
-def check_same(loss: Tensor, exchange: Exchange, slots: Sequence[Slot], eps: float) -> None:
-    """Compares the loss at one point, which all processes have measured.
+def check_same(loss: Tensor | None, exchange: Exchange, slots: Sequence[Slot], eps: float) -> bool:
+    """Compares the loss at one point, which all processes have measured, except for those whose query failed (None).
+
+    Returns:
+        Whether all of them have a loss; the same on every process.
 
     Raises:
         RanksError: they differ by more than rounding; on every process.
     """
-    losses = exchange.everywhere(loss.detach().cpu())
+    losses = exchange.everywhere(None if loss is None else loss.detach().cpu())
+    if any(each is None for each in losses):
+        return False
     other = next((rank for rank, each in enumerate(losses) if each.item() != losses[0].item()), None)
     if other is None or not all(math.isfinite(each.item()) for each in losses):
-        return
+        return True
     said = f"{losses[0].item():.7g} on rank 0, and {losses[other].item():.7g} on rank {other}"
     if any(difference([losses[0]], [each], slots) for each in losses):
         raise RanksError(
@@ -66,3 +71,4 @@ def check_same(loss: Tensor, exchange: Exchange, slots: Sequence[Slot], eps: flo
         said,
         abs(losses[0].item() - losses[other].item()) / (2.0 * eps),
     )
+    return True

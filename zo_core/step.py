@@ -41,6 +41,7 @@ class StepPlan:
         tried: losses of the second round; None before it.
         failed: why a loss could not be had; empty if all could, as far as this process knows.
         random: state of the global random generators before the first measurement.
+        looks_again: whether a failed query has kept the first step from checking the closure.
     """
 
     step: int
@@ -58,6 +59,7 @@ class StepPlan:
     tried: list[float] | None = None
     failed: str = ""
     random: dict[str, Any] = field(default_factory=dict)
+    looks_again: bool = False
 
     @property
     def to_measure(self) -> list[Point]:

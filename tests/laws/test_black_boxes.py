@@ -253,6 +253,36 @@ def test_a_failed_query_leaves_no_trace_in_the_other_processes(estimator: str, c
         assert beside == alone[2]
 
 
+@pytest.mark.parametrize("estimator", ["spsa", "conservative"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_query_that_fails_in_the_first_step_leaves_its_checks_to_the_next_one(
+    estimator: str, call: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Call 1 is the one made in advance, call 2 the first of the step."""
+
+    def work(rank: int) -> tuple[list[bool], list[str], dict[str, Tensor]]:
+        model, calls = Around(), count(1)
+        zo = ZeroOrder(model, lr=9.0, ranks="points", estimator=estimator)
+        skipped = []
+        for _ in range(3):
+            changing = count()
+
+            def ask(changing: Iterator[int] = changing) -> float:
+                if next(calls) == call and rank == 1:
+                    raise QueryError("down")
+                return plain(model) + next(changing)
+
+            zo.measure_all([ask, ask])
+            skipped.append(zo.apply().failed)
+        return skipped, [record.getMessage() for record in caplog.records], state(model)
+
+    (failed, said, weights), (others, _, other) = together(work, tmp_path)
+    assert failed == others == [True, False, False]
+    assert equal(weights, other)
+    assert sum("two different losses" in line or "returned the losses" in line for line in said) == 1
+    assert sum("is far above the rates that work" in line for line in said) == (estimator == "spsa")
+
+
 # Closures that wait
 
 
