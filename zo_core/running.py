@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .config import ZOConfig
+from .directions import Directions
 from .exchange import Exchange
 from .first_steps import FirstSteps
 from .noise import Direction
@@ -37,6 +38,7 @@ class Running(Driver, Protocol):
     regroup: Callable[[list[Slot]], object]
     normaliser: Normaliser | None
     optimizer: ZOOptimizer
+    directions: Directions
     exchange: Exchange
     facts: dict[str, Any]
 

@@ -283,6 +283,35 @@ def test_a_query_that_fails_in_the_first_step_leaves_its_checks_to_the_next_one(
     assert sum("is far above the rates that work" in line for line in said) == (estimator == "spsa")
 
 
+@pytest.mark.parametrize("call", [1, 2, 100])
+@pytest.mark.parametrize("ranks", [False, True])
+def test_a_query_that_fails_ends_the_search_for_a_rate(
+    call: int, ranks: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run takes the rate that it has without a search, and one line says so."""
+
+    def work(rank: int) -> tuple[list[bool], float, list[str], dict[str, Tensor]]:
+        model, calls = Around(), count(1)
+        torch.manual_seed(3)
+        zo = ZeroOrder(model, lr="auto", ranks="points")
+
+        def ask() -> float:
+            if next(calls) == call and rank == 1:
+                raise QueryError("down")
+            return plain(model) + torch.rand(()).item()
+
+        failed = [zo.step(ask).failed for _ in range(2)]
+        return failed, zo.lr, [record.getMessage() for record in caplog.records], state(model)
+
+    results = together(work, tmp_path) if ranks else [work(1)]
+    for failed, lr, said, weights in results:
+        assert failed == [False, False]
+        assert lr == ZeroOrder(Around(), ranks="points").lr
+        assert equal(weights, results[0][3])
+        if said is results[0][2]:
+            assert sum("a query failed during the search" in line for line in said) == 1
+
+
 # Closures that wait
 
 

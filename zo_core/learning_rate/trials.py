@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..brake import Braking
-from ..errors import LossError
+from ..errors import LossError, QueryError, SearchError
 from ..modes import set_rng_state
 from ..progress import Bar
-from ..records import Point
+from ..records import Point, StepRecord
 from ..running import Running
 from ..step import mean
 from .snapshot import Snapshot
@@ -107,6 +107,7 @@ class Trials:
 
         Raises:
             LossError: one is not finite.
+            SearchError: a query failed, here or in a later measurement.
         """
         engine = self.engine
         engine.listeners, engine.first_steps, engine.braking, engine.optimizer.factor = [], None, Braking(None), 1.0
@@ -124,7 +125,7 @@ class Trials:
         self._rewind()
         self._set(0.0)
         self.bias = self._measure(0) - self.start[0]
-        return math.sqrt(math.fsum(probe.coefficient**2 for probe in self.engine.apply().probes))
+        return math.sqrt(math.fsum(probe.coefficient**2 for probe in self._applied().probes))
 
     def run(self, lr: float, steps: int) -> Trial:
         """Trains at a constant rate; stops early if the loss has risen, or if there are not enough forwards left."""
@@ -191,7 +192,7 @@ class Trials:
             self._set(rate(step))
             self.changes.append(self._measure(index) - self.start[index] - self.bias)
             yield step
-            self.engine.apply()
+            self._applied()
 
     def _rewind(self) -> None:
         self.before.rewind()
@@ -205,18 +206,48 @@ class Trials:
         """Measures a batch for the step in progress; the mean loss over the probes."""
         found = self.engine.losses([self.closures[index]])[0]
         self.engine.add(found)
-        return self._shared([float(torch.stack(found).mean().to(torch.float32))])[0]
+        plan = self.engine.directions.plan
+        assert plan is not None
+        return self._shared([float(torch.stack(found).mean().to(torch.float32))], plan.failed)[0]
+
+    def _applied(self) -> StepRecord:
+        """Applies the step in progress, whose query may have failed in a second round."""
+        record = self.engine.apply()
+        if record.failed:
+            _give_up(record.skipped or "")
+        return record
 
     def losses(self) -> list[float]:
         """The loss on every batch at the current weights, with the same random numbers (dropout) each time."""
         set_rng_state(self.before.random)
-        return self._shared([float(self.engine.oracle.losses([Point(0, 0.0)], c)[0]) for c in self.closures])
+        losses, failed = list[float](), ""
+        try:
+            losses += [float(self.engine.oracle.losses([Point(0, 0.0)], c)[0]) for c in self.closures]
+        except QueryError as error:
+            failed = str(error) or "a query failed"
+        return self._shared(losses, failed)
 
-    def _shared(self, losses: list[float]) -> list[float]:
-        """The means over the processes of a run, so that all of them decide alike, and count their calls alike."""
-        found = self.engine.exchange.everywhere((losses, self.spent))
-        self.spent = max(spent for _, spent in found)
-        return [math.fsum(column) / len(found) for column in zip(*(each for each, _ in found), strict=True)]
+    def _shared(self, losses: list[float], failed: str) -> list[float]:
+        """The means over the processes of a run, so that all of them decide alike, and count their calls alike.
+
+        Raises:
+            SearchError: a query failed, in any process; on every one.
+        """
+        found = self.engine.exchange.everywhere((losses, self.spent, failed))
+        self.spent = max(spent for _, spent, _ in found)
+        for _, _, said in found:
+            if said:
+                _give_up(said)
+        return [math.fsum(column) / len(found) for column in zip(*(each for each, _, _ in found), strict=True)]
+
+
+def _give_up(failed: str) -> NoReturn:
+    raise SearchError(
+        [
+            f"a query failed during the search for a learning rate ({failed}), which ends it; write a number for the "
+            "learning rate, or repeat queries with zo_core.retrying"
+        ]
+    )
 
 
 def broken(changes: Sequence[float], scale: float) -> bool:
