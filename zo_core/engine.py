@@ -272,6 +272,11 @@ class ZeroOrder(TrainedModel):
         return self.estimator.compares or self.config.maximize
 
     @property
+    def query_failed(self) -> str:
+        """Why a query of the step in progress failed in this process; empty if none did."""
+        return "" if self._plan is None else self._plan.failed
+
+    @property
     def point_count(self) -> int:
         """Number of points at which this process measures the next step, or the step in progress."""
         return len(self.exchange.dealt(*self._points()[:2])[self.exchange.rank])

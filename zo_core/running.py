@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .config import ZOConfig
-from .directions import Directions
 from .exchange import Exchange
 from .first_steps import FirstSteps
 from .noise import Direction
@@ -38,12 +37,14 @@ class Running(Driver, Protocol):
     regroup: Callable[[list[Slot]], object]
     normaliser: Normaliser | None
     optimizer: ZOOptimizer
-    directions: Directions
     exchange: Exchange
     facts: dict[str, Any]
 
     @property
     def target(self) -> Target: ...
+
+    @property
+    def query_failed(self) -> str: ...
 
     @property
     def point_count(self) -> int: ...

@@ -206,9 +206,7 @@ class Trials:
         """Measures a batch for the step in progress; the mean loss over the probes."""
         found = self.engine.losses([self.closures[index]])[0]
         self.engine.add(found)
-        plan = self.engine.directions.plan
-        assert plan is not None
-        return self._shared([float(torch.stack(found).mean().to(torch.float32))], plan.failed)[0]
+        return self._shared([float(torch.stack(found).mean().to(torch.float32))], self.engine.query_failed)[0]
 
     def _applied(self) -> StepRecord:
         """Applies the step in progress, whose query may have failed in a second round."""
