@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_zo import ZORewardConfig, ZORewardTrainer
-from hf_zo.completions import Answer, compared, score
+from hf_zo.completions import Answer, Completer, compared, score
 from hf_zo.reward_functions import RewardFunctions
 from zo_core import ConfigError, LossError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
 
@@ -182,6 +182,11 @@ def test_logs_have_the_rewards_of_the_population_and_evaluations_those_of_the_mo
     assert metrics["eval_loss"] == -metrics["eval_reward"]
 
 
+def test_an_evaluation_of_no_rows_reports_no_rewards(tmp_path: Path, tokenizer: Any) -> None:
+    metrics = reward_trainer(tmp_path, tokenizer).evaluate(eval_dataset=[])
+    assert not [name for name in metrics if "reward" in name or "completions" in name]
+
+
 def test_an_evaluation_weighs_a_smaller_last_batch_by_its_rows(tmp_path: Path, tokenizer: Any) -> None:
     def mine(wanted: list[str], **_: Any) -> list[float]:
         return [float(word[1:]) for word in wanted]
@@ -228,6 +233,19 @@ def test_conversations_are_completed_by_messages(tmp_path: Path, tokenizer: Any)
     assert all(prompt in [row["prompt"] for row in rows] for prompt in prompts)
     assert all(messages[0]["role"] == "assistant" and len(messages) == 1 for messages in completions)
     assert plain[0].ids == talked[0].ids
+
+
+def test_what_a_function_does_to_a_conversation_stays_its_own() -> None:
+    def spoil(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt += completion
+            completion.clear()
+        return [float(len(prompt)) for prompt in prompts]
+
+    prompt = [{"role": "user", "content": "w1"}]
+    given = {"prompts": [prompt, prompt], "completions": [[{"role": "assistant", "content": str(i)}] for i in range(2)]}
+    assert RewardFunctions([spoil, spoil])(given) == [[2.0, 2.0], [2.0, 2.0]]
+    assert len(prompt) == 1
 
 
 def columns(*completions: str) -> dict[str, list[Any]]:
@@ -387,6 +405,63 @@ def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: A
         reward_trainer(tmp_path, tokenizer, [words, 7])
     with pytest.raises(ConfigError, match="write ZORewardConfig"):
         ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model_init_kwargs is for a model given by its name"):
+        reward_trainer(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
+
+
+GREEDY = r"num_generations=3 with temperature=0 .* write temperature=1.0, or num_generations=1"
+NO_USE = "top_p, top_k and min_p have no effect with temperature=0; write temperature=1.0, or leave them out"
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"num_generations": 3}, GREEDY),
+        ({"num_generations": 3, "generation_kwargs": {"num_beams": 2}}, GREEDY),
+        ({"num_generations": 3, "generation_kwargs": {"do_sample": False}}, "num_generations=3 with do_sample=False"),
+        (
+            {"num_generations": 3, "temperature": 1.0, "generation_kwargs": {"do_sample": False}},
+            "write temperature=1.0 without do_sample",
+        ),
+        ({"num_generations_eval": 3}, "num_generations_eval=3 with temperature=0 .* or num_generations_eval=1"),
+        ({"top_p": 0.9}, NO_USE),
+        ({"top_k": 5}, NO_USE),
+        ({"min_p": 0.1}, NO_USE),
+        (
+            {"temperature": 1.0, "generation_kwargs": {"num_return_sequences": 2}},
+            "generation_kwargs: num_return_sequences is not for completions here; write num_generations",
+        ),
+    ],
+)
+def test_generation_that_cannot_be_meant_is_refused(own: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ZORewardConfig("out", use_cpu=True, **own)
+
+
+def test_sampling_settings_count_however_sampling_is_asked_for() -> None:
+    own = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "num_generations": 3}
+    asked = ZORewardConfig("out", use_cpu=True, generation_kwargs={"do_sample": True}, **own).generation_config()
+    assert (asked.do_sample, asked.top_p, asked.top_k, asked.min_p) == (True, 0.9, 5, 0.1)
+    warm = ZORewardConfig("out", use_cpu=True, temperature=0.5, **own).generation_config()
+    assert (warm.do_sample, warm.temperature, warm.top_p, warm.top_k, warm.min_p) == (True, 0.5, 0.9, 5, 0.1)
+
+
+@pytest.mark.parametrize("end", [7, [7, 9]])
+def test_an_end_token_of_generation_kwargs_cuts_completions(tokenizer: Any, end: Any) -> None:
+    args = ZORewardConfig("out", use_cpu=True, generation_kwargs={"eos_token_id": end})
+    completer = Completer(tokenizer, args, [3])
+    assert completer._until_end([3, 4, 7, 5]) == ([3, 4, 7], True)
+    assert Completer(tokenizer, ZORewardConfig("out", use_cpu=True), [3])._until_end([4, 3, 7]) == ([4, 3], True)
+
+
+def test_a_config_with_its_own_defaults_is_noticed(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"zo_eps": None, "zo_num_probes": None}
+    reward_trainer(tmp_path, tokenizer, zo_config=ZOConfig(estimator="es", num_probes=4), **own)
+    assert "zo_config has" not in caplog.text
+    reward_trainer(tmp_path, tokenizer, zo_config=ZOConfig(num_probes=4), **own)
+    assert caplog.text.count("zo_config has estimator='spsa'") == 1
 
 
 def test_a_command_line_has_dicts_in_json() -> None:
