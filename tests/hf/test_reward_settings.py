@@ -6,11 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reward_helpers import reward_trainer
+from models import tiny
+from reward_helpers import reward_trainer, words
 
-from hf_zo import ZORewardConfig
+from hf_zo import ZORewardConfig, ZORewardTrainer
 from hf_zo.completions import Completer
 from zo_core import ConfigError, ZOConfig
+
+
+def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)max_completion_length=0.*num_generations=4 with temperature=0"):
+        reward_trainer(tmp_path, tokenizer, max_completion_length=0, num_generations=4)
+    with pytest.raises(ConfigError, match="remove_unused_columns=True"):
+        reward_trainer(tmp_path, tokenizer, remove_unused_columns=True)
+    with pytest.raises(ConfigError, match="needs a column 'prompt'"):
+        reward_trainer(tmp_path, tokenizer, train_dataset=[{"text": "w1"}])
+    with pytest.raises(ConfigError, match=r"reward_weights=\[1.0\] must have 2 numbers"):
+        reward_trainer(tmp_path, tokenizer, [words, words], reward_weights=[1.0])
+    with pytest.raises(ConfigError, match="7 is no function"):
+        reward_trainer(tmp_path, tokenizer, [words, 7])
+    with pytest.raises(ConfigError, match="write ZORewardConfig"):
+        ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model_init_kwargs is for a model given by its name"):
+        reward_trainer(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
+
 
 GREEDY = r"num_generations=3 with temperature=0 .* write temperature=1.0, or num_generations=1"
 NO_USE = "top_p, top_k and min_p have no effect with temperature=0; write temperature=1.0, or leave them out"

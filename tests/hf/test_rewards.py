@@ -17,10 +17,9 @@ from reward_helpers import PROMPTS, reward_trainer, words
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_zo import ZORewardTrainer
 from hf_zo.completions import Answer, compared, score
 from hf_zo.reward_functions import RewardFunctions
-from zo_core import ConfigError, LossError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
+from zo_core import LossError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags.*")
 
@@ -390,20 +389,3 @@ def test_an_exception_of_any_member_names_the_function_and_moves_nothing(
     assert f"The reward function {'later' if asynchronous else 'judge'!r} raised this" in raised.value.__notes__[0]
     assert not differing(start, weights(trainer.model))
     trainer.train()  # the next run is not disturbed
-
-
-def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)max_completion_length=0.*num_generations=4 with temperature=0"):
-        reward_trainer(tmp_path, tokenizer, max_completion_length=0, num_generations=4)
-    with pytest.raises(ConfigError, match="remove_unused_columns=True"):
-        reward_trainer(tmp_path, tokenizer, remove_unused_columns=True)
-    with pytest.raises(ConfigError, match="needs a column 'prompt'"):
-        reward_trainer(tmp_path, tokenizer, train_dataset=[{"text": "w1"}])
-    with pytest.raises(ConfigError, match=r"reward_weights=\[1.0\] must have 2 numbers"):
-        reward_trainer(tmp_path, tokenizer, [words, words], reward_weights=[1.0])
-    with pytest.raises(ConfigError, match="7 is no function"):
-        reward_trainer(tmp_path, tokenizer, [words, 7])
-    with pytest.raises(ConfigError, match="write ZORewardConfig"):
-        ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="model_init_kwargs is for a model given by its name"):
-        reward_trainer(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
