@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,29 @@ def test_a_query_is_repeated_and_then_skips() -> None:
         retrying(ask, pause=0)()  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"2 problems.*\n.*retries=-1 must.*\n.*pause='1' must"):
         retrying(ask, retries=-1, pause="1")  # type: ignore[arg-type]
+
+
+def test_an_asynchronous_query_is_repeated_too() -> None:
+    calls: list[int] = []
+
+    class Service:
+        async def ask(self, fails: int) -> int:
+            calls.append(fails)
+            await asyncio.sleep(0)
+            if len(calls) <= fails:
+                raise TimeoutError("no answer in 2 s")
+            return 7
+
+        async def __call__(self, fails: int) -> int:
+            return await self.ask(fails)
+
+    for query in (Service().ask, Service(), partial(Service().ask)):
+        calls.clear()
+        assert asyncio.run(retrying(query, retries=2, pause=0)(fails=2)) == 7
+        assert len(calls) == 3
+        calls.clear()
+        with pytest.raises(QueryError, match="failed 2 times, the last time with TimeoutError: no answer in 2 s"):
+            asyncio.run(retrying(query, retries=1, pause=0)(fails=2))
 
 
 @pytest.mark.parametrize("estimator", ["spsa", "es", "conservative"])
