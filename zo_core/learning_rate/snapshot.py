@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
+from ..files import removed_with
 from ..forward_state import ForwardState
 from ..modes import rng_state, set_rng_state
 from ..running import Running
@@ -135,7 +134,7 @@ class _Files:
             self.folder = Path(tempfile.mkdtemp(prefix="zo-snapshot-", dir=folder))
         except OSError as error:
             raise _no_room(size, folder, error) from error
-        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.remove = removed_with(self, self.folder)
         self.kept = DiskStore(self.folder)
         try:
             for block, kept in names.items():
