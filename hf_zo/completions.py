@@ -56,10 +56,11 @@ class Completer:
         self.tokenizer, self.args = tokenizer, args
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.ends = sorted({*own, *ends})
-        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": self.ends or None}
+        known = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted({*known, *ends}) or None}
         self.config = args.generation_config(**ids)
+        own = self.config.eos_token_id  # generation_kwargs take precedence
+        self.ends = [own] if isinstance(own, int) else sorted(own or [])
 
     def encode(self, prompts: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         """Token ids and attention mask of texts or conversations, padded on the left, int64 ``[prompts, length]``."""
@@ -114,7 +115,12 @@ def numbers(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]
     Args:
         answers: those of a step, or of an evaluation.
         names: the names of the reward functions.
+
+    Returns:
+        The numbers by name; none of them without answers.
     """
+    if not answers:
+        return {}
     totals = [total for each in answers for total in each.totals if total is not None]
     result = _spread("reward", "reward_std", totals)
     for index, name in enumerate(names):

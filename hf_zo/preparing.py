@@ -50,7 +50,11 @@ def leave_unwrapped(accelerator: Any) -> None:
 
 @contextmanager
 def undivided(accelerator: Any) -> Iterator[None]:
-    """A context in which an accelerator gives all batches of a loader to every process, instead of dealing them out."""
+    """A context in which an accelerator gives all batches of a loader to every process, instead of dealing them out.
+
+    They are always shuffled by the seedable sampler: any other draws from each process's own random numbers, and the
+    processes would have different batches.
+    """
 
     def prepare(loader: Any, device_placement: bool | None = None, **how: Any) -> Any:
         return prepare_data_loader(
@@ -61,6 +65,9 @@ def undivided(accelerator: Any) -> Iterator[None]:
             dispatch_batches=False,
             put_on_device=accelerator.device_placement if device_placement is None else device_placement,
             use_seedable_sampler=True,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+            use_stateful_dataloader=accelerator.use_stateful_dataloader,
         )
 
     accelerator.prepare_data_loader = prepare

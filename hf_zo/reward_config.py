@@ -99,28 +99,50 @@ class ZORewardConfig(ZOTrainingArguments):
         problems += [f"{name}={count!r} must be at least 1" for name, count in counts.items() if count < 1]
         if self.temperature < 0:
             problems.append(f"temperature={self.temperature!r} must be at least 0; 0 takes the most probable tokens")
-        several = max(self.num_generations, self.num_generations_eval or 1) > 1
-        own = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
-        if several and self.temperature == 0 and not {"do_sample", "num_beams"} & own.keys():
-            problems.append(
-                f"num_generations={self.num_generations} with temperature=0 would generate the same completion each "
-                "time; write temperature=1.0, or num_generations=1"
-            )
+        problems += self._generation_problems()
         if self.remove_unused_columns:
             problems.append("remove_unused_columns=True would keep columns from the reward functions; leave it out")
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def _sampled(self) -> bool:
+        own = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        return bool(own.get("do_sample", self.temperature > 0))
+
+    def _generation_problems(self) -> list[str]:
+        own = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
+        problems = []
+        if "num_return_sequences" in own:
+            problems.append(
+                "generation_kwargs: num_return_sequences is not for completions here; write num_generations"
+            )
+        if self._sampled:
+            return problems
+        without, instead = "temperature=0", "temperature=1.0"
+        if "do_sample" in own:
+            without, instead = "do_sample=False", "temperature=1.0 without do_sample"
+        name = "num_generations" if self.num_generations > 1 else "num_generations_eval"
+        count = getattr(self, name)
+        if count is not None and count > 1:
+            problems.append(
+                f"{name}={count} with {without} would generate the same completion each time; write {instead}, or "
+                f"{name}=1"
+            )
+        if self.top_p != 1.0 or self.top_k or self.min_p is not None:
+            problems.append(f"top_p, top_k and min_p have no effect with {without}; write {instead}, or leave them out")
+        return problems
+
     def generation_config(self, **ids: Any) -> GenerationConfig:
         """How completions are generated; ``ids`` are those of special tokens."""
         settings: dict[str, Any] = {
             "max_new_tokens": self.max_completion_length,
-            "do_sample": self.temperature > 0,
+            "do_sample": self._sampled,
             "repetition_penalty": self.repetition_penalty,
             "use_cache": True,
             **ids,
         }
-        if self.temperature > 0:
-            sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-            settings |= sampling
+        if self._sampled:
+            settings |= {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+            settings |= {"temperature": self.temperature} if self.temperature > 0 else {}
         return GenerationConfig(**{**settings, **(self.generation_kwargs or {})})  # type: ignore[dict-item]

@@ -6,6 +6,7 @@ This module knows nothing of the model that is trained.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import threading
@@ -81,8 +82,10 @@ class RewardFunctions:
         found: list[Any] = []
         for name, function in zip(self.names, self.functions, strict=True):
             try:
-                # Lists of their own: a function may sort or change what it gets.
-                found.append(function(**{key: list(values) for key, values in columns.items()}, **shared))
+                # Copies of their own: a function may change what it gets, and a conversation is that of the data set.
+                found.append(
+                    function(**{key: list(map(copy.deepcopy, values)) for key, values in columns.items()}, **shared)
+                )
             except Exception as error:
                 raise _noted(error, name) from None
         waiting = {index: each for index, each in enumerate(found) if inspect.isawaitable(each)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from .loss_calls import LossCall
 from .mixin import ZOTrainerMixin
 from .reward_config import ZORewardConfig
 from .reward_functions import NAMED, RewardFunctions
+
+logger = logging.getLogger("hf_zo")
 
 
 class Scoring(Trainer):
@@ -133,7 +136,8 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         reward_processing_classes: the tokenizers of reward models.
         callbacks, optimizers: as for `Trainer`.
         peft_config: adapters to train instead of the weights.
-        zo_config: a `ZOConfig` in place of the ``zo_*`` fields of ``args``.
+        zo_config: a `ZOConfig` in place of the ``zo_*`` fields of ``args``, with its own defaults: write
+            ``ZOConfig(estimator="es", noise="low_rank", ...)``.
 
     Raises:
         ConfigError: settings are not valid, or a row has no prompt.
@@ -163,6 +167,13 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for each in (train_dataset, *evaluated):
             _check_rows(each)
+        if args.model_init_kwargs and not isinstance(model, str):
+            raise ConfigError(["model_init_kwargs is for a model given by its name; leave it out, or pass the name"])
+        if zo_config is not None and zo_config.estimator == "spsa":
+            logger.warning(
+                "zo_config has estimator='spsa', which is the default of ZOConfig and not that of ZORewardConfig; "
+                "write ZOConfig(estimator='es', noise='low_rank', ...) for evolution strategies"
+            )
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))  # type: ignore[arg-type]
         if processing_class is None:

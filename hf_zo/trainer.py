@@ -55,4 +55,8 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
         """Returns the objective in training, if there is one, and else the loss."""
         if self._zo_objective is None or return_outputs:  # evaluations ask for the outputs, training steps do not
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self._zo_objective(self, model, inputs)
+        score = self._zo_objective(self, model, inputs)
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # older versions of Trainer do not have it
+        if scaled or (scaled is None and self.compute_loss_func is not None):
+            score = score / self.current_gradient_accumulation_steps  # Trainer does not divide then
+        return score

@@ -21,6 +21,7 @@ from .curves import Curves, memory_now
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
 from .errors import LossError, ModelError, QueryError, SearchError, StateError
+from .estimators import Estimate
 from .exchange import Exchange
 from .first_steps import FirstSteps
 from .following import follow_model
@@ -35,7 +36,7 @@ from .ranks import exchange_of
 from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
 from .shared_data import Batch, check_same, while_all_have
-from .step import Skips, StepPlan, chosen, mean, probes_from, times
+from .step import Skips, StepPlan, can_be_applied, chosen, mean, probes_from, times, unfit
 from .targets import Slot, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
 from .undoing import braked, note, repeated
@@ -403,11 +404,8 @@ class ZeroOrder(TrainedModel):
         if rollback is not None:
             return self._done(loss, math.nan, (), skipped="braked", rollback=rollback, scores=scores)
         if estimate.skip is None:
-            if self.normaliser is not None:
-                self.normaliser.see(self.step_count, probes, losses, self.eps)
-                probes = self.normaliser.apply(probes)
-            if multiple != 1.0:
-                probes = tuple(times(probe, multiple) for probe in probes)
+            estimate, probes = self._as_applied(estimate, probes, multiple, losses)
+        if estimate.skip is None:
             self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
         else:
@@ -417,6 +415,28 @@ class ZeroOrder(TrainedModel):
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
         failed = bool(plan.failed)
         return self._done(loss, projected_grad, probes, clipped, estimate.skip, scores=scores, failed=failed)
+
+    def _as_applied(
+        self, estimate: Estimate, probes: tuple[Probe, ...], multiple: float, losses: Sequence[float]
+    ) -> tuple[Estimate, tuple[Probe, ...]]:
+        """The normalised probes, times a multiple; a skip if their update is not in the range of float32."""
+        measured, before = probes, None if self.normaliser is None else self.normaliser.saved()
+        try:
+            if self.normaliser is not None:
+                self.normaliser.see(self.step_count, probes, losses, self.eps)
+                probes = self.normaliser.apply(probes)
+            if multiple != 1.0:
+                probes = tuple(times(probe, multiple) for probe in probes)
+            coefficients = [probe.coefficient for probe in probes]
+            mean_square = 0.0 if self.normaliser is None else self.normaliser.mean_square
+            # A log with a step that this rules out could not be read.
+            if can_be_applied(coefficients, self.directions.multipliers(self.slots), mean_square):
+                return estimate, probes
+        except OverflowError:  # of a coefficient that float32 cannot hold
+            pass
+        if self.normaliser is not None and before is not None:
+            self.normaliser.load(before)
+        return unfit([probe.coefficient for probe in measured]), ()
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
         with self.curves.clock.timed("updates"):

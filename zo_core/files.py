@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 #: Errors of file systems that cannot sync a folder.
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -59,3 +64,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def removed_with(owner: T, folder: str | os.PathLike[str]) -> weakref.finalize[..., T]:
+    """Removes a temporary folder at the end of an object or of this process, and not at that of a fork."""
+    return weakref.finalize(owner, _remove, folder, os.getpid())
+
+
+def _remove(folder: str | os.PathLike[str], process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import inspect
+import itertools
 import logging
 import time
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from .errors import ConfigError, QueryError
 
@@ -29,14 +32,15 @@ def retrying(
         zo.step(lambda: loss_of(ask(denoiser(images))))
 
     Args:
-        query: the function that asks. It needs a timeout of its own.
+        query: the function that asks, which may be an ``async def``. It needs a timeout of its own.
         retries: how often it is called again after a failure.
         pause: seconds before the first repetition; twice as many before each further one.
         errors: exceptions that count as failures. Those of sockets, of ``urllib`` and of ``requests`` are `OSError`,
             timeouts included. Others are passed on.
 
     Returns:
-        A function with the arguments of ``query``. It raises `QueryError` after the last failure.
+        A function with the arguments of ``query``, asynchronous if that is. It raises `QueryError` after the
+        last failure.
 
     Raises:
         ConfigError: a number is not valid.
@@ -50,20 +54,34 @@ def retrying(
         raise ConfigError(problems)
     name = getattr(query, "__name__", type(query).__name__)
 
+    def pause_after(done: int, error: Exception) -> float:
+        """Seconds until the next call, after so many repetitions; raises `QueryError` if there is none."""
+        said = f"{type(error).__name__}: {error}"
+        if done == retries:
+            times = f"{retries + 1} times" if retries else "once"
+            raise QueryError(f"{name} failed {times}, the last time with {said}") from error
+        wait = pause * 2.0**done
+        logger.info("%s is called again in %g s: %s", name, wait, said)
+        return wait
+
     @functools.wraps(query)
     def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        wait = pause
-        for left in range(retries, -1, -1):
+        for done in itertools.count():
             try:
                 return query(*args, **kwargs)
             except errors as error:
-                said = f"{type(error).__name__}: {error}"
-                if not left:
-                    times = f"{retries + 1} times" if retries else "once"
-                    raise QueryError(f"{name} failed {times}, the last time with {said}") from error
-                logger.info("%s is called again in %g s: %s", name, wait, said)
+                wait = pause_after(done, error)
             time.sleep(wait)
-            wait *= 2
         raise AssertionError("the loop ends by returning or raising")
 
-    return repeated
+    @functools.wraps(query)
+    async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+        for done in itertools.count():
+            try:
+                return await query(*args, **kwargs)  # type: ignore[misc]
+            except errors as error:
+                wait = pause_after(done, error)
+            await asyncio.sleep(wait)
+
+    called = query if inspect.isroutine(query) or isinstance(query, functools.partial) else type(query).__call__
+    return awaited if inspect.iscoroutinefunction(called) else repeated  # type: ignore[return-value]

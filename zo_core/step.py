@@ -122,8 +122,7 @@ def probes_from(
     clipped = sum(abs(c) > bound for c in estimate.coefficients)
     coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in estimate.coefficients]
     if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
-        shown = ", ".join(f"{c:.4g}" for c in coefficients)
-        return Estimate((), (), f"a coefficient does not fit float32 ({shown})"), (), 0
+        return unfit(coefficients), (), 0
     # A float32 from here on, so that a log or another process gets exactly what is applied.
     probes = tuple(Probe(seed, float32(c)) for seed, c in zip(seeds, coefficients, strict=True))
     return estimate, probes, clipped
@@ -147,6 +146,28 @@ def chosen(estimator: Estimator, estimate: Estimate, losses: Sequence[float]) ->
     if not any(map(math.isfinite, losses)):
         return Estimate((), (), "no loss of the second round is finite"), 0.0
     return estimate, estimator.choose([loss if math.isfinite(loss) else math.inf for loss in losses])
+
+
+def can_be_applied(coefficients: Sequence[float], multipliers: Sequence[float], normaliser: float) -> bool:
+    """Whether all numbers of a step, and what the update multiplies them to, are in the range of float32.
+
+    Args:
+        coefficients: one per direction; all NaN in a skipped step.
+        multipliers: learning rates, weight decays, and ratios of eps.
+        normaliser: state of the normaliser after the step.
+    """
+    if not (all(map(math.isfinite, multipliers)) and 0.0 <= normaliser < math.inf):
+        return False
+    largest = max(1.0, *map(abs, multipliers))
+    largest *= largest * len(coefficients)  # a rate times another of them
+    coefficients = () if math.isnan(coefficients[0]) else coefficients
+    return all(abs(coefficient) * largest < FLOAT32_MAX for coefficient in (1.0, *coefficients))
+
+
+def unfit(coefficients: Sequence[float]) -> Estimate:
+    """Skips a step whose update leaves the range of float32."""
+    shown = ", ".join(f"{c:.4g}" for c in coefficients)
+    return Estimate((), (), f"a coefficient does not fit float32 ({shown})")
 
 
 def times(probe: Probe, multiple: float) -> Probe:

@@ -19,14 +19,18 @@ PLACES = (("device", "█", "#2f6fde"), ("host", "▒", "#8fb3f2"), ("disk", "·
 def as_bars(rows: Sequence[Row]) -> str:
     """Draws the rows as bars of at most 80 columns; those that do not fit beside forward-only training end in ``>``."""
     own = [row for row in rows if row.forwards is not None] or rows
-    unit = max(sum(_sizes(row)) for row in own) / (BARS - 1)
+    longest = max(sum(_sizes(row)) for row in own)
+    unit = longest / (BARS - 1)
     signs = "  ".join(f"{sign} {name}" for name, sign, _ in PLACES)
     lines = [f"{signs}  (each is {human(int(unit))})"]
     for row in rows:
-        bar, end = "", 0.0
-        for (_, sign, _), size in zip(PLACES, _sizes(row), strict=True):
+        lengths, end = list[int](), 0.0
+        for size in _sizes(row):
             end += size / unit
-            bar += sign * max(round(end) - len(bar), 1 if size else 0)
+            lengths.append(max(round(end) - sum(lengths), 1 if size else 0))
+        if sum(_sizes(row)) <= longest:  # what is too small for a sign of its own has one of the largest place
+            lengths[lengths.index(max(lengths))] -= max(sum(lengths) - BARS, 0)
+        bar = "".join(sign * length for (_, sign, _), length in zip(PLACES, lengths, strict=True))
         bar = bar if len(bar) <= BARS else bar[: BARS - 1] + ">"
         lines.append(f"{row.name:{NAMES}}{bar}".rstrip())
     return "\n".join(lines)

@@ -268,6 +268,11 @@ def test_bars_are_as_long_as_the_numbers() -> None:
     assert [bar[31:] for bar in bars] == ["█" * 10 + "▒" * 20 + "·" * 18, "█" * 24, "█" * 48 + ">"]
 
 
+def test_the_longest_bar_is_whole_when_some_of_its_parts_are_tiny() -> None:
+    _, *bars = as_bars([Row("one", 10**6, host=1, disk=1, forwards=2), Row("backprop", 10**7)]).splitlines()
+    assert [bar[31:] for bar in bars] == ["█" * 47 + "▒·", "█" * 48 + ">"]
+
+
 def test_the_bars_can_be_a_picture(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import differing, logged, seedlog_trainer, texts, weights
+from hf_helpers import differing, logged, seedlog_trainer, texts, weights, zo_trainer
 from models import tiny
 from transformers import TrainerCallback
 
 from hf_zo import ZOTrainer
+from hf_zo.preparing import undivided
 from zo_core import SeedLog, StateError, replay
 from zo_core.rules import Momentum
 
@@ -224,3 +225,13 @@ def test_a_run_that_failed_before_its_first_step_is_not_the_first(tmp_path: Path
     handle.remove()
     trainer.train()
     assert differing(weights(whole.model), weights(trainer.model)) == []
+
+
+def test_undivided_batches_are_those_of_one_process_with_its_settings(tmp_path: Path) -> None:
+    trainer = zo_trainer(tmp_path, data_seed=7, accelerator_config={"non_blocking": True})
+    alone = trainer.get_train_dataloader()
+    with undivided(trainer.accelerator):
+        every = trainer.get_train_dataloader()
+    pairs = list(zip(alone, every, strict=True))
+    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs)
+    assert every._non_blocking

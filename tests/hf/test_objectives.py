@@ -26,7 +26,7 @@ def metrics(found: Any) -> dict[str, float]:
 
 
 def run(path: Path, objective: Any, **own: Any) -> ZOTrainer:
-    given = {name: own.pop(name) for name in ("compute_metrics", "eval_dataset") if name in own}
+    given = {name: own.pop(name) for name in ("compute_metrics", "compute_loss_func", "eval_dataset") if name in own}
     settings = {"zo_estimator": "es", "zo_num_probes": 6, "zo_eps": 0.05, "learning_rate": 0.02, **own}
     args = arguments(path, ZOTrainingArguments, **settings)
     trainer = ZOTrainer(tiny("llama"), args, train_dataset=texts(), objective=objective, **given)
@@ -60,10 +60,35 @@ def test_a_number_of_compute_metrics_is_the_same_objective(tmp_path: Path) -> No
     assert not differing(weights(by_function.model), weights(by_metrics.model))
 
 
+def first(outputs: Any, inputs: Any) -> float:
+    """A score near 3."""
+    return 3.0 + float(outputs.logits[0, 0, 0])
+
+
 def test_micro_batches_count_by_their_mean(tmp_path: Path) -> None:
     own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
-    trainer = run(tmp_path, lambda outputs, inputs: 3.0 + float(outputs.logits[0, 0, 0]), **own)
+    trainer = run(tmp_path, first, **own)
     assert 2.0 < logged(trainer, "zo_score_mean")[0] < 4.0
+
+
+@pytest.mark.parametrize("scaled", [None, True, False])
+def test_micro_batches_count_by_their_mean_beside_a_loss_that_is_scaled(
+    tmp_path: Path, scaled: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return outputs.logits.sum()
+
+    if scaled is not None and not hasattr(ZOTrainer, "loss_is_scaled_for_ga"):
+        pytest.skip("this version of Trainer always takes the loss of compute_loss_func for a scaled one")
+    own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    monkeypatch.setattr(ZOTrainer, "loss_is_scaled_for_ga", None, raising=False)
+    plain = run(tmp_path / "plain", first, **own)
+    monkeypatch.setattr(ZOTrainer, "loss_is_scaled_for_ga", scaled, raising=False)
+    scored = run(tmp_path / "scored", first, compute_loss_func=loss, **own)
+    assert 2.0 < logged(scored, "zo_score_mean")[0] < 4.0
+    assert logged(scored, "zo_score_mean") == logged(plain, "zo_score_mean")
+    assert differing(weights(tiny("llama")), weights(plain.model))
+    assert not differing(weights(scored.model), weights(plain.model))
 
 
 def test_evaluations_still_have_the_loss_of_the_model(tmp_path: Path) -> None:

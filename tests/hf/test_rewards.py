@@ -17,10 +17,9 @@ from reward_helpers import PROMPTS, reward_trainer, words
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_zo import ZORewardConfig, ZORewardTrainer
 from hf_zo.completions import Answer, compared, score
 from hf_zo.reward_functions import RewardFunctions
-from zo_core import ConfigError, LossError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
+from zo_core import LossError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags.*")
 
@@ -182,6 +181,11 @@ def test_logs_have_the_rewards_of_the_population_and_evaluations_those_of_the_mo
     assert metrics["eval_loss"] == -metrics["eval_reward"]
 
 
+def test_an_evaluation_of_no_rows_reports_no_rewards(tmp_path: Path, tokenizer: Any) -> None:
+    metrics = reward_trainer(tmp_path, tokenizer).evaluate(eval_dataset=[])
+    assert not [name for name in metrics if "reward" in name or "completions" in name]
+
+
 def test_an_evaluation_weighs_a_smaller_last_batch_by_its_rows(tmp_path: Path, tokenizer: Any) -> None:
     def mine(wanted: list[str], **_: Any) -> list[float]:
         return [float(word[1:]) for word in wanted]
@@ -228,6 +232,19 @@ def test_conversations_are_completed_by_messages(tmp_path: Path, tokenizer: Any)
     assert all(prompt in [row["prompt"] for row in rows] for prompt in prompts)
     assert all(messages[0]["role"] == "assistant" and len(messages) == 1 for messages in completions)
     assert plain[0].ids == talked[0].ids
+
+
+def test_what_a_function_does_to_a_conversation_stays_its_own() -> None:
+    def spoil(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt += completion
+            completion.clear()
+        return [float(len(prompt)) for prompt in prompts]
+
+    prompt = [{"role": "user", "content": "w1"}]
+    given = {"prompts": [prompt, prompt], "completions": [[{"role": "assistant", "content": str(i)}] for i in range(2)]}
+    assert RewardFunctions([spoil, spoil])(given) == [[2.0, 2.0], [2.0, 2.0]]
+    assert len(prompt) == 1
 
 
 def columns(*completions: str) -> dict[str, list[Any]]:
@@ -372,25 +389,3 @@ def test_an_exception_of_any_member_names_the_function_and_moves_nothing(
     assert f"The reward function {'later' if asynchronous else 'judge'!r} raised this" in raised.value.__notes__[0]
     assert not differing(start, weights(trainer.model))
     trainer.train()  # the next run is not disturbed
-
-
-def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)max_completion_length=0.*num_generations=4 with temperature=0"):
-        reward_trainer(tmp_path, tokenizer, max_completion_length=0, num_generations=4)
-    with pytest.raises(ConfigError, match="remove_unused_columns=True"):
-        reward_trainer(tmp_path, tokenizer, remove_unused_columns=True)
-    with pytest.raises(ConfigError, match="needs a column 'prompt'"):
-        reward_trainer(tmp_path, tokenizer, train_dataset=[{"text": "w1"}])
-    with pytest.raises(ConfigError, match=r"reward_weights=\[1.0\] must have 2 numbers"):
-        reward_trainer(tmp_path, tokenizer, [words, words], reward_weights=[1.0])
-    with pytest.raises(ConfigError, match="7 is no function"):
-        reward_trainer(tmp_path, tokenizer, [words, 7])
-    with pytest.raises(ConfigError, match="write ZORewardConfig"):
-        ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
-
-
-def test_a_command_line_has_dicts_in_json() -> None:
-    args = ZORewardConfig("out", generation_kwargs='{"num_beams": 2}', use_cpu=True)
-    assert args.generation_config().num_beams == 2
-    with pytest.raises(ConfigError, match="generation_kwargs='two' must be a dict"):
-        ZORewardConfig("out", generation_kwargs="two", use_cpu=True)

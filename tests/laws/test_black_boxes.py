@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,29 @@ def test_a_query_is_repeated_and_then_skips() -> None:
         retrying(ask, pause=0)()  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"2 problems.*\n.*retries=-1 must.*\n.*pause='1' must"):
         retrying(ask, retries=-1, pause="1")  # type: ignore[arg-type]
+
+
+def test_an_asynchronous_query_is_repeated_too() -> None:
+    calls: list[int] = []
+
+    class Service:
+        async def ask(self, fails: int) -> int:
+            calls.append(fails)
+            await asyncio.sleep(0)
+            if len(calls) <= fails:
+                raise TimeoutError("no answer in 2 s")
+            return 7
+
+        async def __call__(self, fails: int) -> int:
+            return await self.ask(fails)
+
+    for query in (Service().ask, Service(), partial(Service().ask)):
+        calls.clear()
+        assert asyncio.run(retrying(query, retries=2, pause=0)(fails=2)) == 7
+        assert len(calls) == 3
+        calls.clear()
+        with pytest.raises(QueryError, match="failed 2 times, the last time with TimeoutError: no answer in 2 s"):
+            asyncio.run(retrying(query, retries=1, pause=0)(fails=2))
 
 
 @pytest.mark.parametrize("estimator", ["spsa", "es", "conservative"])
@@ -456,3 +480,41 @@ def test_what_others_would_see_while_a_closure_waits_is_an_error(case: str) -> N
         ZeroOrder(model).step(closure)
     assert equal(state(model), before)
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("how", "layers", "offload"),
+    [
+        ("gather", False, None),
+        ("create_task", False, None),
+        ("create_task", True, None),
+        ("to_thread", False, None),
+        ("to_thread", True, "cpu"),
+    ],
+)
+def test_a_model_that_is_called_in_a_task_or_thread_of_its_own_is_an_error(
+    how: str, layers: bool, offload: str | None
+) -> None:
+    """Another probe may be computing there at that moment."""
+    model = tiny("llama") if layers else Around()["after"]
+    loss = closure("llama", model) if layers else lambda: model(torch.ones(2, 4)).square().mean()
+    before = state(model)
+
+    async def part() -> Tensor:
+        await asyncio.sleep(0)
+        return loss()
+
+    async def whole() -> Tensor:
+        loss()
+        if how == "gather":
+            return sum(await asyncio.gather(part(), part()))  # type: ignore[return-value]
+        return await (asyncio.create_task(part()) if how == "create_task" else asyncio.to_thread(loss))
+
+    zo = ZeroOrder(model, lr=1e-3, num_probes=2, offload=offload)
+    for _ in range(2):  # of which the first probe of all waits by itself
+        with pytest.raises(StateError, match="await a coroutine that calls it directly"):
+            zo.step(whole)
+        assert equal(state(model), before)
+        zo.step(loss)
+        before = state(model)
+    zo.close()

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import closure, tiny
 from safetensors.torch import load_file, save_file
+from torch import nn
 from traces import same_bits, weights
 
 from zo_core import SeedLog, SeedLogWriter, StateError, StepRecord, ZeroOrder, replay
@@ -103,6 +104,26 @@ def test_any_loss_can_be_written(loss: float, tmp_path: Path) -> None:
     (entry,) = SeedLog.read(tmp_path / "log").steps
     assert entry.skipped
     assert math.isnan(entry.loss) == math.isnan(loss)
+
+
+@pytest.mark.parametrize("normalise", [False, "curvature"])
+def test_a_step_that_a_log_could_not_have_is_skipped(normalise: bool | str, tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)  # with a rate of 0: the measured curvature is exactly 0
+    zo = ZeroOrder(model, lr=0.0, clip=math.inf, num_probes=4, normalise=normalise)
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    records, states = [], []
+    for slope in (1e-3, 8e38, 1e-3):  # coefficients of 2e38 are float32, and their sum is none
+        records.append(zo.step(lambda slope=slope: slope * model.weight.double().sum()))  # type: ignore[misc]
+        states.append((weights(model), zo.normaliser and zo.normaliser.saved()))
+    log.close()
+    read = SeedLog.read(tmp_path / "log")
+    assert read.corrupt is None
+    assert [entry.skipped for entry in read.steps] == [False, True, False]
+    assert records[1].skipped is not None
+    assert "a coefficient does not fit float32 (" in records[1].skipped
+    assert same_bits(states[0][0], states[1][0])
+    assert states[0][1] == states[1][1]
 
 
 def test_the_steps_from_one_on_bring_older_weights_forward(run: Any) -> None:

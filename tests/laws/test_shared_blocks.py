@@ -320,6 +320,17 @@ def test_a_process_that_does_not_come_to_the_same_step_is_an_error(
         pair[0].complete("a", pending)
 
 
+def test_a_fork_that_ends_leaves_the_locks_of_its_parent(pair: tuple[SharedStore, SharedStore]) -> None:
+    first, second = pair
+    if not (child := os.fork()):
+        first.leave()  # as at the end of the interpreter
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert second.board.lives(0)
+    first.leave()
+    assert not second.board.lives(0)
+
+
 def test_a_block_that_was_half_written_is_an_error(pair: tuple[SharedStore, SharedStore]) -> None:
     with pytest.raises(ZeroDivisionError), pair[0].board.writing(0, 1):
         raise ZeroDivisionError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import tracemalloc
 from pathlib import Path
@@ -276,3 +277,16 @@ def test_registered_memory_is_copied_by_the_caller_and_refused_memory_is_not() -
     store.registers = False  # after the driver has refused, a copy waits for the device
     assert not store.returns_soon(1)
     assert not DiskStore().returns_soon(1)
+
+
+def test_a_fork_that_ends_leaves_the_files_of_its_parent() -> None:
+    store = DiskStore()
+    store.put("a", block(0))
+    if not (child := os.fork()):
+        del store  # as at the end of the interpreter
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert store.whole("a").keys() == block(0).keys()
+    folder = store.folder
+    del store
+    assert not folder.exists()

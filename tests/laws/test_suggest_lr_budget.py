@@ -200,8 +200,10 @@ def test_the_engine_is_as_before(noise: str) -> None:
     zo = ZeroOrder(model, noise=noise)
     zo.step(closure("mlp", model))
     before = plain(zo), zo.listeners, zo.optimizer.state_dict()["param_groups"]
+    curves = zo.curves.buckets, zo.curves.clock.forwards
     zo.suggest_lr([closure("mlp", model, index) for index in range(2)])
     assert (plain(zo), zo.listeners, zo.optimizer.state_dict()["param_groups"]) == before
+    assert (zo.curves.buckets, zo.curves.clock.forwards) == curves
 
 
 @pytest.mark.parametrize("calls", [3, 20, 90])

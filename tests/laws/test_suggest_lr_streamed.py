@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hf_helpers import differing, weights
 from models import closure, tiny
 from torch import nn
@@ -73,6 +74,28 @@ def test_an_interrupt_leaves_no_trace(tmp_path: Path, offload: str, calls: int) 
     with pytest.raises(KeyboardInterrupt):
         tested.suggest_lr([failing] * 3)
     assert steps(plain, 2, 2) == steps(tested, 2, 2)
+    for zo in (plain, tested):
+        zo.close()
+    assert differing(weights(plain.model), weights(tested.model)) == []
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["steps", "a parameter was written"])
+@pytest.mark.parametrize("noise", ["rademacher", "sparse"])
+def test_going_back_takes_no_pending_update_along(tmp_path: Path, noise: str, written: bool) -> None:
+    """Not its thresholds either, nor what somebody has written into a parameter since."""
+    plain, tested = (engine(tmp_path, place, {"noise": noise}) for place in (None, "cpu"))
+    for zo in (plain, tested):
+        steps(zo, 0, 2)
+        before = zo.snapshot()
+        steps(zo, 2, 2)
+        if written:
+            with torch.no_grad():
+                next(p for name, p in zo.model.named_parameters() if "layers.0." in name).mul_(0.5)
+        before.restore()
+    assert steps(plain, 2, 3) == steps(tested, 2, 3)
+    assert dict(zip(range(99), plain.optimizer.thresholds.values(), strict=False)) == dict(
+        zip(range(99), tested.optimizer.thresholds.values(), strict=False)
+    )
     for zo in (plain, tested):
         zo.close()
     assert differing(weights(plain.model), weights(tested.model)) == []

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError
+from ..files import removed_with
 from ..forward_state import ForwardState
 from ..modes import rng_state, set_rng_state
 from ..running import Running
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 #: Attributes of an engine that steps change, besides its step count. What is new in an engine and changed by steps
 #: belongs here; values are copied.
-CHANGED_BY_STEPS = ("merged", "normaliser")
+CHANGED_BY_STEPS = ("merged", "normaliser", "curves")
 #: Attributes that a test of the engine sets for its own steps.
 SET_BY_TESTS = ("listeners", "first_steps")
 
@@ -135,7 +134,7 @@ class _Files:
             self.folder = Path(tempfile.mkdtemp(prefix="zo-snapshot-", dir=folder))
         except OSError as error:
             raise _no_room(size, folder, error) from error
-        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.remove = removed_with(self, self.folder)
         self.kept = DiskStore(self.folder)
         try:
             for block, kept in names.items():
@@ -147,10 +146,18 @@ class _Files:
         logger.info("%s of streamed weights are kept in %s meanwhile", human(size), self.folder)
 
     def restore(self) -> None:
-        """Puts the tensors back when their blocks are fetched next, as an update of all processes that share them."""
-        for block in self.streaming.blocks:
-            if block.name in self.kept.pieces:
+        """Puts the tensors back in place of pending updates; in blocks that processes share, as an update of all."""
+        shared = False
+        for block in [block for block in self.streaming.blocks if block.name in self.kept.pieces]:
+            self.streaming.settle(block)
+            if self.streaming.store.shares(block.name):
                 self.streaming.later(block, tuple(self.kept.pieces[block.name]), partial(self._put_back, block.name))
+                shared = True
+            else:
+                block.pending.clear()
+                self.streaming.load_state(block, dict(self.kept.mapped(block.name)))
+        if shared:  # what was pending must not change thresholds that are put back next
+            self.streaming.flush()
 
     def _put_back(self, block: str, tensors: dict[str, Tensor]) -> None:
         for name, kept in self.kept.mapped(block).items():

@@ -14,6 +14,7 @@ then uses another weight after all, the loss is NaN, and the oracle measures aga
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from ..noise import Direction
 from ..noise.changes import together
 from ..records import Point
@@ -44,7 +46,7 @@ class Materialised:
         whole: copy everything at the start of the probe instead of layer by layer; needs memory for
             a second set of the slots, and works for modules whose code Python cannot see.
         used: whether any probe so far has used a slot.
-        running: what the running probe sees.
+        running: what the running probe sees; None while none runs, or all wait.
         around: runs what adds or removes hooks on the model's modules.
     """
 
@@ -63,6 +65,7 @@ class Materialised:
         self.absent = {id(tensor): slot for slot in slots for tensor in slot.tensors}
         self.nothing: Originals = {}
         self.running: ProbeView | None = None
+        self._thread = 0
         self.around: Callable[[Callable[[], None]], None] = lambda change: change()
         self._handles: list[Any] = []
         self._careful = False
@@ -113,7 +116,8 @@ class Materialised:
             point: where to measure.
             originals: what `measuring` has yielded.
         """
-        view = self.running = self.view(point, lambda slot: originals[slot][0])
+        view = self.view(point, lambda slot: originals[slot][0])
+        self.run(view)
         try:
             if not self.moves(point):
                 view.absent.clear()
@@ -127,10 +131,17 @@ class Materialised:
             with view.mode():
                 yield
             self.learn(view)
+            if view.looks:
+                self.hook()  # as it is done from now on; while probes wait, hooks see who calls the model
         finally:
+            self.running = None
             view.end()
             if not self.moves(point):
                 point_at(self.nothing)
+
+    def run(self, view: ProbeView) -> None:
+        """Says that this thread continues with a probe."""
+        self.running, self._thread = view, threading.get_ident()
 
     def moves(self, point: Point) -> bool:
         """Whether the weights at a point differ from those in memory."""
@@ -181,8 +192,13 @@ class Materialised:
 
     def _enter(self, layer: Layer | None, own: list[Slot]) -> Callable[..., None]:
         def enter(*_: Any) -> None:
-            view = self.running
-            assert view is not None
+            view = self._running_here()
+            if view is None:
+                raise StateError(
+                    "the closure calls the model in a task or a thread of its own, such as one of asyncio.gather, "
+                    "asyncio.create_task or asyncio.to_thread, where the weights of its probe are not; call the model "
+                    "in the closure itself, and await a coroutine that calls it directly"
+                )
             if layer is None:
                 view.enter(own)
             else:
@@ -192,10 +208,14 @@ class Materialised:
 
     def _leave(self) -> Callable[..., None]:
         def leave(*_: Any) -> None:
-            assert self.running is not None
-            self.running.leave()
+            view = self._running_here()
+            if view is not None:  # otherwise nothing was entered
+                view.leave()
 
         return leave
+
+    def _running_here(self) -> ProbeView | None:
+        return self.running if self._thread == threading.get_ident() else None
 
     def _modules_to_hook(self) -> list[tuple[nn.Module, list[Slot]]]:
         """The modules that hold slots, directly or in a submodule, with those held directly."""

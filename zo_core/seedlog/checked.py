@@ -7,12 +7,9 @@ the comparison with the model shows it, but it cannot make other code fail.
 from __future__ import annotations
 
 import json
-import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-from ..noise.direction import FLOAT32_MAX
 
 #: More than the header of any real log, and little memory: a few bytes can inflate to gigabytes.
 MAX_HEADER = 256 << 20
@@ -105,22 +102,6 @@ def check_change(change: dict[str, Any], slots: int, next_step: int) -> None:
         elif key in CHANGES:
             check, wanted = CHANGES[key]
             _demand(check(value), key, value, wanted)
-
-
-def can_be_applied(coefficients: Sequence[float], multipliers: Sequence[float], normaliser: float) -> bool:
-    """Whether all numbers of a step, and what the update multiplies them to, are in the range of float32.
-
-    Args:
-        coefficients: one per direction; all NaN in a skipped step.
-        multipliers: learning rates, weight decays, and ratios of eps.
-        normaliser: state of the normaliser after the step.
-    """
-    if not (all(map(math.isfinite, multipliers)) and 0.0 <= normaliser < math.inf):
-        return False
-    largest = max(1.0, *map(abs, multipliers))
-    largest *= largest * len(coefficients)  # a rate times another of them
-    coefficients = () if math.isnan(coefficients[0]) else coefficients
-    return all(abs(coefficient) * largest < FLOAT32_MAX for coefficient in (1.0, *coefficients))
 
 
 def _demand(holds: bool, key: str, value: Any, wanted: str) -> None:

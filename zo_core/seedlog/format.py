@@ -28,7 +28,8 @@ from ..brake import in_float32
 from ..errors import StateError
 from ..noise import NOISES
 from ..records import Probe, Rollback, Scores
-from .checked import can_be_applied, check_change, check_header, unpacked
+from ..step import can_be_applied
+from .checked import check_change, check_header, unpacked
 
 MAGIC = b"\x89ZOLOG\r\n"
 #: Logs of normalised steps have version 2: a column more in each step. Those with scores, version 3: four more.

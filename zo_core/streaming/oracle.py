@@ -238,7 +238,7 @@ class LockstepOracle:
 
     def _enter(self, index: int) -> None:
         self.own.enter(index)
-        self.realisation.running = self.views[index]
+        self.realisation.run(self.views[index])
         self.views[index].resume()
 
     def _end(self) -> None:

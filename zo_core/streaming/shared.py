@@ -61,7 +61,7 @@ class SharedStore:
     ):
         self.own, self.common, self.board, self.index, self.folder = own, common, board, index, folder
         self.applied, self.first, self._seen = (dict.fromkeys(index, 0) for _ in range(3))
-        self.end = weakref.finalize(self, _leave, board, folder)
+        self.end = weakref.finalize(self, _leave, board, folder, os.getpid())
 
     def _of(self, block: str) -> RamStore | DiskStore:
         return self.common if block in self.index else self.own
@@ -192,8 +192,9 @@ def _settled(tensors: Tensors) -> None:
         return
 
 
-def _leave(board: Board, folder: Path | None) -> None:
-    if board.leave() and folder is not None:
+def _leave(board: Board, folder: Path | None, process: int) -> None:
+    # A fork has the locks of its parent, and must not give them up when it ends.
+    if os.getpid() == process and board.leave() and folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 

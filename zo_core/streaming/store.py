@@ -6,7 +6,6 @@ import contextlib
 import logging
 import mmap
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Collection
@@ -21,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
-from ..files import replacing
+from ..files import removed_with, replacing
 from ..ranks import world_size
 from ..sizes import human
 from .slab import Slab, Specs, copy, slab_bytes, specs_of
@@ -255,7 +254,7 @@ class DiskStore(OwnBlocks):
         self.removal: weakref.finalize[..., DiskStore] | None = None
         if folder is None:
             folder = tempfile.mkdtemp(prefix="zo-offload-")
-            self.removal = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self.removal = removed_with(self, folder)
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,93 @@
+"""Law: settings of `ZORewardTrainer` that would be ignored, or cannot work, are refused; the others count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import tiny
+from reward_helpers import reward_trainer, words
+
+from hf_zo import ZORewardConfig, ZORewardTrainer
+from hf_zo.completions import Completer
+from zo_core import ConfigError, ZOConfig
+
+
+def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)max_completion_length=0.*num_generations=4 with temperature=0"):
+        reward_trainer(tmp_path, tokenizer, max_completion_length=0, num_generations=4)
+    with pytest.raises(ConfigError, match="remove_unused_columns=True"):
+        reward_trainer(tmp_path, tokenizer, remove_unused_columns=True)
+    with pytest.raises(ConfigError, match="needs a column 'prompt'"):
+        reward_trainer(tmp_path, tokenizer, train_dataset=[{"text": "w1"}])
+    with pytest.raises(ConfigError, match=r"reward_weights=\[1.0\] must have 2 numbers"):
+        reward_trainer(tmp_path, tokenizer, [words, words], reward_weights=[1.0])
+    with pytest.raises(ConfigError, match="7 is no function"):
+        reward_trainer(tmp_path, tokenizer, [words, 7])
+    with pytest.raises(ConfigError, match="write ZORewardConfig"):
+        ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model_init_kwargs is for a model given by its name"):
+        reward_trainer(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
+
+
+GREEDY = r"num_generations=3 with temperature=0 .* write temperature=1.0, or num_generations=1"
+NO_USE = "top_p, top_k and min_p have no effect with temperature=0; write temperature=1.0, or leave them out"
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"num_generations": 3}, GREEDY),
+        ({"num_generations": 3, "generation_kwargs": {"num_beams": 2}}, GREEDY),
+        ({"num_generations": 3, "generation_kwargs": {"do_sample": False}}, "num_generations=3 with do_sample=False"),
+        (
+            {"num_generations": 3, "temperature": 1.0, "generation_kwargs": {"do_sample": False}},
+            "write temperature=1.0 without do_sample",
+        ),
+        ({"num_generations_eval": 3}, "num_generations_eval=3 with temperature=0 .* or num_generations_eval=1"),
+        ({"top_p": 0.9}, NO_USE),
+        ({"top_k": 5}, NO_USE),
+        ({"min_p": 0.1}, NO_USE),
+        (
+            {"temperature": 1.0, "generation_kwargs": {"num_return_sequences": 2}},
+            "generation_kwargs: num_return_sequences is not for completions here; write num_generations",
+        ),
+    ],
+)
+def test_generation_that_cannot_be_meant_is_refused(own: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ZORewardConfig("out", use_cpu=True, **own)
+
+
+def test_sampling_settings_count_however_sampling_is_asked_for() -> None:
+    own = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "num_generations": 3}
+    asked = ZORewardConfig("out", use_cpu=True, generation_kwargs={"do_sample": True}, **own).generation_config()
+    assert (asked.do_sample, asked.top_p, asked.top_k, asked.min_p) == (True, 0.9, 5, 0.1)
+    warm = ZORewardConfig("out", use_cpu=True, temperature=0.5, **own).generation_config()
+    assert (warm.do_sample, warm.temperature, warm.top_p, warm.top_k, warm.min_p) == (True, 0.5, 0.9, 5, 0.1)
+
+
+@pytest.mark.parametrize("end", [7, [7, 9]])
+def test_an_end_token_of_generation_kwargs_cuts_completions(tokenizer: Any, end: Any) -> None:
+    args = ZORewardConfig("out", use_cpu=True, generation_kwargs={"eos_token_id": end})
+    completer = Completer(tokenizer, args, [3])
+    assert completer._until_end([3, 4, 7, 5]) == ([3, 4, 7], True)
+    assert Completer(tokenizer, ZORewardConfig("out", use_cpu=True), [3])._until_end([4, 3, 7]) == ([4, 3], True)
+
+
+def test_a_config_with_its_own_defaults_is_noticed(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"zo_eps": None, "zo_num_probes": None}
+    reward_trainer(tmp_path, tokenizer, zo_config=ZOConfig(estimator="es", num_probes=4), **own)
+    assert "zo_config has" not in caplog.text
+    reward_trainer(tmp_path, tokenizer, zo_config=ZOConfig(num_probes=4), **own)
+    assert caplog.text.count("zo_config has estimator='spsa'") == 1
+
+
+def test_a_command_line_has_dicts_in_json() -> None:
+    args = ZORewardConfig("out", generation_kwargs='{"num_beams": 2}', use_cpu=True)
+    assert args.generation_config().num_beams == 2
+    with pytest.raises(ConfigError, match="generation_kwargs='two' must be a dict"):
+        ZORewardConfig("out", generation_kwargs="two", use_cpu=True)
