@@ -26,6 +26,8 @@ P = ParamSpec("P")
 ENTRY_BYTES = 2048
 
 _caches: weakref.WeakSet[ByteCache[Any]] = weakref.WeakSet()
+#: What empties the caches of `kept_for_a_step`.
+_plain: list[Callable[[], None]] = []
 
 
 class ByteCache(Generic[T]):
@@ -119,6 +121,13 @@ def _storages(value: Any) -> Iterator[Any]:
             yield part.untyped_storage()
 
 
+def kept_for_a_step(function: Callable[P, T]) -> Callable[P, T]:
+    """Keeps what a function returns, plain numbers rather than tensors, until the step ends."""
+    wrapped = lru_cache(maxsize=1 << 13)(function)
+    _plain.append(wrapped.cache_clear)
+    return wrapped  # type: ignore[return-value]
+
+
 def kept(max_bytes: int, *, per_step: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """A decorator that keeps what a function of positional arguments returns, in a `ByteCache`."""
 
@@ -197,6 +206,8 @@ def end_step(late: bool = False) -> None:
     for cache in list(_caches):
         if cache.per_step:
             cache.end_step(late)
+    for empty in _plain:
+        empty()
 
 
 def clear_caches() -> None:
@@ -205,3 +216,5 @@ def clear_caches() -> None:
     _local = threading.local()
     for cache in list(_caches):
         cache.clear()
+    for empty in _plain:
+        empty()

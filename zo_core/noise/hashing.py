@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import ByteCache, kept
+from ..cache import ByteCache, kept, kept_for_a_step
 
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -90,7 +90,7 @@ def mix32(value: int) -> int:
     return value ^ value >> 16
 
 
-@lru_cache(maxsize=1 << 11)
+@kept_for_a_step
 def stream_key(seed: int, slot: str, purpose: int) -> Key:
     """The key of one stream of words, as two int32. The probes of a direction and its update ask for the same one."""
     mixed = mix64(mix64(seed & MASK64) ^ _digest(slot) ^ (purpose << 56))
