@@ -12,7 +12,6 @@ Greedy, with a cache of keys and values, all prompts in one batch. Each contende
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from zo_core import Point, ZeroOrder
 
 from .report import save
 from .step_overhead import llama_60m
-from .timing import timed
+from .timing import medians
 
 
 def measure(dtype: torch.dtype, device: torch.device, prompts: int, tokens: int, rounds: int) -> dict[str, float]:
@@ -52,11 +51,7 @@ def measure(dtype: torch.dtype, device: torch.device, prompts: int, tokens: int,
     member("copies layer by layer, each token")
     for run in contenders.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            times[name].append(timed(run, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return medians(contenders, rounds, device)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ four times, and generates a fresh normal tensor each time, written and read: 16.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -24,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zo_core import ZeroOrder
 
 from .report import save
-from .timing import timed
+from .timing import medians
 
 
 def llama_60m() -> LlamaConfig:
@@ -88,11 +87,7 @@ def measure(
     contenders["MeZO as published"] = lambda: mezo.step(loss)
     for run in contenders.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            times[name].append(timed(run, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return medians(contenders, rounds, device)
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,7 @@ from zo_core import LowRank, ZeroOrder
 
 from .report import save
 from .step_overhead import llama_60m
-from .timing import timed
+from .timing import medians
 
 BOUND, STACKED = "stacked forward", "low rank, 8 probes, stacked"
 #: Tokens up to which batches are stacked.
@@ -67,14 +66,11 @@ def measure(
         twin.load_state_dict(model.state_dict())
         zo = ZeroOrder(twin, lr=1e-7, eps=1e-3, **settings)  # type: ignore[arg-type]
         runs[name] = (lambda zo=zo, twin=twin: zo.step(lambda: twin(input_ids=ids, labels=ids).loss), count)
-    times: dict[str, list[float]] = {name: [] for name in runs}
     for run, _ in runs.values():  # twice: the first stacked step compares itself with separate probes
         run()
         run()
-    for _ in range(rounds):
-        for name, (run, _) in runs.items():
-            times[name].append(timed(run, device))
-    return {name: tokens * runs[name][1] / statistics.median(values) for name, values in times.items()}
+    seconds = medians({name: run for name, (run, _) in runs.items()}, rounds, device)
+    return {name: tokens * runs[name][1] / value for name, value in seconds.items()}
 
 
 def main() -> None:

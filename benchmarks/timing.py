@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,3 +22,12 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     run()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def medians(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each run. They take turns, so that what else the machine does meets all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(timed(run, device))
+    return {name: statistics.median(values) for name, values in times.items()}
