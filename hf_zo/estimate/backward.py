@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .trace import Trace
+from .trace import FusedAttention, Trace, attended
 
 
 class _Fused(torch.autograd.Function):
@@ -20,7 +17,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        result = attended(query, key, value)
         ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return result
 
@@ -28,19 +25,6 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, _, _ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Makes attention keep what the fused kernels of CPU and CUDA keep."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            return _Fused.apply(named["query"], named["key"], named["value"])
-        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -99,7 +83,7 @@ def kept_by_backpropagation(model: nn.Module, batches: list[dict[str, Tensor]], 
 def _run(model: nn.Module, inputs: dict[str, Tensor], *, backward: bool) -> tuple[int, int]:
     """Returns the peak, and what is alive after the forward."""
     trace = Trace([*model.parameters(), *model.buffers()])
-    with torch.enable_grad(), _FusedAttention(), trace:
+    with torch.enable_grad(), FusedAttention(_Fused.apply), trace:
         loss = model(**inputs).loss
         after = sum(trace.live.values())
         if backward:

@@ -106,8 +106,16 @@ class Trace(TorchDispatchMode):
         self.segments.append(Segment(sum(self.live.values()), Counter(self.live)))
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Makes attention allocate only its result, like the fused kernels of CPU and CUDA."""
+class FusedAttention(TorchFunctionMode):
+    """Makes attention allocate and keep only what the fused kernels of CPU and CUDA do.
+
+    Args:
+        attend: makes the result, without values, of ``query``, ``key`` and ``value``.
+    """
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.attend = attend
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,9 +123,13 @@ class _FusedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            query, value = named["query"], named["value"]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+            return self.attend(named["query"], named["key"], named["value"])
         return func(*args, **kwargs)
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The result of attention, without values."""
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 class _Unmoved(Direction):
@@ -171,7 +183,7 @@ def run_probe(
     trace = Trace([*model.parameters(), *model.buffers()])
     realisation = Materialised(model, slots, _unmoved, repeated)
     with ExitStack() as stack:
-        for context in (torch.no_grad(), eval_mode(model), _FusedAttention()):
+        for context in (torch.no_grad(), eval_mode(model), FusedAttention(attended)):
             stack.enter_context(context)
         originals = stack.enter_context(realisation.measuring())
         if repeated:
