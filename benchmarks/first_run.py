@@ -27,6 +27,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -182,22 +183,39 @@ def _alone(cell: Cell) -> Generator[Cell, Outcome, None]:
 
 
 def grid(cell: Cell, near: float) -> Generator[Cell, Outcome, None]:
-    """At most `RATES` powers of 2: a factor of 4 apart from ``near`` on, until both sides are worse, then 2 apart."""
+    """At most `RATES` powers of 2 around ``near``, see `best_power`."""
+
+    def measured(power: int) -> Generator[Cell, Outcome, float]:
+        outcome = yield replace(cell, contender=f"{2.0**power:.6g}")
+        return outcome.after
+
+    yield from best_power(2 * round(math.log2(near) / 2), RATES, measured)
+
+
+def best_power(
+    start: int, most: int, measured: Callable[[int], Generator[Any, Any, float]]
+) -> Generator[Any, Any, int]:
+    """The power of 2 with the lowest loss: a factor of 4 apart from ``start`` on, until both sides are worse, then 2.
+
+    Args:
+        start: the first power.
+        most: how many are measured.
+        measured: the loss at a power, as a part of the generator.
+    """
     losses: dict[int, float] = {}
 
-    def measured(power: int) -> Generator[Cell, Outcome, None]:
-        if power not in losses and len(losses) < RATES:
-            outcome = yield replace(cell, contender=f"{2.0**power:.6g}")
-            losses[power] = outcome.after
+    def best() -> int:
+        return min(losses, key=lambda power: (losses[power], power))
 
-    start = 2 * round(math.log2(near) / 2)
-    yield from measured(start)
+    losses[start] = yield from measured(start)
     for width in (2, 1):
         centre = None
-        while centre != (best := min(losses, key=lambda power: (losses[power], power))):
-            centre = best
-            yield from measured(centre - width)
-            yield from measured(centre + width)
+        while centre != best():
+            centre = best()
+            for power in (centre - width, centre + width):
+                if power not in losses and len(losses) < most:
+                    losses[power] = yield from measured(power)
+    return best()
 
 
 def drive(

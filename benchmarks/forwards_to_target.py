@@ -26,7 +26,7 @@ import torch
 
 from . import tasks, text_tasks, well_read
 from .contenders import ALL, Trainer
-from .first_run import drive, executor
+from .first_run import best_power, drive, executor
 from .report import markdown, save, saved
 from .tasks import CACHE, Maker, Task, held_out
 
@@ -135,22 +135,14 @@ def learn(cell: Cell, task: Task, points: int) -> Outcome:
 
 def search(cell: Cell, seeds: int) -> Generator[Cell, Outcome, None]:
     """The best power of 2 with the first seed, a factor of 4 apart and then 2, and with it the other seeds."""
-    losses: dict[int, float] = {}
 
-    def measured(power: int) -> Generator[Cell, Outcome, None]:
-        if power not in losses and len(losses) < MOST_RATES:
-            outcome = yield replace(cell, power=power)
-            losses[power] = outcome.end
+    def measured(power: int) -> Generator[Cell, Outcome, float]:
+        outcome = yield replace(cell, power=power)
+        return outcome.end
 
-    yield from measured(cell.power)
-    for width in (2, 1):
-        centre = None
-        while centre != (best := min(losses, key=lambda power: (losses[power], power))):
-            centre = best
-            yield from measured(centre - width)
-            yield from measured(centre + width)
+    power = yield from best_power(cell.power, MOST_RATES, measured)
     for seed in range(1, seeds):
-        yield replace(cell, power=best, seed=seed)
+        yield replace(cell, power=power, seed=seed)
 
 
 # Results
