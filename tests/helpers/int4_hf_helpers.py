@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_zo import ZOTrainer
+from zo_core.targets import keep_codes_plain
 
 
 def load(folder: Path, nested: bool = True, **more: Any) -> Any:
@@ -21,6 +22,13 @@ def load(folder: Path, nested: bool = True, **more: Any) -> Any:
         bnb_4bit_compute_dtype=torch.float32,
     )
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32, **more)
+
+
+def nf4(folder: Path) -> Any:
+    """With its codes as they are on disk, also on a CPU where bitsandbytes would repack them in eval mode."""
+    model = load(folder, nested=False)
+    keep_codes_plain(model)
+    return model
 
 
 def made(path: Path, model: nn.Module, cls: type[Any] = ZOTrainer, **settings: Any) -> Any:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from hf_helpers import arguments, differing, saved_llama, texts, weights
+from int4_hf_helpers import nf4
 from models import batch, tiny
 from peft import PeftModel
 from torch import Tensor, nn
 from torchao_models import plain
 from traces import generators
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from hf_zo import ZOTrainer, activation_adapter, from_pretrained_offloaded
 from hf_zo.activations import ROWS, Sketch, basis
 from zo_core import ConfigError, ModelError, SeedLogWriter, ZeroOrder, ZOConfig, replay
-from zo_core.targets import keep_codes_plain
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(count: int = 4, seed: int = 0) -> dict[str, Tensor]:
     several = texts(count, seed=seed)
     return {name: torch.stack([row[name] for row in several]) for name in several[0]}
-
-
-def nf4(folder: Path) -> Any:
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
-    keep_codes_plain(model)
-    return model
 
 
 def float32(folder: Path) -> Any:

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from hf_helpers import arguments, differing, saved_llama, texts, weights
+from int4_hf_helpers import nf4
 from models import batch, only_linear, tiny
 from peft import PeftModel
 from torch import Tensor, nn
 from torchao_models import GROUPS, plain
 from traces import generators
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_zo import ZOTrainer, low_rank_adapter
 from zo_core import (
@@ -33,7 +34,6 @@ from zo_core import (
     ZOConfig,
     replay,
 )
-from zo_core.targets import keep_codes_plain
 
 U = 2.0**-24  # unit roundoff of float32
 
@@ -41,16 +41,6 @@ U = 2.0**-24  # unit roundoff of float32
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_llama(tmp_path_factory.mktemp("float"))
-
-
-def nf4(folder: Path) -> Any:
-    """With its codes as they are on disk, also on a CPU where bitsandbytes would repack them in eval mode."""
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantisation, dtype=torch.float32)
-    keep_codes_plain(model)
-    return model
 
 
 def torchao(folder: Path) -> Any:
