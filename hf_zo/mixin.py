@@ -343,7 +343,7 @@ class ZOTrainerMixin(_Trainer):
 
         with LossCalls(self, draw).answered():
             step()
-        zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback, entry.scores, entry.failed)
+        entry.repeat(zo)
         return torch.tensor(entry.loss if self.accelerator.sync_gradients else 0.0, device=self.args.device)
 
     @contextmanager

@@ -225,7 +225,7 @@ class ZOStrategy(Processes):
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
-            zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback, entry.scores, entry.failed)
+            entry.repeat(zo)
             return torch.tensor(entry.loss, device=self.root_device)
         probes = Probes(module, zo.point_count, module.trainer.accumulate_grad_batches, zo.streaming is not None)
         # Also around all probes: half precision sets the default dtype of the whole process, and probes of a
@@ -235,7 +235,7 @@ class ZOStrategy(Processes):
             zo.measure(lambda: probes.run(run, args, kwargs))
         probes.finish()
         if entry is not None and journal is not None:
-            zo.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback, entry.scores, entry.failed)
+            entry.repeat(zo)
             journal.saw(probes.names)
         probes.log()
         self._losses += not probes.without_loss

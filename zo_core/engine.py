@@ -141,9 +141,7 @@ class ZeroOrder(TrainedModel):
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self._agreed = False
         self.facts: dict[str, Any] = {}
-        self._repeated: tuple[tuple[Probe, ...], float, float | None, Rollback | None, Scores | None, bool] | None = (
-            None
-        )
+        self._repeated: Callable[[ZeroOrder], StepRecord] | None = None
         self.take(slots)
         self.continuity = Continuity(self)
         self.optimizer.engine = self
@@ -382,7 +380,7 @@ class ZeroOrder(TrainedModel):
         """
         if self._repeated is not None:
             follow_model(self)
-            return self._repeat(*self._repeated)
+            return self._repeated(self)
         if self._plan is None:
             raise StateError("optimizer.step() was called before any loss was measured; call measure(closure) first")
         self.complete()
@@ -559,7 +557,8 @@ class ZeroOrder(TrainedModel):
                 f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "
                 "pass what the record of the step has"
             )
-        self._plan, self._repeated = None, (probes, loss, normaliser, rollback, scores, failed)
+        self._plan = None
+        self._repeated = lambda engine: engine._repeat(probes, loss, normaliser, rollback, scores, failed)
 
     def _repeat(
         self,

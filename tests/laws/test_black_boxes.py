@@ -214,7 +214,7 @@ def test_queries_that_fail_say_nothing_to_the_brake_of_a_run_or_of_one_that_repe
         path.write_bytes(whole[: parsed.offsets[cut]] if cut < 12 else whole)  # the change-record of step 6 is there
         log = SeedLogWriter.attach(other, path, follow=True)
         while (entry := log.logged()) is not None:
-            other.repeat(entry.probes, entry.loss, entry.normaliser, entry.rollback, entry.scores, entry.failed)
+            entry.repeat(other)
             assert other.apply().failed == entry.failed
         assert other.step_count == cut
         if cut == 12:

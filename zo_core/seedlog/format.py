@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..brake import in_float32
 from ..errors import StateError
@@ -30,6 +30,9 @@ from ..noise import NOISES
 from ..records import Probe, Rollback, Scores
 from ..step import can_be_applied
 from .checked import check_change, check_header, unpacked
+
+if TYPE_CHECKING:
+    from ..engine import ZeroOrder
 
 MAGIC = b"\x89ZOLOG\r\n"
 #: Logs of normalised steps have version 2: a column more in each step. Those with scores, version 3: four more.
@@ -121,6 +124,10 @@ class LoggedStep:
         """The directions with their coefficients, as in the `zo_core.StepRecord` of the step."""
         seed_of, base = NOISES.resolve(self.noise).seed, self.settings.seed
         return tuple(Probe(seed_of(base, self.step, i), c) for i, c in enumerate(self.coefficients))
+
+    def repeat(self, engine: ZeroOrder) -> None:
+        """Makes the next step of an engine this one, see `zo_core.ZeroOrder.repeat`."""
+        engine.repeat(self.probes, self.loss, self.normaliser, self.rollback, self.scores, self.failed)
 
 
 @lru_cache(maxsize=64)
