@@ -52,11 +52,11 @@ class Directions:
         ratios = {id(group): self.relative_eps(group) for group in self.optimizer.param_groups}
         return {slot: ratios[id(groups[slot])] for slot in slots}
 
-    def multipliers(self) -> list[float]:
+    def multipliers(self, slots: list[Slot]) -> list[float]:
         """What multiplies the coefficients of a step: learning rates, weight decays, and ratios of eps."""
         groups, factor = self.optimizer.param_groups, self.optimizer.factor
         rates = [number(group, "lr", 0.0) * factor for group in groups]
-        return [*rates, *map(_decay, groups), *map(self.relative_eps, groups)]
+        return [*rates, *map(_decay, groups), *self.ratios(slots).values()]
 
     def unit(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""

@@ -428,7 +428,7 @@ class ZeroOrder(TrainedModel):
             coefficients = [probe.coefficient for probe in probes]
             mean_square = 0.0 if self.normaliser is None else self.normaliser.mean_square
             # A log with a step that this rules out could not be read.
-            if can_be_applied(coefficients, self.directions.multipliers(), mean_square):
+            if can_be_applied(coefficients, self.directions.multipliers(self.slots), mean_square):
                 return estimate, probes
         except OverflowError:  # of a coefficient that float32 cannot hold
             pass
