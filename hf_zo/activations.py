@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import ConfigError, ModelError
+from zo_core.modes import eval_mode
 
 from .low_rank import frozen_adapter, set_signs
 
@@ -140,11 +141,7 @@ def principal(
         if len(rows):
             sketches.setdefault(name, Sketch(size)).see(rows)
 
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng():
-        for module, mode in modes.items():
-            stack.callback(setattr, module, "training", mode)
-        model.eval()
+    with ExitStack() as stack, torch.no_grad(), eval_mode(model), torch.random.fork_rng():
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(partial(look, name)).remove)
         for batch in batches:
