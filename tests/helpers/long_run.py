@@ -1,4 +1,4 @@
-"""One long run in its own process: prints its anonymous memory, in MB, after every step.
+"""One long run in its own process: prints its anonymous memory, in MB, after every twentieth of its steps.
 
 python long_run.py '{"front": "bare", "noise": "rademacher", "rule": "sgd", "offload": null, "steps": 2000}'
 """
@@ -6,6 +6,8 @@ python long_run.py '{"front": "bare", "noise": "rademacher", "rule": "sgd", "off
 from __future__ import annotations
 
 import ctypes
+import gc
+import itertools
 import json
 import sys
 import tempfile
@@ -41,7 +43,8 @@ TRIM = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # glibc alone h
 
 
 def anonymous() -> float:
-    """RssAnon of this process in MB, without freed memory: how much of it the allocator keeps varies by MBs."""
+    """RssAnon of this process in MB, without garbage and without freed memory, which come and go by MBs."""
+    gc.collect()
     TRIM(0)
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) / 1024
@@ -140,8 +143,15 @@ def main() -> None:
     lr = {"lr": 1e-4} if asked["front"] == "bare" and rule != "torch" else {}
     config = ZOConfig(noise=asked["noise"], offload=asked["offload"], **settings, **lr)
     seen: list[float] = []
+    steps = itertools.count(1)
+    apart = max(1, asked["steps"] // 20)
+
+    def after() -> None:
+        if next(steps) % apart == 0:
+            seen.append(anonymous())
+
     fronts = {"bare": bare, "hf": hf, "lightning": lightning}
-    fronts[asked["front"]](model, config, rule, asked["steps"], lambda: seen.append(anonymous()))
+    fronts[asked["front"]](model, config, rule, asked["steps"], after)
     print(json.dumps(seen))
 
 

@@ -30,24 +30,23 @@ from zo_core.probing.scratch import ScratchPool
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
-#: By how much the last steps may exceed the first ones, in MB. A Python process moves by some hundred kilobytes;
-#: with the words of past steps kept, the first of the runs below grew by 7.
-BOUND = 2.0
+#: By how much the last steps may exceed the first ones, in MB. A Python process moves by some hundred kilobytes, and
+#: the brake keeps a hundred bytes of each step; with the words of past steps kept, the first of the runs below grew by 7.
+BOUND = 1.0
 
 #: A block of the large model is 34 MB, and where glibc puts what a step frees differs from step to step.
 LARGE_BOUND = 40.0
 
 
 def grown(**run: Any) -> float:
-    """How much larger the process is in the last 50 steps than in the first 100, in MB."""
+    """How much larger the process is at the end of a run than after an eighth of it, in MB."""
     environment = os.environ | {"PYTHONPATH": str(ROOT.parent), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(ROOT / "helpers" / "long_run.py"), json.dumps(run)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     seen = json.loads(result.stdout.splitlines()[-1])
-    assert len(seen) >= run["steps"]
-    first = min(100, len(seen) // 4)
-    return max(seen[-first // 2 :]) - max(seen[first // 2 : first])
+    assert len(seen) >= 20
+    return max(seen[-2:]) - max(seen[1:3])
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -101,7 +100,7 @@ def runs() -> Iterator[tuple[str, str | None, str, str]]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("front", "offload", "noise", "rule"), list(runs()))
 def test_no_way_to_train_grows(front: str, offload: str | None, noise: str, rule: str) -> None:
-    steps = 400 if offload == "disk" else 2000  # each block of a step waits for the disk
+    steps = 400 if offload == "disk" else 1000  # each block of a step waits for the disk
     assert grown(front=front, noise=noise, rule=rule, offload=offload, steps=steps) < BOUND
 
 
