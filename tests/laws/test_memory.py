@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
 #: By how much the last steps may exceed the first ones, in MB. A Python process moves by some hundred kilobytes, and
-#: the brake keeps a hundred bytes of each step; with the words of past steps kept, the first of the runs below grew by 7.
+#: the brake keeps a hundred bytes a step; with the words of past steps kept, the first of the runs below grew by 7.
 BOUND = 1.0
 
 #: A block of the large model is 34 MB, and where glibc puts what a step frees differs from step to step.
