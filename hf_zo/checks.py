@@ -49,13 +49,20 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
 
 
 def check_processes(args: TrainingArguments, ranks: str | None) -> None:
-    """Raises `ConfigError` if several processes were started and Trainer takes each of them for the only one."""
+    """Raises `ConfigError` if several processes were started, and the arguments make something else of them."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and args.world_size == 1 and ranks is not None:
         raise ConfigError(
             [
                 f"WORLD_SIZE={started}: as many processes were started, and Trainer takes each for the only one, as "
                 "it does on machines without GPUs; write use_cpu=True, or zo_ranks=None to train a model in each"
+            ]
+        )
+    if args.world_size > 1 and ranks == "points" and not args.accelerator_config.use_seedable_sampler:
+        raise ConfigError(
+            [
+                "use_seedable_sampler=False in accelerator_config: each process would shuffle by random numbers of its "
+                "own, and zo_ranks='points' needs the same batches in all of them; leave it out"
             ]
         )
 

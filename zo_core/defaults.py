@@ -49,7 +49,7 @@ def default_lr(
 
 def moving(slots: Iterable[Slot], share: float = 1.0) -> float:
     """Number of elements that a direction moves on average."""
-    return max(1.0, sum(slot.tensor.numel() for slot in slots) * share)
+    return max(1.0, sum(slot.shape.numel() for slot in slots) * share)
 
 
 def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None) -> str:
@@ -57,7 +57,7 @@ def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None
     if isinstance(normaliser, Curvature):
         why = f"steps are normalised by the curvature that they measure, with a rate of {lr:.2g}"
     else:
-        count = sum(slot.tensor.numel() for slot in slots)
+        count = sum(slot.shape.numel() for slot in slots)
         why = f"it is {lr:.2g}, a length of step for the {count:,} weights that move"
     return f"no learning rate was given: {why}; lr='auto' searches for one by trial runs"
 

@@ -89,7 +89,7 @@ def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True
     if step == log.first_step and engine.continuity.ahead <= step:
         check_base(log.header["base"], fingerprint(engine), name, frozen=frozen)
     else:
-        shapes = {s.key: [list(s.tensor.shape), str(s.tensor.dtype).removeprefix("torch.")] for s in engine.slots}
+        shapes = {s.key: [list(s.shape), str(s.tensor.dtype).removeprefix("torch.")] for s in engine.slots}
         check_slots(log.header["base"], {"slots": shapes}, name)
 
 
