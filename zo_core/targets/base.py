@@ -195,6 +195,7 @@ def plain_parameters(module: nn.Module, recurse: bool = True) -> Iterator[tuple[
     """The plain tensors that hold the parameters' values, by name: themselves, or the parts of tensor subclasses."""
     for name, parameter in module.named_parameters(recurse=recurse):
         if is_traceable_wrapper_subclass(parameter):
-            yield from ((f"{name}.{part}", getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])
+            inner = ((part, getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])
+            yield from ((f"{name}.{part}", value) for part, value in inner if isinstance(value, Tensor))
         else:
             yield name, parameter

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
@@ -79,8 +78,8 @@ def held_part(name: str, parameter: Tensor) -> tuple[Tensor, Part | None]:
         return parameter, None
     held: Any = parameter
     whole, mesh, here = held.shape, held.device_mesh, held.device_mesh.get_coordinate()
-    with torch.no_grad():
-        local: Tensor = held.to_local()
+    # The tensor itself: to_local() may return another object with the same memory, which a probe could not replace.
+    local: Tensor = next(inner for key in held.__tensor_flatten__()[0] if isinstance(inner := getattr(held, key), Tensor))
     begin, size = [0] * len(whole), list(whole)
     for dim, placement in enumerate(held.placements):
         if placement.is_replicate():
