@@ -6,9 +6,11 @@ import logging
 import os
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
-from zo_core import ConfigError, ZeroOrder
+from zo_core import ConfigError, ModelError, ZeroOrder
+from zo_core.targets import group_of
 
 logger = logging.getLogger("hf_zo")
 
@@ -58,12 +60,23 @@ def check_processes(args: TrainingArguments, ranks: str | None) -> None:
                 "it does on machines without GPUs; write use_cpu=True, or zo_ranks=None to train a model in each"
             ]
         )
-    if args.world_size > 1 and ranks == "points" and not args.accelerator_config.use_seedable_sampler:
+    seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
+    if args.world_size > 1 and ranks == "points" and not seedable:
         raise ConfigError(
             [
                 "use_seedable_sampler=False in accelerator_config: each process would shuffle by random numbers of its "
                 "own, and zo_ranks='points' needs the same batches in all of them; leave it out"
             ]
+        )
+
+
+def check_undivided(model: nn.Module | None) -> None:
+    """Raises `ModelError` for a model of DTensors, whose processes Trainer would have to give the same batches."""
+    if model is not None and group_of(model):
+        raise ModelError(
+            "the model's parameters are DTensors (tp_plan, parallelize_module), and Trainer gives batches of their own "
+            "to the processes that hold parts of it; train it in a loop with zo_core.ZeroOrder (docs/ranks.md), or "
+            "load the whole model in every process"
         )
 
 

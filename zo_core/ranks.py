@@ -149,9 +149,7 @@ class Ranks:
     def send(self, tensor: Tensor) -> None:
         """Gives a tensor the values that it has on rank 0."""
         values = tensor.reshape(-1).cpu().contiguous()
-        self._whole.run(
-            lambda: self._try(lambda: dist.broadcast(values.view(torch.uint8), src=0, group=self.group))
-        )
+        self._whole.run(lambda: self._try(lambda: dist.broadcast(values.view(torch.uint8), src=0, group=self.group)))
         tensor.copy_(values.view_as(tensor))
 
     # What travels, each as a whole

@@ -26,12 +26,12 @@ class Whole:
             self._jobs = SimpleQueue()
             # A daemon: a process that ends does not wait for others that do not answer.
             threading.Thread(target=_serve, args=(self._jobs,), name="zo-exchange", daemon=True).start()
-        answer: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        answer: SimpleQueue[tuple[Result, BaseException | None]] = SimpleQueue()
         self._jobs.put((work, answer))
         found, error = answer.get()
         if error is not None:
             raise error
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def _serve(jobs: SimpleQueue[Any]) -> None:

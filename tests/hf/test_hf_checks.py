@@ -216,7 +216,7 @@ def test_processes_that_trainer_does_not_know_of_are_an_error(tmp_path: Path, mo
 def test_points_need_the_seedable_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tmp_path, accelerator_config={"use_seedable_sampler": False})
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(ConfigError, match="use_seedable_sampler=False in accelerator_config: .* leave it out"):
+    with pytest.raises(ConfigError, match=r"use_seedable_sampler=False in accelerator_config: .* leave it out"):
         check_processes(args, "points")
     check_processes(args, "directions")
 

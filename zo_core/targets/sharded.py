@@ -79,7 +79,8 @@ def held_part(name: str, parameter: Tensor) -> tuple[Tensor, Part | None]:
     held: Any = parameter
     whole, mesh, here = held.shape, held.device_mesh, held.device_mesh.get_coordinate()
     # The tensor itself: to_local() may return another object with the same memory, which a probe could not replace.
-    local: Tensor = next(inner for key in held.__tensor_flatten__()[0] if isinstance(inner := getattr(held, key), Tensor))
+    inner = (getattr(held, key) for key in held.__tensor_flatten__()[0])
+    local = next(each for each in inner if isinstance(each, Tensor))
     begin, size = [0] * len(whole), list(whole)
     for dim, placement in enumerate(held.placements):
         if placement.is_replicate():
