@@ -58,6 +58,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"rule": "sign", "dtype": torch.bfloat16},
     {"rule": "momentum", "dtype": torch.float16, "lr": 0.1},
     {"estimator": "fzoo", "num_probes": 2},
+    {"estimator": "es", "num_probes": 4},
+    {"estimator": "conservative", "dtype": torch.bfloat16},
     {"noise": {"name": "sampled", "share": 0.5}, "lr": None, "normalise": True},
 ]
 
@@ -146,6 +148,21 @@ def test_a_step_goes_on_with_a_checkpoint_and_with_frozen_parts(tmp_path: Path) 
     model[0].weight.requires_grad_(False)
     replay(model, tmp_path / "seedlog.zo")
     assert all(equal(each, gathered(model)) for both in found for each in both)
+
+
+def test_a_model_that_is_moved_later_goes_on(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[State, State]:
+        model = parallel(model_of(), mesh_of(2))
+        zo = ZeroOrder(model, lr=1e-2)
+        zo.step(lambda: loss(model, 0, 0))
+        model.double()
+        before = gathered(model)
+        zo.step(lambda: loss_in(model, 0, 1, torch.float64))
+        return before, gathered(model)
+
+    (before, first), (_, second) = together(work, tmp_path)
+    assert all(not torch.equal(before[name], first[name]) for name in before)
+    assert equal(first, second)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

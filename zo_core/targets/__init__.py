@@ -6,7 +6,7 @@ from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain, move_scales
 from .memory import as_it_lies, in_several_ways
 from .scales import Scales
-from .sharded import check_settings, check_whole, group_of, held_part, parts_of
+from .sharded import check_settings, check_whole, group_of, held, held_part, parts_of
 from .torchao import TorchaoScales
 from .trainable import Trainable
 
@@ -28,6 +28,7 @@ __all__ = [
     "elsewhere",
     "group_of",
     "has_adapters",
+    "held",
     "held_part",
     "in_several_ways",
     "keep_codes_plain",

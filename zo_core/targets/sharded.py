@@ -68,6 +68,18 @@ def check_settings(model: nn.Module, config: Any, noise: Any, rule: Any, *, stre
         raise ConfigError([f"parameter {names[0]!r} is a DTensor, and {problem}" for problem in problems])
 
 
+def held(parameter: Tensor) -> Tensor:
+    """The tensor with the values of a parameter that this process holds: the parameter, or what is in a DTensor.
+
+    It is the tensor itself: ``to_local()`` may return another object with the same memory, which a probe could not
+    replace. Moving the model to another device or dtype gives a DTensor another one.
+    """
+    if type(parameter) is nn.Parameter or not _is_dtensor(parameter):
+        return parameter
+    inner = (getattr(parameter, key) for key in parameter.__tensor_flatten__()[0])  # type: ignore[attr-defined]
+    return next(each for each in inner if isinstance(each, Tensor))
+
+
 def held_part(name: str, parameter: Tensor) -> tuple[Tensor, Part | None]:
     """The tensor with the values of a parameter that this process holds, and which part of the whole it is.
 
@@ -76,13 +88,11 @@ def held_part(name: str, parameter: Tensor) -> tuple[Tensor, Part | None]:
     """
     if not _is_dtensor(parameter):
         return parameter, None
-    held: Any = parameter
-    whole, mesh, here = held.shape, held.device_mesh, held.device_mesh.get_coordinate()
-    # The tensor itself: to_local() may return another object with the same memory, which a probe could not replace.
-    inner = (getattr(held, key) for key in held.__tensor_flatten__()[0])
-    local = next(each for each in inner if isinstance(each, Tensor))
+    dealt: Any = parameter
+    whole, mesh, here = dealt.shape, dealt.device_mesh, dealt.device_mesh.get_coordinate()
+    local = held(parameter)
     begin, size = [0] * len(whole), list(whole)
-    for dim, placement in enumerate(held.placements):
+    for dim, placement in enumerate(dealt.placements):
         if placement.is_replicate():
             continue
         if type(placement).__name__ != "Shard" or here is None:
@@ -96,7 +106,7 @@ def held_part(name: str, parameter: Tensor) -> tuple[Tensor, Part | None]:
         size[placement.dim] = min(each, size[placement.dim] - first)
     if tuple(local.shape) != tuple(size) or math.prod(whole) > MOST_ELEMENTS:
         raise ModelError(
-            f"parameter {name!r} is a DTensor of shape {list(whole)} with the placements {list(held.placements)}, and "
+            f"parameter {name!r} is a DTensor of shape {list(whole)} with the placements {list(dealt.placements)}, and "
             f"this process holds {list(local.shape)} of it instead of {size}, or it has more than {MOST_ELEMENTS:,} "
             f"elements; {WAY}"
         )
@@ -108,8 +118,8 @@ def group_of(model: nn.Module) -> list[int]:
     meshes: dict[tuple[int, ...], str] = {}
     for name, parameter in model.named_parameters():
         if _is_dtensor(parameter):
-            held: Any = parameter
-            meshes.setdefault(tuple(sorted(held.device_mesh.mesh.flatten().tolist())), name)
+            dealt: Any = parameter
+            meshes.setdefault(tuple(sorted(dealt.device_mesh.mesh.flatten().tolist())), name)
     if len(meshes) > 1:
         (one, first), (two, second), *_ = meshes.items()
         raise ModelError(
