@@ -6,9 +6,11 @@ import logging
 import os
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
-from zo_core import ConfigError, ZeroOrder
+from zo_core import ConfigError, ModelError, ZeroOrder
+from zo_core.targets import group_of
 
 logger = logging.getLogger("hf_zo")
 
@@ -49,7 +51,7 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
 
 
 def check_processes(args: TrainingArguments, ranks: str | None) -> None:
-    """Raises `ConfigError` if several processes were started and Trainer takes each of them for the only one."""
+    """Raises `ConfigError` if several processes were started, and the arguments make something else of them."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and args.world_size == 1 and ranks is not None:
         raise ConfigError(
@@ -57,6 +59,24 @@ def check_processes(args: TrainingArguments, ranks: str | None) -> None:
                 f"WORLD_SIZE={started}: as many processes were started, and Trainer takes each for the only one, as "
                 "it does on machines without GPUs; write use_cpu=True, or zo_ranks=None to train a model in each"
             ]
+        )
+    seedable = getattr(args.accelerator_config, "use_seedable_sampler", True)
+    if args.world_size > 1 and ranks == "points" and not seedable:
+        raise ConfigError(
+            [
+                "use_seedable_sampler=False in accelerator_config: each process would shuffle by random numbers of its "
+                "own, and zo_ranks='points' needs the same batches in all of them; leave it out"
+            ]
+        )
+
+
+def check_undivided(model: nn.Module | None) -> None:
+    """Raises `ModelError` for a model of DTensors, whose processes Trainer would have to give the same batches."""
+    if model is not None and group_of(model):
+        raise ModelError(
+            "the model's parameters are DTensors (tp_plan, parallelize_module), and Trainer gives batches of their own "
+            "to the processes that hold parts of it; train it in a loop with zo_core.ZeroOrder (docs/ranks.md), or "
+            "load the whole model in every process"
         )
 
 

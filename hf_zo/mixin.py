@@ -34,7 +34,7 @@ from zo_core.targets import check_values
 from .arguments import ZOArguments, front_end
 from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import check_arguments, check_processes, warn_about_numbers
+from .checks import check_arguments, check_processes, check_undivided, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
@@ -151,6 +151,7 @@ class ZOTrainerMixin(_Trainer):
     # The optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
+        check_undivided(self.model)
         super().create_accelerator_and_postprocess()
         self.accelerator.scaler = None  # a GradScaler fails where there are no gradients
         leave_state(self.accelerator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from .exchange import Alone
 from .ranks import Ranks, world_size
 from .running import Running
 from .streaming import share
+from .targets import parts_of
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def _facts(engine: Running) -> dict[str, Any]:
         "seed": engine.seed,
         "directions": engine.num_probes,
         "parameter groups": groups,
-        "trained tensors": [(slot.key, tuple(slot.tensor.shape), str(slot.tensor.dtype)) for slot in engine.slots],
+        "trained tensors": [(slot.key, tuple(slot.shape), str(slot.tensor.dtype)) for slot in engine.slots],
         **engine.facts,
         "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
     }
@@ -77,32 +79,34 @@ def _facts(engine: Running) -> dict[str, Any]:
 
 def _same_weights(engine: Running, exchange: Ranks) -> None:
     tensors = dict(_resident(engine))
-    streamed = dict(_streamed(engine))
-    found = exchange.everywhere({name: digest(tensor) for name, tensor in (tensors | streamed).items()})
-    other = [name for name in found[0] if any(each.get(name) != found[0][name] for each in found)]
+    streamed = {(name, ""): tensor for name, tensor in _streamed(engine)}
+    found = exchange.everywhere({key: digest(tensor) for key, tensor in (tensors | streamed).items()})
+    other = [key for key in dict.fromkeys(chain(*found)) if len({each[key] for each in found if key in each}) > 1]
     if not other:
         return
-    streamed_too = [name for name in other if name in streamed]
-    if streamed_too:
+    own = [key for key in other if key in streamed or key[1]]
+    if own:
+        kind = "streamed" if own[0] in streamed else "sharded"
         raise StateError(
-            f"the processes hold different weights in {streamed_too[0]!r} and {len(streamed_too) - 1} other streamed "
+            f"the processes hold different weights in {own[0][0]!r} and {len(own) - 1} other {kind} "
             "tensors; load the same checkpoint in every process"
         )
-    for name in other:
-        exchange.send(tensors[name])
+    for key in other:
+        exchange.send(tensors[key])
     logger.warning(
         "%d tensors (%s …) had other values on some processes, as new heads and adapters have without a common seed; "
         "all processes start with those of rank 0",
         len(other),
-        other[0],
+        other[0][0],
     )
 
 
-def _resident(engine: Running) -> Iterator[tuple[str, Tensor]]:
+def _resident(engine: Running) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """Resident tensors by name, and by which part of the tensor a process holds."""
     hidden = {id(tensor) for block in _blocks(engine) for held in block.holders.values() for tensor in held}
-    for name, tensor in (*engine.model.named_parameters(), *engine.model.named_buffers()):
+    for name, tensor, part in parts_of((*engine.model.named_parameters(), *engine.model.named_buffers())):
         if id(tensor) not in hidden and tensor.device.type != "meta":
-            yield name, tensor.detach()
+            yield (name, "" if part is None else f"{part.begin} {part.size}"), tensor.detach()
 
 
 def _streamed(engine: Running) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import nn
 from .estimators import Estimator
 from .normaliser import CURVATURE, Curvature, Normaliser
 from .rules import Momentum, UpdateRule
-from .targets import Slot
+from .targets import Slot, parts_of
 
 #: The rate of steps that are normalised by the curvature, as a fraction of Newton's step along a direction.
 NEWTON = 0.25
@@ -49,7 +49,7 @@ def default_lr(
 
 def moving(slots: Iterable[Slot], share: float = 1.0) -> float:
     """Number of elements that a direction moves on average."""
-    return max(1.0, sum(slot.tensor.numel() for slot in slots) * share)
+    return max(1.0, sum(slot.shape.numel() for slot in slots) * share)
 
 
 def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None) -> str:
@@ -57,7 +57,7 @@ def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None
     if isinstance(normaliser, Curvature):
         why = f"steps are normalised by the curvature that they measure, with a rate of {lr:.2g}"
     else:
-        count = sum(slot.tensor.numel() for slot in slots)
+        count = sum(slot.shape.numel() for slot in slots)
         why = f"it is {lr:.2g}, a length of step for the {count:,} weights that move"
     return f"no learning rate was given: {why}; lr='auto' searches for one by trial runs"
 
@@ -66,7 +66,7 @@ def default_eps(estimator: Estimator, model: nn.Module, slots: Iterable[Slot]) -
     """The estimator's eps, made wider for adapters and for scales that move by a fraction of their value."""
     kept = [slot for slot in slots if "eps" not in slot.own]
     own = {id(tensor) for slot in kept for tensor in slot.tensors}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in own]
+    names = [name for name, held, _ in parts_of(model.named_parameters()) if id(held) in own]
     factors = [factor for part, factor in WIDER.items() if any(part in name for name in names)]
     if any(slot.scaling is not None and slot.scaling.relative for slot in kept):
         factors.append(WIDER_SCALES)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .noise import Alternatives, Direction, Noise, Passes, Terms
 from .noise.direction import Scaling
+from .noise.parts import Part
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number
 from .records import Point, Probe
 from .step import StepPlan, times
@@ -36,7 +37,7 @@ class Directions:
         self.noise, self.backend, self.optimizer, self.eps, self.stochastic = noise, backend, optimizer, eps, stochastic
         self.plan: StepPlan | None = None
         #: What the slots of a step have in common, for the thresholds that they share.
-        self._passes: dict[tuple[int | None, Scaling | None], Passes] = {}
+        self._passes: dict[tuple[int | None, Scaling | None, Part | None], Passes] = {}
         self._thresholds: MutableMapping[str, float] | None = None
         self._of: StepPlan | None = None
 
@@ -125,10 +126,12 @@ class Directions:
         if thresholds is not self._thresholds:
             self._alike(thresholds)
             self._of = None
-        passes = self._passes.get((rounding, slot.scaling))
+        alike = rounding, slot.scaling, slot.part
+        passes = self._passes.get(alike)
         if passes is None:
-            passes = self._passes[rounding, slot.scaling] = Passes(rounding, self.backend, slot.scaling, thresholds)
-        return self.noise.direction(slot.key, slot.tensor.shape, terms, passes)
+            passes = Passes(rounding, self.backend, slot.scaling, thresholds, slot.part)
+            self._passes[alike] = passes
+        return self.noise.direction(slot.key, slot.shape, terms, passes)
 
 
 def _decay(group: dict[str, Any]) -> float:

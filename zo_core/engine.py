@@ -37,7 +37,7 @@ from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
 from .shared_data import Batch, check_same, while_all_have
 from .step import Skips, StepPlan, can_be_applied, chosen, mean, probes_from, times, unfit
-from .targets import Slot, keep_codes_plain, shapes_of
+from .targets import Slot, check_whole, group_of, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
 from .undoing import braked, note, repeated
 from .updates import Places
@@ -98,11 +98,12 @@ class ZeroOrder(TrainedModel):
             several = isinstance(model, (list, tuple, dict)) or hasattr(model, "__next__")
             how = "torch.nn.ModuleList([...]) of all modules that learn" if several else "the torch.nn.Module"
             raise ModelError(f"model is a {type(model).__name__}; pass {how} that the closure calls")
+        check_whole(model)
         self.model = model
         self.config = (config or ZOConfig()).replace(**overrides)
         settings = self._settings = resolve(self.config, optimizer, model)
         self.estimator, self.noise, self.rule = settings.estimator, settings.noise, settings.rule
-        self.exchange: Exchange = exchange_of(self.config.ranks)
+        self.exchange: Exchange = exchange_of(self.config.ranks, group_of(model))
         self.own_probes, self.backend = settings.num_probes, settings.backend
         self.num_probes = self.exchange.directions(self.own_probes)
         self.seed = 0 if self.config.seed is None else self.config.seed
@@ -139,7 +140,6 @@ class ZeroOrder(TrainedModel):
         self.places = Places(self.optimizer)
         how = self.noise, self.backend, self.optimizer, lambda: self.eps
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
-        self._agreed = False
         self.facts: dict[str, Any] = {}
         self._repeated: Callable[[ZeroOrder], StepRecord] | None = None
         self.take(slots)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 import operator
 
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import next_seed
 from .defaults import moving
 from .normaliser import normaliser_of
 from .running import Running
-from .targets import as_it_lies
+from .targets import as_it_lies, held
 
 logger = logging.getLogger(__name__)
 
 
 @as_it_lies
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient at the moment."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def trainable(model: nn.Module) -> list[Tensor]:
+    """The parameters that require a gradient at the moment; of DTensors, what this process holds."""
+    return [held(parameter) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def follow_model(engine: Running) -> None:

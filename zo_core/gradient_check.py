@@ -14,6 +14,7 @@ from .errors import ConfigError, LossError
 from .modes import probe_modes, rng_state, set_rng_state
 from .records import Point
 from .running import Running
+from .targets import group_of
 
 #: The step index of a check, whose directions are far from those of any training run.
 CHECK_STEP = (1 << 30) - 1
@@ -58,11 +59,12 @@ def check_gradient(engine: Running, closure: Callable[[], Any], directions: int)
     """Implements `ZeroOrder.check`."""
     if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
         raise ConfigError([f"directions={directions!r} must be a whole number of at least 1"])
-    if engine.streaming is not None or any(slot.scaling is not None for slot in engine.slots):
+    dealt = bool(group_of(engine.model))
+    if dealt or engine.streaming is not None or any(slot.scaling is not None for slot in engine.slots):
         raise ConfigError(
             [
                 "check() differentiates the loss, which takes ordinary weights that are all in memory; check a small "
-                "model with the same loss, without offload and without quantised weights"
+                "model with the same loss, without offload, quantised weights and DTensors"
             ]
         )
     seeds = [engine.noise.seed(engine.seed, CHECK_STEP, index) for index in range(directions)]

@@ -13,7 +13,7 @@ from .checkpoint import Run, check_state, factor_of, marked, plain_state, thresh
 from .defaults import NEWTON
 from .errors import ConfigError, StateError
 from .estimators import Spsa
-from .targets import Slot
+from .targets import Slot, held
 from .updates import Places, Updaters
 from .writers import OWN, written_by
 
@@ -89,6 +89,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         if problems:
             raise ConfigError(problems)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]  # of DTensors, what this process holds moves
+        group["params"] = [held(parameter) for parameter in group["params"]]
 
     def groups_of(self, slots: Iterable[Slot]) -> dict[Slot, dict[str, Any]]:
         """The group of each slot; call it again after a state was loaded, which replaces the groups.

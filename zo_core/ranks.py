@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import ConfigError, RanksError
 from .exchange import Alone, Exchange, Rows, combined, shares
 from .records import Point, Probe
+from .whole import Whole
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def exchange_of(mode: str | None) -> Exchange:
+def exchange_of(mode: str | None, group: Sequence[int] = ()) -> Exchange:
     """The exchange between the processes of the default process group, or that of a process alone.
 
     Args:
         mode: the setting ``ranks``; None for processes that train models of their own.
+        group: see `Ranks`.
     """
-    return Alone() if mode is None or world_size() == 1 else Ranks(mode)
+    return Alone() if mode is None or world_size() == 1 else Ranks(mode, group)
 
 
 class Ranks:
@@ -46,19 +48,31 @@ class Ranks:
 
     Losses are gathered in float64 and in the order of the ranks, and every process computes the same estimate of
     them; nothing is reduced by a collective, whose order of summation depends on the topology. They travel over
-    gloo, also where the model is on GPUs.
+    gloo, also where the model is on GPUs. An exchange is more than one collective, so a thread makes it: an interrupt
+    of this process cannot end it between two of them, after which the others would read one thing for another.
 
     Args:
         mode: "directions", "data" or "points".
+        group: ranks of the processes that hold the parts of one model with this one, which count as one process;
+            empty if this process holds all of it.
+
+    Attributes:
+        units: how many processes there are, if those with parts of one model are counted as one.
+        unit: for each rank, which of these it belongs to.
     """
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: str, group: Sequence[int] = ()):
         self.mode, self.rank, self.size = mode, dist.get_rank(), dist.get_world_size()
         self.same_data = mode == "points"
         #: The default group, with the user's timeout, if it takes tensors in host memory.
         self.group: Any = None if "gloo" in str(dist.get_backend_config()) else dist.new_group(backend="gloo")
         self._step, self._digest = 0, 0
         self._told: BaseException | None = None
+        self._whole = Whole()
+        groups = [tuple(each) for each in self._whole.run(lambda: self._objects(list(group)))] if group else []
+        order = {each: unit for unit, each in enumerate(dict.fromkeys(groups))}
+        self.unit = [order[each] for each in groups] if groups else list(range(self.size))
+        self.units = max(self.unit) + 1
         if self.rank:
             for name in LOGGERS:
                 if logging.getLogger(name).level == logging.NOTSET:
@@ -66,46 +80,61 @@ class Ranks:
 
     @property
     def populations(self) -> int:
-        return self.size if self.mode == "directions" else 1
+        return self.units if self.mode == "directions" else 1
 
     def directions(self, own: int) -> int:
-        return own * self.size if self.mode == "directions" else own
+        return own * self.units if self.mode == "directions" else own
 
     def dealt(self, points: Sequence[Point], seeds: Sequence[int]) -> list[tuple[int, ...]]:
-        found = shares(self.mode, points, seeds, self.size)
+        found = shares(self.mode, points, seeds, self.units)
         if not all(found):
             raise ConfigError(
                 [
-                    f"ranks='points' deals {len(points)} points a step to {self.size} processes, so some have none; "
+                    f"ranks='points' deals {len(points)} points a step to {self.units} processes, so some have none; "
                     "raise num_probes, or write ranks='directions'"
                 ]
             )
-        return found
+        return [found[unit] for unit in self.unit]
 
     def gather(self, points: Sequence[Point], seeds: Sequence[int], step: int, losses: Sequence[float]) -> Rows:
-        found = shares(self.mode, points, seeds, self.size)
-        self._enter(LOSSES, step)
+        found = shares(self.mode, points, seeds, self.units)
         own = torch.full((max(map(len, found)) + 1,), float("nan"), dtype=torch.float64)
         own[: len(losses)] = torch.tensor(losses, dtype=torch.float64)
         own[-1] = len(losses)
-        rows = [row.tolist() for row in self._gathered(own)]
+        rows = self._of_units(self._whole.run(lambda: self._numbers(LOSSES, step, own)))
         return [dict(zip(indices[: int(row[-1])], row, strict=False)) for indices, row in zip(found, rows, strict=True)]
 
     def combine(self, points: Sequence[Point], rows: Rows) -> list[float]:
         return combined(self.mode, points, rows)
 
     def average(self, values: Sequence[float]) -> list[float]:
-        self._enter(NUMBERS, len(values))
-        columns = zip(*(row.tolist() for row in self._gathered(torch.tensor(values, dtype=torch.float64))), strict=True)
-        return [math.fsum(column) / self.size for column in columns]
+        own = torch.tensor(values, dtype=torch.float64)
+        rows = self._of_units(self._whole.run(lambda: self._numbers(NUMBERS, len(values), own)))
+        return [math.fsum(column) / self.units for column in zip(*rows, strict=True)]
+
+    def _of_units(self, rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+        """One row for each unit, whose processes have computed the same numbers.
+
+        Raises:
+            RanksError: they have not; on every process.
+        """
+        firsts = [self.unit.index(unit) for unit in range(self.units)]
+        for rank, row in enumerate(rows):
+            first = firsts[self.unit[rank]]
+            if repr(row) != repr(rows[first]):  # which is exact, and the same for all NaN
+                raise RanksError(
+                    f"rank {rank} and rank {first} hold parts of one model, and have measured {_shown(row)} and "
+                    f"{_shown(rows[first])} at the same points; give both the same batches, and return the same loss "
+                    "from both (that of gathered outputs, not of a part of them)"
+                )
+        return [rows[first] for first in firsts]
 
     def fail(self, error: BaseException) -> None:
         if isinstance(error, RanksError) or error is self._told:
             return
         self._told = error
         try:
-            self._headers(FAILURE, 0)
-            self._objects(f"{type(error).__name__}: {error}")
+            self._whole.run(lambda: self._failure(f"{type(error).__name__}: {error}"))
         except RanksError as lost:
             logger.warning("the other processes could not be told of this error: %s", lost)
 
@@ -115,16 +144,29 @@ class Ranks:
         self._step = step + 1
 
     def everywhere(self, own: Any) -> list[Any]:
-        self._enter(NUMBERS, 0)
-        return self._objects(own)
+        return self._whole.run(lambda: self._values(own))
 
     def send(self, tensor: Tensor) -> None:
         """Gives a tensor the values that it has on rank 0."""
         values = tensor.reshape(-1).cpu().contiguous()
-        self._try(lambda: dist.broadcast(values.view(torch.uint8), src=0, group=self.group))
+        self._whole.run(lambda: self._try(lambda: dist.broadcast(values.view(torch.uint8), src=0, group=self.group)))
         tensor.copy_(values.view_as(tensor))
 
-    # What travels
+    # What travels, each as a whole
+
+    def _numbers(self, kind: int, number: int, own: Tensor) -> list[list[float]]:
+        self._enter(kind, number)
+        return [row.tolist() for row in self._gathered(own)]
+
+    def _values(self, own: Any) -> list[Any]:
+        self._enter(NUMBERS, 0)
+        return self._objects(own)
+
+    def _failure(self, text: str) -> None:
+        self._headers(FAILURE, 0)
+        self._objects(text)
+
+    # Its parts
 
     def _enter(self, kind: int, number: int) -> None:
         """Finds out whether all processes exchange the same thing next.
@@ -182,6 +224,10 @@ class Ranks:
             return "another process, perhaps rank 0, has ended or does not answer"
         names = ", ".join(f"rank {rank}" for rank in gone)
         return f"{names} has ended or does not answer" if gone else "the processes lost their connection"
+
+
+def _shown(row: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.9g}" for value in row) + ")"
 
 
 def _said(header: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ class Running(Driver, Protocol):
     model: nn.Module
     config: ZOConfig
     slots: list[Slot]
-    trainable: list[nn.Parameter]
+    trainable: list[Tensor]
     oracle: ResidentOracle | LockstepOracle
     step_count: int
     num_probes: int

@@ -31,7 +31,7 @@ from .records import Point
 from .report import page
 from .rules import UpdateRule
 from .streaming import LockstepOracle, Streaming, repeated_layers
-from .targets import Slot, Target, check_whole
+from .targets import Slot, Target, check_settings, check_whole
 from .updates import Places, Updaters
 from .version import __version__
 
@@ -56,13 +56,14 @@ class TrainedModel(LiveSettings):
     regroup: Callable[[list[Slot]], object]
     _carried: list[Carried]
     _kept: nn.Module | None
+    _agreed: bool  # whether the processes of the run have compared what they hold
 
     def _forget(self) -> None:
         """Drops what was kept for the directions of a step."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        count = sum(slot.tensor.numel() for slot in self.slots)
+        count = sum(slot.shape.numel() for slot in self.slots)
         return (
             f"ZeroOrder({type(self.model).__name__}, step {self.step_count}: {count:,} values in {len(self.slots)} "
             f"tensors, {self.described()})"
@@ -79,6 +80,8 @@ class TrainedModel(LiveSettings):
     def choose(self) -> list[Slot]:
         """The slots of the model as it is now; after adapters were added, another target may choose them."""
         check_whole(self.model)
+        streamed = Streaming.of(self.model) is not None
+        check_settings(self.model, self.config, self.noise, self.rule, streamed=streamed)
         self._target = self._settings.target.chosen(self.model)
         return self._target.slots(self.model)
 
@@ -93,6 +96,7 @@ class TrainedModel(LiveSettings):
             stochastic=self.config.stochastic_rounding,
         )
         self.trainable = trainable(self.model)
+        self._agreed = False
 
     @property
     def target(self) -> Target:
@@ -232,7 +236,7 @@ class TrainedModel(LiveSettings):
         Returns:
             The path.
         """
-        count = sum(slot.tensor.numel() for slot in self.slots)
+        count = sum(slot.shape.numel() for slot in self.slots)
         facts = {
             "model": type(self.model).__name__,
             "trained": f"{count:,} values in {len(self.slots)} tensors ({self.target.name})",

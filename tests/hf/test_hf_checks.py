@@ -13,10 +13,12 @@ import torch
 from hf_helpers import CHECKPOINTING, adapted, arguments, differing, logged, texts, weights
 from models import tiny
 from peft import LoraConfig
+from processes import together
 from torch import Tensor, nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from hf_zo import ZOArguments, ZOTrainer, ZOTrainerMixin, ZOTrainingArguments
+from hf_zo.checks import check_processes
 from zo_core import ConfigError, ModelError, ZOConfig
 
 
@@ -210,6 +212,31 @@ def test_processes_that_trainer_does_not_know_of_are_an_error(tmp_path: Path, mo
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* write use_cpu=True, or zo_ranks=None"):
         ZOTrainer(tiny("llama"), args)
     ZOTrainer(tiny("llama"), args, zo_config=ZOConfig(ranks=None))
+
+
+def test_a_model_of_dtensors_is_for_bare_loops(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+
+    def work(rank: int) -> str:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        model = parallelize_module(
+            nn.Sequential(nn.Linear(4, 4)), init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()}
+        )
+        with pytest.raises(ModelError, match=r"DTensors .* train it in a loop with zo_core.ZeroOrder"):
+            ZOTrainer(model, args)
+        return "refused"
+
+    assert together(work, tmp_path / "processes", size=1) == ["refused"]
+
+
+def test_points_need_the_seedable_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path, accelerator_config={"use_seedable_sampler": False})
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ConfigError, match=r"use_seedable_sampler=False in accelerator_config: .* leave it out"):
+        check_processes(args, "points")
+    check_processes(args, "directions")
 
 
 def test_settings_come_from_one_place(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rank_runs import State, both, equal, loss, model_of, state
 from torch import Tensor
 
 from zo_core import ConfigError, RanksError, StateError, ZeroOrder
+from zo_core.ranks import LOSSES
 from zo_core.seedlog import SeedLog, SeedLogWriter, replay
 
 STEPS = 4
@@ -252,6 +254,38 @@ def test_a_process_that_is_gone_is_named(tmp_path: Path, how: str) -> None:
         assert nothing is None
     assert "rank 1 has ended or does not answer" in found[0]
     assert equal(found[1], found[2])
+
+
+def test_an_interrupt_between_the_parts_of_an_exchange_leaves_it_whole(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[str, State]:
+        model = model_of()
+        zo = ZeroOrder(model, lr=1e-2)
+        zo.step(lambda: loss(model, rank, 0))
+        headers = zo.exchange._headers
+
+        def interrupted(kind: int, number: int) -> list[list[int]]:
+            found: list[list[int]] = headers(kind, number)
+            if rank == 1 and kind == LOSSES:
+                zo.exchange._headers = headers
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+            return found
+
+        zo.exchange._headers = interrupted
+        try:
+            for step in (1, 2):
+                zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+        except (KeyboardInterrupt, RanksError) as error:
+            return f"{type(error).__name__}: {error}", state(model)
+        return "nothing", state(model)
+
+    first, second = both(tmp_path, work)
+    whole = together(lambda rank: run(rank, steps=2), tmp_path / "whole")
+    assert first[0].startswith("RanksError")
+    assert "rank 1 raised KeyboardInterrupt" in first[0]
+    assert second[0].startswith("KeyboardInterrupt")
+    assert equal(first[1], whole[0][1])  # the losses of the step have come, and those of the next one never do
+    assert equal(second[1], whole[1][0])
 
 
 def test_what_is_not_finite_on_one_process_is_a_skipped_step_on_all(tmp_path: Path) -> None:

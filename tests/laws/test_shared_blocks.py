@@ -139,6 +139,29 @@ def test_a_host_that_gives_no_memory_leaves_everyone_with_blocks_of_their_own(tm
     assert equal(first, second)
 
 
+def test_processes_that_follow_a_changed_model_share_their_blocks_again(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[bool, State, State]:
+        found = []
+        for where in ("cpu", None):
+            model = deep()[0]
+            zo = ZeroOrder(model, lr=1e-2, rule="momentum", offload=where)
+            for step in range(2 * STEPS):
+                if step == STEPS:
+                    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+                zo.step(lambda step=step, model=model: loss(model, rank, step))  # type: ignore[misc]
+            if zo.streaming is not None:
+                store, names = zo.streaming.store, {block.name for block in zo.streaming.blocks}
+                shared = isinstance(store, SharedStore) and store.index.keys() == names
+            zo.close()
+            found.append(state(model))
+        return (shared, *found)
+
+    first, second = together(work, tmp_path)
+    assert first[0]
+    assert second[0]
+    assert all(equal(first[1], each) for each in (first[2], second[1], second[2]))
+
+
 def test_processes_that_go_on_alone_take_copies_of_their_own(tmp_path: Path) -> None:
     def work(rank: int) -> list[State]:
         found = []

@@ -30,6 +30,7 @@ SHORT: dict[str, list[list[str]]] = {
     "rewards": [["--pretraining-steps=1"], ["--pretraining-steps=1", "--lora"]],
     "several_processes": [[]],
     "share_adapter": [[]],
+    "tensor_parallel": [[]],
     "text_classification": [["--pretraining-steps", "1"]],
     "trl_sft": [[]],
 }

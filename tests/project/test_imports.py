@@ -31,6 +31,7 @@ RANKS = {
     "queries": 1,
     "sizes": 0,
     "version": 0,
+    "whole": 0,
     "writers": 0,
     "forward_state": 1,
     "noise": 1,

@@ -54,7 +54,7 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
     scalings = [slot.scaling for slot in engine.slots if slot.scaling is not None]
     if engine.rule.name not in ("sgd", "momentum") or not all(scaling.relative for scaling in scalings):
         return None
-    moved = sum(slot.tensor.numel() for slot in engine.slots)
+    moved = sum(slot.shape.numel() for slot in engine.slots)
     directions = min(engine.num_probes, moved)
     factor = directions * (1.0 - getattr(engine.rule, "beta", 0.0))
     if isinstance(engine.normaliser, Curvature):
@@ -86,7 +86,7 @@ def lr_advice(engine: Running) -> str | None:
         return None
     front = engine.continuity.front
     what = "scales" if any(slot.scaling is not None for slot in engine.slots) else "weights"
-    moved = sum(slot.tensor.numel() for slot in engine.slots)
+    moved = sum(slot.shape.numel() for slot in engine.slots)
     where, so = ("below", "hardly anything will be learnt") if lr < low else ("above", "the loss is likely to grow")
     return (
         f"{front.names.get('lr', 'lr')}={lr:g} is far {where} the rates that work for {moved:,} {what} with "

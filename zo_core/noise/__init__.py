@@ -1,7 +1,8 @@
 """Noise as a pure function, and the arithmetic that moves weights along it."""
 
+from .alternatives import Alternatives, stacked_values
 from .base import NOISES, ElementNoise, Noise
-from .direction import Alternatives, Direction, Passes, Terms, compute_dtype, stacked_values
+from .direction import Direction, Passes, Terms, compute_dtype
 from .gaussian import Gaussian
 from .hashing import derive_seed
 from .low_rank import FactorDirection, LowRank, LowRankDirection, stacked_factors

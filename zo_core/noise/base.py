@@ -28,6 +28,11 @@ class Noise:
     share = 1.0
 
     @property
+    def of_elements(self) -> bool:
+        """Whether each element of a direction depends on its own index alone, so that parts of slots can move."""
+        return False
+
+    @property
     def plain(self) -> Noise:
         """The noise of the slots that move in a step: this one, unless it samples slots."""
         return self
@@ -107,6 +112,10 @@ class ElementNoise(Noise):
     kurtosis: ClassVar[float]
     signs: ClassVar[bool] = False
 
+    @property
+    def of_elements(self) -> bool:
+        return True
+
     def expand(self, bits: Tensor, scale: float, out: Tensor) -> None:
         """Writes ``round(scale * z)`` for the elements of some words.
 
@@ -118,7 +127,8 @@ class ElementNoise(Noise):
         raise NotImplementedError
 
     def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
-        return Direction(self, slot, terms, passes.rounding_seed, passes.backend, passes.scaling)
+        how = passes.rounding_seed, passes.backend, passes.scaling
+        return Direction(self, slot, terms, *how, part=passes.part)
 
     def words_of(self, shape: torch.Size) -> int:
         return -(-shape.numel() // self.values_per_word)

@@ -78,7 +78,7 @@ def fused(one: Pass) -> bool:
         False if the eager pass has to do it. Nothing waits any more then, so it may read any tensor.
     """
     backend = fused_backend(one.direction.backend, one.theta)
-    able = backend is not None and backend.supports(one)
+    able = one.direction.part is None and backend is not None and backend.supports(one)
     waiting: Waiting | None = getattr(_local, "waiting", None)
     if able and waiting is not None and one.direction.backend == "triton":
         waiting.add(one)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..cache import workspace
 from .changes import Change, Pass, flat, flat_target, flush, fused
-from .hashing import BATCH_WORDS, DIRECTION, Key, sent, stream_key, words
+from .hashing import BATCH_WORDS, DIRECTION, Key, stream_key, words
+from .parts import Band, Part
 from .rounding import DROPPED_BITS, rounding_key, store
 
 #: Pairs ``(seed, c)`` of a direction and its coefficient.
@@ -107,12 +108,14 @@ class Passes:
         scaling: as in `Direction`.
         thresholds: mask thresholds of the run, by slot; a mask adds its own when it is first needed. None if they
             are not to be kept.
+        part: as in `Direction`.
     """
 
     rounding_seed: int | None = None
     backend: str = "eager"
     scaling: Scaling | None = None
     thresholds: MutableMapping[str, float] | None = None
+    part: Part | None = None
 
 
 #: Passes over ordinary weights, rounded to nearest.
@@ -134,6 +137,8 @@ class Direction:
             values that it has within the whole slot. A piece has `piece_size` elements, and only the eager
             backend supports it. It uses the words of the batch that contains it, so consecutive pieces of
             a batch hash them only once.
+        part: the part of the slot that is moved, by the values that it has within the whole slot; None for all of
+            it. Only the eager backend supports it.
     """
 
     noise: Elements
@@ -143,6 +148,7 @@ class Direction:
     backend: str = "eager"
     scaling: Scaling | None = None
     offset: int | None = None
+    part: Part | None = None
 
     @property
     def still(self) -> bool:
@@ -179,16 +185,36 @@ class Direction:
 
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, s[start:stop])`` with ``s`` in float32, in order; valid until the next chunk."""
-        coefficients = [c for _, c in self.keys()]
+        if self.part is not None:
+            yield from self._part_chunks(self.part, device)
+            return
         for start, stop, bits in self._pieces(numel, device):
-            size = bits[0].numel() * self.noise.values_per_word
-            total = workspace("sum", size, device)
-            self.noise.expand(bits[0], coefficients[0], total)
-            for word, c in zip(bits[1:], coefficients[1:], strict=True):
-                term = workspace("term", size, device)
-                self.noise.expand(word, c, term)
-                total.add_(term)
-            yield start, stop, total[: stop - start]
+            yield start, stop, self._sum(bits, device)[: stop - start]
+
+    def _sum(self, bits: Sequence[Tensor], device: torch.device) -> Tensor:
+        """``s`` of the elements of some words, which are those of each term."""
+        coefficients = [c for _, c in self.keys()]
+        size = bits[0].numel() * self.noise.values_per_word
+        total = workspace("sum", size, device)
+        self.noise.expand(bits[0], coefficients[0], total)
+        for word, c in zip(bits[1:], coefficients[1:], strict=True):
+            term = workspace("term", size, device)
+            self.noise.expand(word, c, term)
+            total.add_(term)
+        return total
+
+    def _part_chunks(self, part: Part, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        keys, per_word = self.keys(), self.noise.values_per_word
+        for start, stop in part.pieces(chunk_sizes(per_word, device)[1]):
+            band = part.band(start, stop)
+            word, before = divmod(band.first, per_word)
+            count = -(-(before + band.length) // per_word)
+            s = self._sum([words(key, word, count, device) for key, _ in keys], device)
+            yield start, stop, band.pick(s[before : before + band.length])
+
+    def place(self, start: int, stop: int) -> int | Band:
+        """Where a chunk lies in the slot: its first index, or the band of a part."""
+        return (self.offset or 0) + start if self.part is None else self.part.band(start, stop)
 
     def _pieces(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, list[Tensor]]]:
         """``(start, stop, words of each term)`` of every chunk."""
@@ -269,7 +295,7 @@ class Direction:
     @property
     def _signs_alone(self) -> bool:
         """Whether ``s`` is signs times one number."""
-        return self.noise.signs and len(self.terms) == 1
+        return self.noise.signs and len(self.terms) == 1 and self.part is None
 
     def _add_signs(self, source: Tensor, target: Tensor) -> None:
         """A probe of 16-bit weights along signs, with half the memory traffic: the terms never exist in float32."""
@@ -293,50 +319,7 @@ class Direction:
                 work = workspace("weights", stop - start, source.device).copy_(old)
                 if decay != 1.0:
                     work.mul_(decay)
-                store(work.add_(s), new, self.rounding_key(source.dtype), (self.offset or 0) + start)
-
-
-@dataclass(frozen=True)
-class Alternatives:
-    """Several directions of one slot, one for each probe of a step; the terms of a `Direction` are a sum instead.
-
-    Attributes:
-        common: what they have in common: a direction without terms.
-        terms: a pair ``(seed, c)`` for each of them.
-    """
-
-    common: Direction
-    terms: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def of(cls, direction: Direction) -> Alternatives:
-        """The terms of a direction as separate directions."""
-        return cls(replace(direction, terms=()), direction.terms)
-
-
-def stacked_values(theta: Tensor, alternatives: Alternatives) -> Tensor:
-    """``round(theta + s)`` for each of several directions, as `Direction.add_to` rounds it.
-
-    Args:
-        theta: the values of the slot, with few elements.
-        alternatives: directions of a noise with signs.
-
-    Returns:
-        ``[len(terms), *theta.shape]`` in the type of ``theta``.
-    """
-    noise, slot = alternatives.common.noise, alternatives.common.slot
-    terms, device = alternatives.terms, theta.device
-    places = {seed: place for place, seed in enumerate(dict.fromkeys(seed for seed, _ in terms))}
-    z = noise.stack(tuple(places), slot, theta.numel(), device)
-    scales = sent([float32(c) for _, c in terms], device)
-    s = z[sent([places[seed] for seed, _ in terms], device)].mul_(scales[:, None])
-    moved, key = theta.reshape(-1).to(compute_dtype(theta.dtype)) + s, alternatives.common.rounding_key(theta.dtype)
-    if key is None:
-        return moved.to(theta.dtype).view(-1, *theta.shape)
-    values = torch.empty_like(moved, dtype=theta.dtype)
-    for each, out in zip(moved, values, strict=True):
-        store(each, out, key, 0)
-    return values.view(-1, *theta.shape)
+                store(work.add_(s), new, self.rounding_key(source.dtype), self.place(start, stop))
 
 
 def chunk_sizes(per_word: int, device: torch.device) -> tuple[int, int]:
@@ -391,7 +374,7 @@ def rewrite(
         if theta.dtype == wide:
             target[start:stop] = work
         else:
-            key, first = direction.rounding_key(theta.dtype), (direction.offset or 0) + start
-            store(work, target[start:stop], key, first, back)
+            place = direction.place(start, stop)
+            store(work, target[start:stop], direction.rounding_key(theta.dtype), place, back)
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view(out.shape))

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import ByteCache, kept, workspace
+from .alternatives import Alternatives
 from .base import NOISES, Noise
 from .changes import flush
-from .direction import CPU_CHUNK, PLAIN, Alternatives, Direction, Passes, Scaling, Terms, float32
+from .direction import CPU_CHUNK, PLAIN, Direction, Passes, Scaling, Terms, float32
 from .hashing import BASIS, DIRECTION, derive_seed, first_words, prepare_words, sent, stream_key
 from .rademacher import Rademacher
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .hashing import ROUNDING, Key, rounding_bits, stream_key
+from .parts import Band
 
 #: float32 mantissa bits that a 16-bit type drops.
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
@@ -27,7 +28,7 @@ def rounding_key(seed: int, slot: str) -> Key:
     return stream_key(seed, "", ROUNDING)[0], stream_key(seed, slot, ROUNDING)[1]
 
 
-def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, back: bool = False) -> Tensor:
+def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int | Band, back: bool = False) -> Tensor:
     """Rounds up or down with probabilities that make the result right on average.
 
     Values that ``dtype`` can hold are returned unchanged, whatever the bits.
@@ -36,7 +37,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, b
         values: float32 ``[n]``; overwritten.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         key: of the random bits, from `rounding_key`.
-        start: index of the first value within its slot.
+        start: index of the first value within its slot, or the band in which the values of a part lie.
         back: round a move that reverts one with the same key. The bits are then complemented, so that
             ``round_back(round(theta - s) + s)`` is theta: rounding up by chance is undone as if it were known.
 
@@ -46,7 +47,10 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, b
     dropped = DROPPED_BITS[dtype]
     # A GPU writes NaN as 0x7fffffff, and adding to that would make it -0.0; torch writes it as 0x7fc00000.
     values.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)
-    random = rounding_bits(key, dropped, start, values.numel(), values.device)
+    if isinstance(start, Band):
+        random = start.picked(lambda first, count: rounding_bits(key, dropped, first, count, values.device))
+    else:
+        random = rounding_bits(key, dropped, start, values.numel(), values.device)
     if back:
         random = random ^ ((1 << dropped) - 1)
     if dtype == torch.float16:
@@ -58,7 +62,7 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, key: Key, start: int, b
     return torch.where(is_small, small, rounded) if dtype == torch.float16 else rounded
 
 
-def store(values: Tensor, out: Tensor, key: Key | None, start: int, back: bool = False) -> None:
+def store(values: Tensor, out: Tensor, key: Key | None, start: int | Band, back: bool = False) -> None:
     """Writes float32 ``values`` into 16-bit ``out``, rounding by ``key`` (None: to nearest); see `stochastic_round`."""
     if key is None:
         out.copy_(values)

@@ -73,6 +73,10 @@ class Sampled(Wrapping):
     def plain(self) -> Noise:
         return self.wrapped
 
+    @property
+    def of_elements(self) -> bool:
+        return self.wrapped.of_elements
+
     def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
         return self.wrapped.direction(slot, shape, self.drawn(slot, terms), passes)
 

@@ -18,10 +18,13 @@ from torch import Tensor
 
 from ..digests import digest
 from ..errors import StateError
-from ..targets import elsewhere, memory_of, plain_parameters
+from ..targets import elsewhere, memory_of, parts_of, plain_parameters
 
 if TYPE_CHECKING:
     from ..engine import ZeroOrder
+
+#: Begins a digest of what this process holds of tensors that are dealt out: it says nothing about the whole ones.
+PART = "part "
 
 
 def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
@@ -31,19 +34,26 @@ def fingerprint(engine: ZeroOrder) -> dict[str, Any]:
 
     Returns:
         ``slots``: shape, dtype and digest of each slot by key; ``frozen``: the number of all other
-        parameters and their digest; ``digest``: of all of this.
+        parameters and their digest; ``digest``: of all of this. Digests of what is dealt out to several processes
+        begin with "part ".
     """
     engine.flush()
     engine.target.relink(engine.slots)
     with engine.hidden():
         digests = _digests(engine)
     slots = {
-        slot.key: [list(slot.tensor.shape), str(slot.tensor.dtype).removeprefix("torch."), digests[id(slot.tensor)][1]]
+        slot.key: [
+            list(slot.shape),
+            str(slot.tensor.dtype).removeprefix("torch."),
+            ("" if slot.part is None else PART) + digests[id(slot.tensor)][1],
+        ]
         for slot in engine.slots
     }
     moving = {id(tensor) for slot in engine.slots for tensor in slot.tensors}
     others = {id(p): " ".join(digests[id(p)]) for _, p in plain_parameters(engine.model) if id(p) not in moving}
-    frozen = [len(others), hashlib.sha256("\n".join(sorted(others.values())).encode()).hexdigest()[:16]]
+    dealt = any(part and id(held) in others for _, held, part in parts_of(engine.model.named_parameters()))
+    frozen_digest = hashlib.sha256("\n".join(sorted(others.values())).encode()).hexdigest()[:16]
+    frozen = [len(others), (PART if dealt else "") + frozen_digest]
     everything = repr((sorted(slots.items()), frozen))
     return {"slots": slots, "frozen": frozen, "digest": hashlib.sha256(everything.encode()).hexdigest()[:32]}
 
@@ -91,7 +101,7 @@ def _streamed(engine: ZeroOrder) -> Iterator[tuple[list[list[int]], list[Tensor]
 
 
 def check_base(logged: dict[str, Any], found: dict[str, Any], name: str, *, frozen: bool = True) -> None:
-    """Checks that a model is the one that a log began with.
+    """Checks that a model is the one that a log began with, except for the values of what was dealt out to processes.
 
     Args:
         logged: the result of `fingerprint` when the log began.
@@ -103,18 +113,23 @@ def check_base(logged: dict[str, Any], found: dict[str, Any], name: str, *, froz
         StateError: the models differ; the message has both sides.
     """
     check_slots(logged, found, name)
-    other = [key for key, value in logged["slots"].items() if found["slots"][key][2] != value[2]]
+    other = [key for key, value in logged["slots"].items() if _differ(value[2], found["slots"][key][2])]
     if other:
         raise StateError(
             f"{name} began with other weights than this model has: {_list(other)} of {len(logged['slots'])} trained "
             f"tensors have other values (fingerprint {logged['digest']} in the log, {found['digest']} here); load the "
             "base model that the run started from, in the same dtype and before any training"
         )
-    if frozen and logged["frozen"] != found["frozen"]:
+    counts = logged["frozen"][0] != found["frozen"][0]
+    if frozen and (counts or _differ(logged["frozen"][1], found["frozen"][1])):
         raise StateError(
             f"{name} began with another frozen base than this model has: {_frozen(logged)} in the log, "
             f"{_frozen(found)} here; load the base model that the run started from, in the same dtype"
         )
+
+
+def _differ(one: str, other: str) -> bool:
+    return one != other and not (one.startswith(PART) or other.startswith(PART))
 
 
 def check_slots(logged: dict[str, Any], found: dict[str, Any], name: str) -> None:

@@ -13,7 +13,7 @@ from ..estimators import ESTIMATORS
 from ..noise import NOISES
 from ..optimizer import number
 from ..rules import RULES
-from ..targets import TARGETS, WRAPPERS
+from ..targets import TARGETS, WRAPPERS, parts_of
 from ..version import __version__
 from .fingerprint import check_base, check_slots, fingerprint
 from .format import Settings
@@ -89,7 +89,7 @@ def check_run(engine: ZeroOrder, log: SeedLog, step: int, *, frozen: bool = True
     if step == log.first_step and engine.continuity.ahead <= step:
         check_base(log.header["base"], fingerprint(engine), name, frozen=frozen)
     else:
-        shapes = {s.key: [list(s.tensor.shape), str(s.tensor.dtype).removeprefix("torch.")] for s in engine.slots}
+        shapes = {s.key: [list(s.shape), str(s.tensor.dtype).removeprefix("torch.")] for s in engine.slots}
         check_slots(log.header["base"], {"slots": shapes}, name)
 
 
@@ -156,7 +156,8 @@ def _prefix(engine: ZeroOrder) -> str:
     """The prefix of parameter names before their slot keys, without wrappers."""
     slot = engine.slots[0]
     held = {id(tensor) for tensor in slot.leads}
-    name = next((name for name, parameter in engine.model.named_parameters() if id(parameter) in held), slot.key)
+    named = parts_of(engine.model.named_parameters())
+    name = next((name for name, tensor, _ in named if id(tensor) in held), slot.key)
     plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     return plain.removesuffix(slot.key)
 

@@ -6,7 +6,7 @@ from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, keep_codes_plain, move_scales
 from .memory import as_it_lies, in_several_ways
 from .scales import Scales
-from .sharded import check_whole
+from .sharded import check_settings, check_whole, group_of, held, held_part, parts_of
 from .torchao import TorchaoScales
 from .trainable import Trainable
 
@@ -21,15 +21,20 @@ __all__ = [
     "TorchaoScales",
     "Trainable",
     "as_it_lies",
+    "check_settings",
     "check_tensor",
     "check_values",
     "check_whole",
     "elsewhere",
+    "group_of",
     "has_adapters",
+    "held",
+    "held_part",
     "in_several_ways",
     "keep_codes_plain",
     "memory_of",
     "move_scales",
+    "parts_of",
     "plain_parameters",
     "shapes_of",
     "slot_keys",

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ModelError
 from ..noise.direction import FLOAT_DTYPES, Scaling
+from ..noise.parts import Part
 from ..registry import Registry
 from .memory import Region, as_it_lies, shows_twice
 
@@ -32,6 +33,7 @@ class Slot:
         own: hyperparameters of this slot for the optimizer's group (``lr``, ``eps``), where they differ
             from those of the run.
         region: how each tensor views the memory; None if they all have the same view.
+        part: which part of a larger tensor this process holds; None if it holds all of it.
     """
 
     key: str
@@ -40,14 +42,20 @@ class Slot:
     scaling: Scaling | None = None
     own: Mapping[str, float] = field(default_factory=dict)
     region: Region | None = None
+    part: Part | None = None
 
     def __repr__(self) -> str:
-        shape, dtype = list(self.tensor.shape), str(self.tensor.dtype).removeprefix("torch.")
+        shape, dtype = list(self.shape), str(self.tensor.dtype).removeprefix("torch.")
         return f"Slot({self.key!r}, {dtype} {shape})"
 
     @property
     def tensor(self) -> Tensor:
         return self.tensors[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor; of a part, that of the whole one."""
+        return self.tensor.shape if self.part is None else self.part.whole
 
     @property
     def leads(self) -> tuple[Tensor, ...]:
@@ -80,7 +88,7 @@ class Slot:
 @as_it_lies
 def shapes_of(slots: Iterable[Slot]) -> list[tuple[str, torch.Size]]:
     """Key and shape of each slot."""
-    return [(slot.key, slot.tensor.shape) for slot in slots]
+    return [(slot.key, slot.shape) for slot in slots]
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,7 @@ def plain_parameters(module: nn.Module, recurse: bool = True) -> Iterator[tuple[
     """The plain tensors that hold the parameters' values, by name: themselves, or the parts of tensor subclasses."""
     for name, parameter in module.named_parameters(recurse=recurse):
         if is_traceable_wrapper_subclass(parameter):
-            yield from ((f"{name}.{part}", getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])
+            inner = ((part, getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])
+            yield from ((f"{name}.{part}", value) for part, value in inner if isinstance(value, Tensor))
         else:
             yield name, parameter

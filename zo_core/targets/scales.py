@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Scales(Target):
         own = {"lr": self.others_lr, "eps": self.others_eps}
         given = {name: value for name, value in own.items() if value is not None}
         for key, (_, slot) in zip(keys[len(scales) :], others, strict=True):
-            result.append(Slot(key, slot.tensors, slot.modules, own=given, region=slot.region))
+            result.append(replace(slot, key=key, own=given))
         return result
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..noise.parts import Part
 from .base import TARGETS, Slot, Target, check_tensor, plain_parameters, slot_keys
 from .dispatched import check_values
 from .memory import Chart, Extent, Region, as_it_lies, extent, neighbours
+from .sharded import held_part
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +45,7 @@ class Trainable(Target):
                 "(a quantised model needs PEFT adapters, for example get_peft_model(model, LoraConfig(...)))"
             )
         keys = slot_keys(name for name, _ in found)
-        return [
-            Slot(key, slot.tensors, slot.modules, region=slot.region)
-            for key, (_, slot) in zip(keys, found, strict=True)
-        ]
+        return [replace(slot, key=key) for key, (_, slot) in zip(keys, found, strict=True)]
 
 
 @as_it_lies
@@ -61,10 +60,13 @@ def trainable_slots(model: nn.Module) -> list[tuple[str, Slot]]:
     """
     check_values(model)
     groups: dict[Hashable, list[Named]] = {}
+    parts: dict[int, Part | None] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            check_tensor(name, parameter)
-            groups.setdefault(extent(parameter) or id(parameter), []).append((name, parameter))
+            tensor, part = held_part(name, parameter)
+            check_tensor(name, tensor)
+            groups.setdefault(extent(tensor) or id(tensor), []).append((name, tensor))
+            parts[id(tensor)] = part
     moving = {id(parameter) for members in groups.values() for _, parameter in members}
     owners: dict[int, list[nn.Module]] = {}
     others: dict[int, Other] = {}
@@ -73,7 +75,8 @@ def trainable_slots(model: nn.Module) -> list[tuple[str, Slot]]:
         if id(other.tensor) not in moving:
             others.setdefault(id(other.tensor), other)
     joined = followers(groups, others.values())
-    return [(members[0][0], _slot(members, joined.get(key, []), owners)) for key, members in groups.items()]
+    found = [(members[0][0], _slot(members, joined.get(key, []), owners)) for key, members in groups.items()]
+    return [(name, replace(slot, part=parts[id(slot.tensor)])) for name, slot in found]
 
 
 def _slot(members: list[Named], others: list[Tensor], owners: dict[int, list[nn.Module]]) -> Slot:
