@@ -63,7 +63,12 @@ class ZOArguments:
         default=None,  # type: ignore[assignment]
         metadata={"help": "The initial learning rate. None takes the default for normalised steps, see zo_normalise."},
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Bounds the norm of the gradient of weights under zo_backprop. No effect on others: see zo_clip."})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Bounds the norm of the gradient of weights under zo_backprop. No effect on others: see zo_clip."
+        },
+    )
     zo_log: bool = field(
         default=True,
         metadata={

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from zo_core import ConfigError, Slot, ZOConfig, ZOOptimizer
+from zo_core.backprop import Backprop
 from zo_core.config import AUTO
 from zo_core.optimizer import param_groups
 
@@ -87,6 +88,15 @@ def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: floa
         # The first group's eps is the unit of the projected gradient, and this should be the eps of the scales.
         groups.sort(key=lambda group: group["params"][0] is not slots[0].tensor)
     return ZOOptimizer(groups, lr=lr, eps=eps)
+
+
+def as_in_trainer(backprop: Backprop, args: TrainingArguments) -> None:
+    """Gives the AdamW of ``backprop`` the moments of a trainer's own, and its bound on the gradient."""
+    assert backprop.optimizer is not None, "the engine was made"
+    own = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    for group in (backprop.optimizer.defaults, *backprop.optimizer.param_groups):
+        group.update(own)
+    backprop.max_norm = args.max_grad_norm or None
 
 
 def whole(trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
