@@ -109,9 +109,9 @@ def test_the_other_weights_move_as_if_the_named_were_frozen(settings: dict[str, 
         with torch.no_grad():
             for mine, theirs in zip(model[4].parameters(), frozen[4].parameters(), strict=True):
                 theirs.copy_(mine)
-        hybrid.close()
-        alone.close()
-        assert same(model, frozen)
+    hybrid.close()
+    alone.close()
+    assert same(model, frozen)
 
 
 def test_both_follow_the_schedule() -> None:
