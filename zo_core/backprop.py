@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from .forward_state import ForwardState
 from .modes import probe_modes, rng_state, set_rng_state
 from .registry import similar
 from .targets import Slot
-from .targets.base import WRAPPERS
+from .targets.base import WRAPPERS, slot_keys
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Backprop:
     # Which weights
 
     def rest(self, model: nn.Module, slots: Sequence[Slot]) -> list[Slot]:
-        """Finds the named weights among the trainable ones, and returns the other slots.
+        """Finds the named weights among the trainable ones, and returns the other slots, as if those were frozen.
 
         Args:
             model: the module that is trained.
@@ -101,7 +102,7 @@ class Backprop:
             )
         names = {id(parameter): path for path, parameter in reversed(paths)}
         self.weights = {names[id(slot.tensor)]: slot.tensor for slot in mine}  # type: ignore[misc]
-        return others
+        return _keyed(model, others)
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the AdamW, or adds weights to it that are new.
@@ -217,8 +218,8 @@ class Backprop:
         """Why the step has to be skipped; None if its gradient is finite. Sets ``norm``."""
         self._fold()
         found = [gradient for gradient in self._total if gradient is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).double().cpu() for gradient in found]
-        self.norm = math.hypot(*torch.stack(norms).tolist()) if norms else 0.0
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in found]
+        self.norm = math.hypot(*torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()) if norms else 0.0
         return None if math.isfinite(self.norm) else "the gradient of the weights under backprop is not finite"
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -300,6 +301,15 @@ class Backprop:
             mine = {id(weight) for weight in self.weights.values()}
             self.optimizer.state.update({t: held for t, held in before.optimizer.state.items() if id(t) in mine})
         self.max_norm = before.max_norm
+
+
+def _keyed(model: nn.Module, slots: Sequence[Slot]) -> list[Slot]:
+    """Slots with the keys, hence the noise, that they have if nothing else is trainable."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if not all(id(slot.tensor) in names for slot in slots):  # scales are no parameters
+        return list(slots)
+    keys = slot_keys(names[id(slot.tensor)] for slot in slots)
+    return [replace(slot, key=key) for slot, key in zip(slots, keys, strict=True)]
 
 
 def _as_is(loss: Tensor) -> Tensor:

@@ -114,6 +114,14 @@ def test_the_other_weights_move_as_if_the_named_were_frozen(settings: dict[str, 
     assert same(model, frozen)
 
 
+def test_keys_are_those_of_a_run_in_which_the_named_are_frozen() -> None:
+    """A prefix that all slots share is removed, and without a head there may be one."""
+    model = nn.ModuleDict({"body": make(), "head": nn.Linear(3, 3)})
+    keys = [slot.key for slot in ZeroOrder(model, lr=1e-3, backprop=("head",)).slots]
+    model["head"].requires_grad_(False)
+    assert keys == [slot.key for slot in ZeroOrder(model, lr=1e-3).slots]
+
+
 def test_both_follow_the_schedule() -> None:
     """A rate that is scheduled from the group that holds a weight; with OneCycleLR, whose rate begins below its own."""
     model = make()
