@@ -96,7 +96,7 @@ def as_in_trainer(backprop: Backprop, args: TrainingArguments) -> None:
     own = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     for group in (backprop.optimizer.defaults, *backprop.optimizer.param_groups):
         group.update(own)
-    backprop.max_norm = args.max_grad_norm or None
+    backprop.bound(args.max_grad_norm)
 
 
 def whole(trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

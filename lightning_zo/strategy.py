@@ -173,7 +173,7 @@ class ZOStrategy(Processes):
             take_over(zo, before)
         zo.around_second(self._second_round)
         if zo.backprop is not None:
-            zo.backprop.max_norm = module.trainer.gradient_clip_val or None
+            zo.backprop.bound(module.trainer.gradient_clip_val)
         zo.continuity.speak_as(FRONT_END)
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()

@@ -137,6 +137,10 @@ class Backprop:
 
     # A step
 
+    def bound(self, max_norm: float | None) -> None:
+        """Sets ``max_norm``; 0 does not clip, as in trainers."""
+        self.max_norm = max_norm or None
+
     def measure(
         self,
         model: nn.Module,
