@@ -34,14 +34,7 @@ from zo_core.targets import check_values
 from .arguments import ZOArguments, front_end
 from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import (
-    check_arguments,
-    check_precision,
-    check_processes,
-    check_undivided,
-    warn_about_numbers,
-    without_log,
-)
+from .checks import check_arguments, check_precision, check_processes, check_undivided, warn_about_numbers, without_log
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
@@ -258,8 +251,7 @@ class ZOTrainerMixin(_Trainer):
             self.zo.cover_new(partial(by_decay, self, root))
         self.zo.carry(lambda: Attributes(self), lambda found: found.put(self))
         self.zo.around_second(partial(unnoticed, self))
-        if self.zo.backprop is not None:
-            as_in_trainer(self.zo.backprop, self.args)
+        as_in_trainer(self.zo, self.args)
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
