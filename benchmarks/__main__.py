@@ -36,6 +36,7 @@ SUITES = {
         ["throughput", "--tokens", "64", "512"],
         ["low_rank_learning"],
         ["sparse_learning"],
+        ["hybrid"],
         ["generation"],
     ),
     "gpu": (

@@ -33,8 +33,8 @@ SHOWN = 30
 PARTS = {
     "Time of a step": ("step-overhead", "throughput", "host-overhead", "passes"),
     "Larger than the device or the memory": ("offload", "opt-streamed", "int4-streamed"),
-    "Memory": ("shared-memory", "estimate", "memory-over-steps", "int4-memory"),
-    "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning"),
+    "Memory": ("shared-memory", "estimate", "memory-over-steps", "int4-memory", "hybrid-memory"),
+    "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning", "hybrid-learning"),
     "Learning rates": ("first-run", "suggest-lr"),
     "More from a forward": ("directions", "basis-energy", "forwards-to-target"),
     "Rewards": ("generation",),

@@ -45,6 +45,8 @@ class ZOArguments:
     zo_rule: str = field(default="auto", metadata=_metadata("rule"))
     zo_target: str = field(default="auto", metadata=_metadata("target"))
     zo_normalise: str | None = field(default=None, metadata=_metadata("normalise"))
+    zo_backprop: list[str] | None = field(default=None, metadata=_metadata("backprop"))
+    zo_backprop_lr: float = field(default=1e-4, metadata=_metadata("backprop_lr"))
     zo_clip: float | None = field(default=None, metadata=_metadata("clip"))
     zo_seed: int | None = field(default=None, metadata=_metadata("seed"))
     zo_brake: str | None = field(default="auto", metadata=_metadata("brake"))
@@ -61,7 +63,12 @@ class ZOArguments:
         default=None,  # type: ignore[assignment]
         metadata={"help": "The initial learning rate. None takes the default for normalised steps, see zo_normalise."},
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Has no effect here: see zo_clip."})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Bounds the norm of the gradient of weights under zo_backprop. No effect on others: see zo_clip."
+        },
+    )
     zo_log: bool = field(
         default=True,
         metadata={

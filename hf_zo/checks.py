@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from zo_core import ConfigError, ModelError, ZeroOrder
+from zo_core import ConfigError, ModelError, ZeroOrder, ZOConfig
 from zo_core.targets import group_of
 
 logger = logging.getLogger("hf_zo")
@@ -80,9 +80,25 @@ def check_undivided(model: nn.Module | None) -> None:
         )
 
 
+def check_precision(args: TrainingArguments, config: ZOConfig) -> None:
+    """Raises `ConfigError` for gradients in fp16, which would have to be scaled."""
+    if args.fp16 and config.backprop is not None:
+        raise ConfigError(["fp16=True with backprop: gradients in float16 underflow without a scaler; write bf16=True"])
+
+
+def without_log(config: ZOConfig) -> bool:
+    """Whether a run cannot have a seed log; says so."""
+    if config.backprop is not None:
+        logger.warning(
+            "this run has no seed log, because seeds do not give back the gradients of backprop; it resumes from its "
+            "checkpoints"
+        )
+    return config.backprop is not None
+
+
 def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
     """Logs one line for each number that is probably meant for backpropagation."""
-    if args.max_grad_norm and args.max_grad_norm != default(args, "max_grad_norm"):
+    if engine.backprop is None and args.max_grad_norm and args.max_grad_norm != default(args, "max_grad_norm"):
         logger.warning(
             "max_grad_norm=%g has no effect, there is no gradient to clip; zo_clip bounds the projected gradient",
             args.max_grad_norm,

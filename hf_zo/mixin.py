@@ -34,11 +34,11 @@ from zo_core.targets import check_values
 from .arguments import ZOArguments, front_end
 from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import check_arguments, check_processes, check_undivided, warn_about_numbers
+from .checks import check_arguments, check_precision, check_processes, check_undivided, warn_about_numbers, without_log
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
-from .optimizers import by_decay, chosen_by_user, grouped, numbers_of, whole
+from .optimizers import as_in_trainer, by_decay, chosen_by_user, grouped, numbers_of, whole
 from .preparing import leave_state, leave_unwrapped, run_length, undivided
 from .quantised import quantised_training
 
@@ -62,6 +62,8 @@ class ZOTrainerMixin(_Trainer):
       in eval mode; only the root keeps its ``training`` flag, which trainers read;
     * the logs have ``projected_grad`` instead of ``grad_norm``, and the running mean of the loss with its standard
       error, ``zo_loss_mean`` and ``zo_loss_se``; see `zo_core.Summary`;
+    * with ``backprop``, the logs have ``grad_norm``, that of the weights that it names, whose gradient is clipped to
+      ``args.max_grad_norm``; they move by AdamW with the ``adam_*`` arguments, and the run has no seed log;
     * directions derive from the global step and ``zo_config.seed``, or ``args.seed`` if that is None;
     * every step is written to ``seedlog.zo`` in the output folder (``zo_log=False`` disables it), and
       ``train(resume_from_checkpoint=True)`` starts from the last complete checkpoint, or from the current model if
@@ -91,6 +93,7 @@ class ZOTrainerMixin(_Trainer):
         check_arguments(self.args, is_model_parallel=self.is_model_parallel)
         self.zo_config = self._resolve_config(zo_config)
         check_processes(self.args, self.zo_config.ranks)
+        check_precision(self.args, self.zo_config)
         streamed = self.zo_config.offload is not None and Streaming.of(self._zo_model()) is None
         check_values(self._zo_model(), frozen=streamed)
         self.create_optimizer = self._zo_finish_optimizer  # type: ignore[method-assign]
@@ -117,7 +120,7 @@ class ZOTrainerMixin(_Trainer):
         """
         if self.zo is not None and not resume_from_checkpoint and self.model_init is None:
             begin_again(self.zo)
-        if not getattr(self.args, "zo_log", True):
+        if not getattr(self.args, "zo_log", True) or without_log(self._resolve_config(self._zo_given)):
             self._zo_journal = None
             return super().train(resume_from_checkpoint, *args, **kwargs)
         folder, before = self._get_output_dir(kwargs.get("trial")), self._zo_journal
@@ -248,6 +251,7 @@ class ZOTrainerMixin(_Trainer):
             self.zo.cover_new(partial(by_decay, self, root))
         self.zo.carry(lambda: Attributes(self), lambda found: found.put(self))
         self.zo.around_second(partial(unnoticed, self))
+        as_in_trainer(self.zo, self.args)
         warn_about_numbers(self.args, self.zo)
         self.optimizer = self.zo.optimizer
         return self.optimizer
@@ -379,6 +383,8 @@ class ZOTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._zo_summary.steps:
             logs.update(self._zo_summary.numbers())
+            if self.zo is not None and self.zo.backprop is not None:
+                logs["grad_norm"] = self.zo.backprop.norm
             if not math.isfinite(logs["loss"]):
                 self._tr_loss.zero_()  # Trainer subtracts the sum from itself, and NaN would stay for all later logs
         super().log(logs, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from zo_core import ConfigError, Slot, ZOConfig, ZOOptimizer
+from zo_core import ConfigError, Slot, ZeroOrder, ZOConfig, ZOOptimizer
 from zo_core.config import AUTO
 from zo_core.optimizer import param_groups
 
@@ -87,6 +87,17 @@ def grouped(slots: list[Slot], like: torch.optim.Optimizer, lr: float, eps: floa
         # The first group's eps is the unit of the projected gradient, and this should be the eps of the scales.
         groups.sort(key=lambda group: group["params"][0] is not slots[0].tensor)
     return ZOOptimizer(groups, lr=lr, eps=eps)
+
+
+def as_in_trainer(engine: ZeroOrder, args: TrainingArguments) -> None:
+    """Gives the AdamW of ``backprop``, if there is one, the moments of a trainer's own, and its bound."""
+    backprop = engine.backprop
+    if backprop is None or backprop.optimizer is None:
+        return
+    own = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    for group in (backprop.optimizer.defaults, *backprop.optimizer.param_groups):
+        group.update(own)
+    backprop.bound(args.max_grad_norm)
 
 
 def whole(trainer: Trainer, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:

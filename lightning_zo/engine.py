@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from zo_core import NOISES, RULES, TARGETS, ConfigError, LowRank, Momentum, ZeroOrder, ZOConfig, ZOOptimizer
@@ -113,7 +113,7 @@ def settings(trainer: Trainer, config: ZOConfig, device: torch.device) -> ZOConf
     if config.offload is not None and config.device is None:
         config = config.replace(device=str(device))
     bound = trainer.gradient_clip_val
-    if not bound:
+    if not bound or config.backprop is not None:  # then it bounds the gradient of the weights under backprop
         return config.replace(seed=seed)
     if config.clip is not None:
         raise ConfigError(
@@ -143,6 +143,8 @@ def check(trainer: Trainer, module: LightningModule, config: ZOConfig) -> None:
         problems.append(
             f"{name}.training_step takes dataloader_iter, but it runs several times on each batch; take batch instead"
         )
+    if config.backprop is not None:
+        problems += _of_gradients(trainer)
     if config.offload is not None:
         averaging = (StochasticWeightAveraging, WeightAveraging)
         problems += [
@@ -163,3 +165,28 @@ def check(trainer: Trainer, module: LightningModule, config: ZOConfig) -> None:
     for hook, why in WITHOUT_USE.items():
         if is_overridden(hook, module):
             logger.warning("%s.%s has no effect: %s", name, hook, why)
+
+
+def _of_gradients(trainer: Trainer) -> list[str]:
+    """What a trainer would do to gradients that those of ``backprop`` do not allow."""
+    problems = []
+    if str(trainer.precision).startswith("16"):
+        problems.append(
+            f"precision={trainer.precision!r} with backprop: gradients in float16 underflow without a scaler; write "
+            "'bf16-mixed'"
+        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        problems.append(
+            "gradient_clip_algorithm='value' with backprop: only the norm of the gradient is bounded; leave it out"
+        )
+    return problems
+
+
+def has_log(config: ZOConfig) -> bool:
+    """Whether a run can have a seed log; says so if not."""
+    if config.backprop is not None:
+        logger.warning(
+            "this run has no seed log, because seeds do not give back the gradients of backprop; it resumes from its "
+            "checkpoints"
+        )
+    return config.backprop is None

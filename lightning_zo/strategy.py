@@ -33,7 +33,7 @@ from zo_core.targets import check_values, keep_codes_plain
 from .auto_lr import batches, length
 from .closure import StepGuard, not_executed
 from .decay import decay, kept
-from .engine import FRONT_END, build, check, settings
+from .engine import FRONT_END, build, check, has_log, settings
 from .journal import Journal, log_path
 from .loaders import EndingTogether
 from .logs import log_line
@@ -144,7 +144,7 @@ class ZOStrategy(Processes):
         self._start().listeners.append(self._summary.add)
         if not self.lr_scheduler_configs:
             self.lr_scheduler_configs = decay(trainer, self.optimizers[0])
-        self.log_path = log_path(trainer, self.log)
+        self.log_path = log_path(trainer, self.log and has_log(self.config))
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
         if self._journal is not None:
             self._journal.summary = self._summary
@@ -172,6 +172,8 @@ class ZOStrategy(Processes):
         if running and before is not None:
             take_over(zo, before)
         zo.around_second(self._second_round)
+        if zo.backprop is not None:
+            zo.backprop.bound(module.trainer.gradient_clip_val)
         zo.continuity.speak_as(FRONT_END)
         if getattr(module, "_compiler_ctx", None):
             zo.copy_whole()

@@ -37,6 +37,8 @@ def save_adapter(engine: ZeroOrder, folder: str | os.PathLike[str]) -> None:
         StateError: the run cannot be written as an adapter; the message lists everything that prevents it.
     """
     tensors, targets, problems = {}, [], _problems(engine)
+    if engine.backprop is not None:
+        problems.append("the weights under backprop are not of low rank; save the model instead")
     kinds = set()
     names = {id(module): name for name, module in engine.model.named_modules()}
     for slot in engine.slots:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .backprop import Backprop
 from .brake import Braking
 from .config import ZOConfig
 from .errors import RanksError, StateError
@@ -67,6 +68,7 @@ class Run(Protocol):
     merged: bool
     normaliser: Normaliser | None
     braking: Braking
+    backprop: Backprop | None
     continuity: Continuity
 
     @property
@@ -161,6 +163,7 @@ def settings_of(engine: Run) -> dict[str, Any]:
         "normalise": False if engine.normaliser is None else engine.normaliser.name,
         "weight_decay": [] if torch_rule else [float(group["weight_decay"]) for group in groups],
         "seed": engine.seed,
+        "backprop": engine.config.backprop,
     }
     return {name: _plain(value) for name, value in settings.items()}
 
@@ -199,6 +202,7 @@ def marked(
             mark["normaliser"] = engine.normaliser.saved()
         mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
         mark |= {"brake": kept} if (kept := engine.braking.saved()) else {}
+        mark |= {} if engine.backprop is None else {"backprop": engine.backprop.saved()}
     mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
     mark |= {"factor": factor} if factor != 1.0 else {}
     return {**state, MARK: mark}
@@ -250,6 +254,8 @@ def check_state(state: Any, engine: Run | None, own: str | None, extra: Collecti
             )
     if engine is not None:
         check_settings(engine, _known(state, own, extra), "this checkpoint")
+        if engine.backprop is not None:
+            engine.backprop.check((mark or {}).get("backprop"))
     writer = OWN if own == OWN and is_own(state, extra) else written_by(state)
     if own == OWN:
         if writer != OWN and (mark is None or writer is not None):
@@ -299,6 +305,8 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
     if mark.get("settings") or (MARK not in state and "normalise" in engine.continuity.open):
         take_normaliser(engine, mark.get("normaliser"))  # whose rates the checkpoint has
     engine.braking.load(mark.get("brake", {}))
+    if engine.backprop is not None:
+        engine.backprop.load(mark["backprop"])
     engine.continuity.ahead, engine.continuity.whole = 0, True
 
 

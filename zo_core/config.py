@@ -119,6 +119,21 @@ class ZOConfig:
             'scale of the loss cancels anyway ("fzoo", "sign"), and else "gradient".'
         },
     )
+    backprop: Sequence[str] | None = field(
+        default=None,
+        metadata={
+            "help": 'Names of modules whose weights move by backpropagation instead, or patterns of names ("lm_head", '
+            '"model.layers.3?"): the last blocks of a model, whose activations are then kept. All other weights move '
+            "by forward passes."
+        },
+    )
+    backprop_lr: float = field(
+        default=1e-4,
+        metadata={
+            "help": "Learning rate of the weights under backprop, whose rule is AdamW. It follows the schedule of the "
+            "other learning rate."
+        },
+    )
     clip: float | None = field(
         default=None,
         metadata={
@@ -143,7 +158,8 @@ class ZOConfig:
         metadata={
             "help": "What to do when the loss has risen clearly above the best it had, or does not fall because steps "
             'are too long for the noise: "rollback" goes back to the best step, halves the learning rate and goes on; '
-            '"warn" says so; None does nothing. "auto" is "rollback" in the trainers and "warn" in a bare loop.'
+            '"warn" says so; None does nothing. "auto" is "rollback" in the trainers, and "warn" in a bare loop and '
+            "with backprop."
         },
     )
     dropout: bool = field(
@@ -253,6 +269,7 @@ class ZOConfig:
                 "leave out one of them"
             )
         self._check_offload(problems)
+        self._check_backprop(problems)
         if self.backend not in BACKENDS:
             problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
         elif self.backend == "triton" and not has_triton():
@@ -286,6 +303,29 @@ class ZOConfig:
             problems.append(f"blocks={self.blocks!r} must be several names, for example [{self.blocks!r}]")
         elif self.blocks is not None:
             object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in YAML and JSON
+
+    def _check_backprop(self, problems: list[str]) -> None:
+        self._number("backprop_lr", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
+        if isinstance(self.backprop, str) or not all(isinstance(name, str) and name for name in self.backprop or ()):
+            problems.append(f"backprop={self.backprop!r} must be several names, for example ['lm_head']")
+            return
+        object.__setattr__(self, "backprop", tuple(self.backprop or ()) or None)  # a list in YAML and JSON
+        if self.backprop is None:
+            return
+        if self.brake == "rollback":
+            problems.append(
+                "brake='rollback' reverts steps from their seeds, and those by backprop have none; write brake='warn'"
+            )
+        if self.offload is not None:
+            problems.append(
+                f"offload={self.offload!r} and backprop do not work together yet: a streamed block is gone when its "
+                "gradient is due; leave out one of them"
+            )
+        if self.lr == AUTO:
+            problems.append(
+                "lr='auto' tries rates on weights that forward passes move, and backprop would move others meanwhile; "
+                "write a rate, or leave it out"
+            )
 
     def _component(self, setting: str, registry: Registry[Any], problems: list[str]) -> Any:
         try:
@@ -353,7 +393,7 @@ class ZOConfig:
 
     def unattended(self) -> ZOConfig:
         """The configuration for trainers, whose runs nobody watches: ``brake="auto"`` is "rollback"."""
-        return self.replace(brake="rollback") if self.brake == AUTO else self
+        return self.replace(brake="warn" if self.backprop else "rollback") if self.brake == AUTO else self
 
     @classmethod
     def help_for(cls, setting: str) -> str:

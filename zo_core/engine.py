@@ -20,7 +20,7 @@ from .config import AUTO, ZOConfig
 from .curves import Curves, memory_now
 from .defaults import NOISY, default_eps, default_lr, moving, said_default
 from .directions import Directions
-from .errors import LossError, ModelError, QueryError, SearchError, StateError
+from .errors import ConfigError, LossError, ModelError, QueryError, SearchError, StateError
 from .estimators import Estimate
 from .exchange import Exchange
 from .first_steps import FirstSteps
@@ -31,7 +31,7 @@ from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_rep
 from .modes import rng_state, set_rng_state
 from .normaliser import normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
-from .placement import resolve
+from .placement import backprop_of, resolve
 from .ranks import exchange_of
 from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
@@ -77,6 +77,7 @@ class ZeroOrder(TrainedModel):
         merged: whether `close` has ended low-rank windows since the last step, which a log has to record.
         normaliser: the `zo_core.normaliser.Normaliser` of the steps; None without ``normalise``.
         curves: the course of the run, for `report`.
+        backprop: the weights that backpropagation moves, see `zo_core.backprop.Backprop`; None without the setting.
         second: the second round of steps; None with an estimator that has none.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
@@ -120,6 +121,7 @@ class ZeroOrder(TrainedModel):
         self.followers: list[Callable[[], object]] = []
         self._carried: list[Carried] = []
         self._kept: nn.Module | None = None
+        self.backprop = backprop_of(self.config, self.exchange)
         keep_codes_plain(model)
         slots = self.choose()
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
@@ -249,6 +251,9 @@ class ZeroOrder(TrainedModel):
                 self.oracle.state.begin_step()
             plan = self._plan
             with self.hidden():
+                if self.backprop is not None:  # first: what the probes of a trainer record is that of the last ones
+                    with self.curves.clock.timed("forwards", len(closures)):
+                        self.backprop.measure(self.model, self.oracle, self.effective, closures, scaled)
                 if self.second is not None:
                     return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
                 return self._at(plan.to_measure, closures)
@@ -401,11 +406,15 @@ class ZeroOrder(TrainedModel):
         rollback = braked(self, None if plan.failed else loss, plan.own)
         if rollback is not None:
             return self._done(loss, math.nan, (), skipped="braked", rollback=rollback, scores=scores)
+        if estimate.skip is None and self.backprop is not None and (reason := self.backprop.unfit()):
+            estimate = Estimate((), (), reason)
         if estimate.skip is None:
             estimate, probes = self._as_applied(estimate, probes, multiple, losses)
         if estimate.skip is None:
             self.optimizer.thresholds.update(plan.thresholds)
             self._update(probes)
+            if self.backprop is not None:
+                self.backprop.step(self.optimizer)
         else:
             probes = ()  # of a step that only the second round has ruled out
             self._skips.log(self.step_count, estimate)
@@ -469,6 +478,8 @@ class ZeroOrder(TrainedModel):
         note(self, probes)
         self.curves.add(record.step, loss, projected_grad, record.lr, skipped, partial(memory_now, self._device))
         self.exchange.done(self.step_count, probes)
+        if self.backprop is not None:
+            self.backprop.discard()
         self._forget()
         self.step_count += 1
         for listener in self.listeners:
@@ -483,6 +494,8 @@ class ZeroOrder(TrainedModel):
     def discard(self) -> None:
         """Forgets what was measured since the last step."""
         self._plan = self._repeated = None
+        if self.backprop is not None:
+            self.backprop.discard()
         self._forget()
 
     def _forget(self) -> None:
@@ -550,8 +563,10 @@ class ZeroOrder(TrainedModel):
             failed: that of its record.
 
         Raises:
-            StateError: only one of the engine and the step has a normaliser.
+            StateError: only one of the engine and the step has a normaliser, or the engine has ``backprop``.
         """
+        if self.backprop is not None:
+            raise StateError("a step with backprop cannot be repeated from its probes: its gradients are not in them")
         if probes and (normaliser is None) != (self.normaliser is None):
             raise StateError(
                 f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "
@@ -616,6 +631,8 @@ class ZeroOrder(TrainedModel):
         self, closures: Sequence[Callable[[], Any]], forwards: int | None = None, steps: int | None = None
     ) -> LrSuggestion:
         """Suggests a learning rate by trial runs, all of which are undone; see `zo_core.suggest_lr`."""
+        if self.backprop is not None:
+            raise ConfigError(["suggest_lr measures what forward passes learn; leave out backprop while it does"])
         try:
             return range_test(self, closures, forwards, steps)
         except BaseException as error:

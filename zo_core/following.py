@@ -85,6 +85,8 @@ def begin_again(engine: Running) -> None:
         engine.store_state()
     engine.at(0, next_seed(engine.seed))
     engine.braking.reset()
+    if engine.backprop is not None:
+        engine.backprop.reset()
     engine.optimizer.factor = 1.0
     _normalise_anew(engine)
     continuity.ahead = 0
@@ -110,6 +112,8 @@ def take_over(engine: Running, before: Running) -> None:
     engine.optimizer.state.update(before.optimizer.state)
     engine.optimizer.take_thresholds(before.optimizer.thresholds, before.slots, engine.slots)
     engine.optimizer.factor = before.optimizer.factor
+    if engine.backprop is not None and before.backprop is not None:
+        engine.backprop.take_over(before.backprop)
     engine.braking = before.braking
     engine.braking.history.forget(before.step_count)
     engine.store_state()

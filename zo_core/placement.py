@@ -9,8 +9,10 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from .backprop import Backprop
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
+from .exchange import Alone, Exchange
 from .noise import NOISES
 from .optimizer import ZOOptimizer, check_optimizer
 from .rules import RULES, Torch, UpdateRule
@@ -139,6 +141,21 @@ def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *
             "this model's parameters (after moving or wrapping the model), or leave it out"
         )
     return chosen
+
+
+def backprop_of(config: ZOConfig, exchange: Exchange) -> Backprop | None:
+    """What moves weights by backpropagation; None without the setting.
+
+    Raises:
+        ConfigError: several processes train one model.
+    """
+    if config.backprop is None:
+        return None
+    if not isinstance(exchange, Alone):
+        raise ConfigError(
+            ["backprop takes one process, because processes exchange losses and no gradients; leave out one of them"]
+        )
+    return Backprop(config.backprop, config.backprop_lr, config.weight_decay)
 
 
 def offload_model(

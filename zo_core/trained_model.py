@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backprop import Backprop
 from .checkpoint import Continuity
 from .config import ZOConfig
 from .curves import Curves
 from .directions import Directions
+from .errors import ConfigError
 from .estimators import Estimator
 from .files import write_whole
 from .following import trainable
@@ -53,6 +55,7 @@ class TrainedModel(LiveSettings):
     directions: Directions
     continuity: Continuity
     merged: bool
+    backprop: Backprop | None
     regroup: Callable[[list[Slot]], object]
     _carried: list[Carried]
     _kept: nn.Module | None
@@ -75,6 +78,7 @@ class TrainedModel(LiveSettings):
             f"estimator {self.estimator.name}, {self.num_probes} direction{'' if self.num_probes == 1 else 's'}, "
             f"noise {self.noise.name}, rule {self.rule.name}, eps {self.eps:g}, "
             f"steps normalised by {self.normaliser.name if self.normaliser else 'nothing'}"
+            + ("" if self.backprop is None else f", backpropagation in {', '.join(self.backprop.names)}")
         )
 
     def choose(self) -> list[Slot]:
@@ -83,13 +87,18 @@ class TrainedModel(LiveSettings):
         streamed = Streaming.of(self.model) is not None
         check_settings(self.model, self.config, self.noise, self.rule, streamed=streamed)
         self._target = self._settings.target.chosen(self.model)
-        return self._target.slots(self.model)
+        slots = self._target.slots(self.model)
+        return slots if self.backprop is None else self.backprop.rest(self.model, slots)
 
     def take(self, slots: list[Slot]) -> None:
         """Builds everything that depends on which weights move."""
         face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
         self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
         self.oracle = self._oracle()
+        if self.backprop is not None:
+            self.backprop.begin(self.optimizer)
+            known = {id(weight) for weight in self.backprop.weights.values()}
+            self.oracle.state.moving |= known  # steps change them, forwards do not
         self.updaters = Updaters(
             *(self.model, self.slots, self.places, self.noise, self.rule),
             None if face is None else face.inner,
@@ -117,6 +126,8 @@ class TrainedModel(LiveSettings):
         if streaming is None and config.offload is None:
             return self._resident()
         check_streamable(config, self.rule)
+        if config.backprop is not None:
+            raise ConfigError(["backprop needs weights in memory, and this model is streamed; leave it out"])
         if streaming is None:
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:

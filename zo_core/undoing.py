@@ -45,7 +45,8 @@ def braked(engine: Reverting, loss: float | None, losses: Sequence[float]) -> Ro
     if alarm is None:
         return None
     if braking.mode == "warn":
-        braking.warn(step, alarm, f"take a lower learning rate; {said({'brake': 'rollback'})} goes back and halves it")
+        back = "" if engine.backprop is not None else f"; {said({'brake': 'rollback'})} goes back and halves it"
+        braking.warn(step, alarm, f"take a lower learning rate{back}")
         return None
     if not engine.rule.undoable:
         braking.warn(step, alarm, f"the updates of the rule {engine.rule.name!r} cannot be reverted: take a lower rate")

@@ -37,6 +37,7 @@ RANKS = {
     "noise": 1,
     "exchange": 1,
     "ambient": 1,
+    "backprop": 4,
     "digests": 0,
     "ranks": 2,
     "targets": 2,

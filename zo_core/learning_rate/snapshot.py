@@ -61,6 +61,7 @@ class Snapshot:
         self.step, self.whole, self.random = engine.step_count, engine.continuity.whole, rng_state()
         self.changed = {name: copy.deepcopy(getattr(engine, name)) for name in CHANGED_BY_STEPS}
         self.others = {name: getattr(engine, name) for name in SET_BY_TESTS}
+        self.backprop = None if engine.backprop is None else engine.backprop.copied()
         state = engine.oracle.state
         self.forward = ForwardState(engine.model, state.moving, state.carried)
         with engine.hidden():
@@ -81,6 +82,8 @@ class Snapshot:
                 slot.tensor.data.copy_(kept)
             engine.updaters.load_windows(self.windows)
             self.forward.rewind()
+        if engine.backprop is not None and self.backprop is not None:
+            engine.backprop.put_back(self.backprop)
         state = engine.optimizer.state
         for tensor in [tensor for tensor in state if tensor not in self.state]:
             del state[tensor]

@@ -81,8 +81,14 @@ class SeedLogWriter:
                 Without ``follow`` a new log begins, and an existing one is kept under another name.
 
         Raises:
-            StateError: with ``follow``, the log cannot be continued by this engine, or its settings differ.
+            StateError: the engine has ``backprop``; or, with ``follow``, the log cannot be continued by it, or its
+                settings differ.
         """
+        if engine.backprop is not None:
+            raise StateError(
+                "a run with backprop has no seed log: a step also moves weights by a gradient, which no seed gives "
+                "back; save checkpoints, from which a run continues bit for bit"
+            )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if follow:
