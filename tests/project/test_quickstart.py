@@ -14,21 +14,21 @@ ROOT = Path(__file__).parents[2]
 LOG = """
 WARNING: Retrying (Retry(total=4)) after connection broken
 
-Held-out loss before: 2.261 (perplexity 9.59)
+Held-out accuracy before: 0.625
 
-            loss after    time  forwards/s  extra memory  extra peak
-ZOTrainer        2.189    35 s          34         6 MiB       9 MiB
-Trainer          1.763     7 s          15        36 MiB      40 MiB
+            accuracy    loss  steps    time  extra memory   extra peak
+ZOTrainer      0.924   0.206    200    13 s         6 MiB        9 MiB
+Trainer        0.957   0.165     40     1 s        36 MiB       40 MiB
 """
 
 
 def test_the_table_is_printed_and_both_trainers_learn() -> None:
     """In a small setting; CI checks what the whole run prints."""
-    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--steps", "30", "--pretraining-steps", "2"]
+    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--steps", "25", "--pretraining-steps", "60"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     before, rows = read(result.stdout)
-    assert all(row.loss < before for row in rows.values())
+    assert all(row.accuracy > before for row in rows.values())
     if sys.platform == "linux":
         assert all(0 <= row.memory <= row.peak + 4 for row in rows.values())
         assert rows["ZOTrainer"].memory < rows["Trainer"].memory
@@ -42,10 +42,10 @@ def test_the_table_of_a_good_run_passes_the_check() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "complaint"),
     [
-        ("2.189", "2.262", "ZOTrainer has not learnt"),
-        ("1.763", "2.300", "Trainer has not learnt"),
+        ("0.924", "0.626", "ZOTrainer has hardly learnt"),
+        ("0.924", "0.850", "ZOTrainer is far behind"),
         ("   6 MiB", " 310 MiB", "ZOTrainer took 310.0 MiB, Trainer 36.0 MiB"),
-        ("Trainer          1", "", "no table"),
+        ("Trainer        0", "", "no table"),
         ("\nHeld", "\nFutureWarning: it will be gone\nHeld", "a stranger sees these:\nFutureWarning: it will"),
     ],
 )
