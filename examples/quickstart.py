@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, ProgressCallback, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
@@ -155,8 +158,31 @@ def trained(name: str, start: Path, steps: int, seed: int) -> Row:
         trains.train()
     seconds = time.perf_counter() - begin
     after = trains.evaluate()
+    with Tensors() as tensors:
+        trainer(type(trains), trains.model, arguments(type(trains.args), 2, seed=seed), train).train()
     row = {"before": before["eval_accuracy"], "accuracy": after["eval_accuracy"], "loss": after["eval_loss"]}
-    return {**row, "seconds": seconds, "data": memory.data, "peak": memory.peak}
+    return {**row, "seconds": seconds, "tensors": tensors.peak, "data": memory.data, "whole": memory.peak}
+
+
+class Tensors(TorchDispatchMode):
+    """Peak size of the tensors that are made in a ``with`` block, in MiB."""
+
+    def __enter__(self) -> Tensors:
+        self.alive: dict[weakref.ref[Any], int] = {}
+        self.peak = 0.0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = self.storages((args, kwargs))
+        result = function(*args, **(kwargs or {}))
+        for storage in self.storages(result) - given:
+            self.alive[weakref.ref(storage, self.alive.pop)] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.alive.values()) / 2**20)
+        return result
+
+    @staticmethod
+    def storages(values: Any) -> set[Any]:
+        return {value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)}
 
 
 def in_use() -> tuple[float, float]:
@@ -221,18 +247,20 @@ def main() -> None:
             table[name] = in_a_process_of_its_own(trained, name, path, steps, args.seed)
 
     print(f"\nHeld-out accuracy before: {table['Trainer']['before']:.3f}\n")
-    print(f"{'':10}{'accuracy':>10}{'loss':>8}{'steps':>7}{'time':>8}{'extra memory':>14}{'extra peak':>13}")
+    print(f"{'':10}{'accuracy':>10}{'loss':>8}{'steps':>7}{'time':>8}{'tensors':>12}{'memory':>10}{'peak':>10}")
     for name, row in table.items():
         numbers = f"{row['accuracy']:>10.3f}{row['loss']:>8.3f}{runs[name]:>7}{row['seconds']:>6.0f} s"
-        print(f"{name:10}{numbers}{row['data']:>10.0f} MiB{row['peak']:>9.0f} MiB")
+        print(f"{name:10}{numbers}{row['tensors']:>8.1f} MiB{row['data']:>6.0f} MiB{row['whole']:>6.0f} MiB")
     print(ENDING)
 
 
 ENDING = """
-"Extra" is on top of what evaluating the model took: memory for data, and the peak of
-the whole process, code and files included. Where backpropagation fits, it learns more
-per second. ZOTrainer is for where it does not fit: it needs no gradients, no optimizer
-state and no stored activations.
+"Tensors" are those that two steps have at the same time, beside model and data. "Memory"
+(for data) and "peak" (code and files included) are those of the process, on top of what
+evaluating took, which leaves room that training uses again.
+
+Where backpropagation fits, it learns more per second. ZOTrainer is for where it does
+not fit: it needs no gradients, no optimizer state and no stored activations.
 
 What to try next:
   zo-estimate NAME-OR-FOLDER                # will your model fit, and how fast will it be?

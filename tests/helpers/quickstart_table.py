@@ -21,6 +21,7 @@ class Row:
     loss: float
     steps: float
     seconds: float
+    tensors: float
     memory: float
     peak: float
 
@@ -31,7 +32,7 @@ def read(log: str) -> tuple[float, dict[str, Row]]:
     rows = {
         name: Row(*map(float, numbers))
         for name, *numbers in re.findall(
-            r"^(\w+) +([\d.]+) +([\d.]+) +(\d+) +(\d+) s +(-?\d+) MiB +(-?\d+) MiB$", log, re.MULTILINE
+            r"^(\w+) +([\d.]+) +([\d.]+) +(\d+) +(\d+) s +([\d.]+) MiB +(-?\d+) MiB +(-?\d+) MiB$", log, re.MULTILINE
         )
     }
     assert tuple(rows) == TRAINERS, f"no table was printed:\n{log}"
@@ -44,6 +45,7 @@ def check(log: str) -> None:
     zo, plain = (rows[name] for name in TRAINERS)
     assert zo.accuracy > before + 0.15, f"ZOTrainer has hardly learnt: {before} -> {zo.accuracy}"
     assert zo.accuracy > plain.accuracy - 0.1, f"ZOTrainer is far behind: {zo.accuracy}, Trainer {plain.accuracy}"
+    assert zo.tensors < plain.tensors / 2, f"ZOTrainer's tensors take {zo.tensors} MiB, Trainer's {plain.tensors} MiB"
     assert zo.memory < plain.memory, f"ZOTrainer took {zo.memory} MiB, Trainer {plain.memory} MiB"
     assert all(row.memory <= row.peak + 4 for row in rows.values()), "data takes part in the peak of everything"
     warnings = re.findall(r"^(?!WARNING: ).*(?:[Ww]arning|WARNING|deprecated).*$", log, re.MULTILINE)  # but for pip's

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from quickstart_table import TRAINERS, check, read
 
 ROOT = Path(__file__).parents[2]
@@ -14,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 LOG = """
 WARNING: Retrying (Retry(total=4)) after connection broken
 
-Held-out accuracy before: 0.625
+Held-out accuracy before: 0.703
 
-            accuracy    loss  steps    time  extra memory   extra peak
-ZOTrainer      0.924   0.206    200    13 s         6 MiB        9 MiB
-Trainer        0.957   0.165     40     1 s        36 MiB       40 MiB
+            accuracy    loss  steps    time     tensors    memory      peak
+ZOTrainer      0.939   0.225    200    52 s     3.4 MiB     1 MiB     3 MiB
+Trainer        0.965   0.139     40     5 s    12.3 MiB    15 MiB    20 MiB
 """
 
 
@@ -32,6 +34,23 @@ def test_the_table_is_printed_and_both_trainers_learn() -> None:
     if sys.platform == "linux":
         assert all(0 <= row.memory <= row.peak + 4 for row in rows.values())
         assert rows["ZOTrainer"].memory < rows["Trainer"].memory
+    assert rows["ZOTrainer"].tensors < rows["Trainer"].tensors / 2
+
+
+def test_tensors_are_counted_while_they_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    there = torch.zeros(2**20)
+    with importlib.import_module("quickstart").Tensors() as tensors:
+        there.mul_(2.0).view(2, -1)
+        assert tensors.peak == 0.0
+        one = torch.ones(2**20)
+        one.view(2, -1).add_(1.0)
+        assert tensors.peak == 4.0
+        del one
+        two = torch.ones(2**20)
+        assert tensors.peak == 4.0
+        assert (two + two).numel() == 2**20
+    assert tensors.peak == 8.0
 
 
 def test_the_table_of_a_good_run_passes_the_check() -> None:
@@ -42,9 +61,10 @@ def test_the_table_of_a_good_run_passes_the_check() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "complaint"),
     [
-        ("0.924", "0.626", "ZOTrainer has hardly learnt"),
-        ("0.924", "0.850", "ZOTrainer is far behind"),
-        ("   6 MiB", " 310 MiB", "ZOTrainer took 310.0 MiB, Trainer 36.0 MiB"),
+        ("0.939", "0.626", "ZOTrainer has hardly learnt"),
+        ("0.939", "0.860", "ZOTrainer is far behind"),
+        ("  1 MiB", "310 MiB", "ZOTrainer took 310.0 MiB, Trainer 15.0 MiB"),
+        (" 3.4 MiB", "13.4 MiB", "ZOTrainer's tensors take 13.4 MiB"),
         ("Trainer        0", "", "no table"),
         ("\nHeld", "\nFutureWarning: it will be gone\nHeld", "a stranger sees these:\nFutureWarning: it will"),
     ],
