@@ -14,14 +14,81 @@ Needs: pip install 'zo-trainer[hf,int4]'
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import pydoc_data.topics
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from quickstart import Rows, arguments, offline, quiet, rows_of, shuffled
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
+
+Rows = list[dict[str, torch.Tensor]]
+
+LENGTH = 128
+SOURCES = "argparse ast dataclasses difflib functools heapq logging pathlib pickle random statistics tarfile typing"
+
+
+def rows_of(tokens: list[int]) -> Rows:
+    """Consecutive pieces, as a data set."""
+    pieces = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
+    return [{"input_ids": piece, "labels": piece} for piece in pieces]
+
+
+def shuffled(rows: Rows) -> Rows:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return [rows[i] for i in order]
+
+
+def offline(steps: int) -> tuple[PreTrainedModel, Rows]:
+    """A Llama on bytes trained on documentation, and source code as the domain to adapt to."""
+    english = rows_of(list("\n".join(pydoc_data.topics.topics.values()).encode()))
+    code = rows_of(list("\n".join(inspect.getsource(importlib.import_module(m)) for m in SOURCES.split()).encode()))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=256, max_position_embeddings=LENGTH, tie_word_embeddings=True, **shape)
+    model = LlamaForCausalLM(config)
+    print(f"Training {model.num_parameters():,} parameters on {len(english) * LENGTH:,} bytes of English …")
+    args = arguments(TrainingArguments, steps, 2e-3, lr_scheduler_type="constant")
+    quiet(Trainer(model, args, train_dataset=english)).train()
+    return model, shuffled(code)
+
+
+def arguments(cls: type[TrainingArguments], steps: int, lr: float, **more: object) -> TrainingArguments:
+    return cls(
+        output_dir=str(Path(tempfile.gettempdir()) / "zo-int4-scales"),
+        max_steps=steps,
+        learning_rate=lr,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **more,
+    )
+
+
+def quiet(trainer: Trainer) -> Trainer:
+    """Without the callback that prints every log."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def quantised(model: str | Path) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,9 @@ def frozen_adapter(
     keep_codes_plain(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     lora = LoraConfig(r=rank, lora_alpha=1, use_rslora=True, target_modules=target_modules, **config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed; users can do nothing about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         adapted = get_peft_model(model, lora)
     inside: Any = adapted.get_base_model()
     layers = {name: layer for name, layer in inside.named_modules() if isinstance(layer, LoraLayer)}

@@ -1,4 +1,4 @@
-"""Reads the output of `examples/quickstart.py`, and checks that it agrees with README.
+"""Reads the output of `examples/quickstart.py`, and checks what README says of it.
 
 python tests/helpers/quickstart_table.py LOG
 """
@@ -17,20 +17,22 @@ TRAINERS = ("ZOTrainer", "Trainer")
 class Row:
     """A row of the table, for one trainer; memory in MiB."""
 
+    accuracy: float
     loss: float
+    steps: float
     seconds: float
-    rate: float
+    tensors: float
     memory: float
     peak: float
 
 
 def read(log: str) -> tuple[float, dict[str, Row]]:
-    """The held-out loss before training, and the rows of the table."""
-    (before,) = re.findall(r"^Held-out loss before: ([\d.]+) ", log, re.MULTILINE)
+    """The held-out accuracy before training, and the rows of the table."""
+    (before,) = re.findall(r"^Held-out accuracy before: ([\d.]+)$", log, re.MULTILINE)
     rows = {
         name: Row(*map(float, numbers))
         for name, *numbers in re.findall(
-            r"^(\w+) +([\d.]+) +(\d+) s +(\d+) +(-?\d+) MiB +(-?\d+) MiB$", log, re.MULTILINE
+            r"^(\w+) +([\d.]+) +([\d.]+) +(\d+) +(\d+) s +([\d.]+) MiB +(-?\d+) MiB +(-?\d+) MiB$", log, re.MULTILINE
         )
     }
     assert tuple(rows) == TRAINERS, f"no table was printed:\n{log}"
@@ -38,11 +40,12 @@ def read(log: str) -> tuple[float, dict[str, Row]]:
 
 
 def check(log: str) -> None:
-    """Fails unless both trainers learn, forward-only training takes less memory, and there are no warnings."""
+    """Fails unless forward-only training nearly learns the task, takes less memory, and there are no warnings."""
     before, rows = read(log)
     zo, plain = (rows[name] for name in TRAINERS)
-    assert zo.loss < before, f"ZOTrainer has not learnt: {before} -> {zo.loss}"
-    assert plain.loss < before, f"Trainer has not learnt: {before} -> {plain.loss}"
+    assert zo.accuracy > before + 0.15, f"ZOTrainer has hardly learnt: {before} -> {zo.accuracy}"
+    assert zo.accuracy > plain.accuracy - 0.1, f"ZOTrainer is far behind: {zo.accuracy}, Trainer {plain.accuracy}"
+    assert zo.tensors < plain.tensors / 2, f"ZOTrainer's tensors take {zo.tensors} MiB, Trainer's {plain.tensors} MiB"
     assert zo.memory < plain.memory, f"ZOTrainer took {zo.memory} MiB, Trainer {plain.memory} MiB"
     assert all(row.memory <= row.peak + 4 for row in rows.values()), "data takes part in the peak of everything"
     warnings = re.findall(r"^(?!WARNING: ).*(?:[Ww]arning|WARNING|deprecated).*$", log, re.MULTILINE)  # but for pip's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,10 @@ def test_an_input_that_is_not_finite_leaves_the_model_alone() -> None:
         activation_adapter(model, torch.full((2, 4), torch.inf))
     assert type(model[0]) is nn.Linear
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_nothing_is_said_that_a_user_cannot_change(folder: Path) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        activation_adapter(float32(folder), [rows()], task_type="CAUSAL_LM")
+    assert [str(warning.message) for warning in said] == []
