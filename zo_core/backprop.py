@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import ConfigError, LossError, StateError
 from .forward_state import ForwardState
@@ -376,7 +375,7 @@ def _unfit(names: Sequence[str], mine: Sequence[Slot], others: Sequence[Slot]) -
             problems.append(
                 f"backprop: {slot.key!r} is float16, in which gradients underflow; make it bfloat16 or float32"
             )
-        elif is_traceable_wrapper_subclass(slot.tensor):
+        elif nn.Parameter not in type(slot.tensor).__mro__:
             problems.append(f"backprop: {slot.key!r} is a {type(slot.tensor).__name__}; only plain tensors are taken")
         elif len(slot.tensors) > 1:
             problems.append(
