@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .activations import activation_adapter
     from .adapter import load_zo_adapter, save_zo_adapter
     from .arguments import ZOArguments, ZOTrainingArguments
+    from .coreset import Coreset, CoresetTrainerMixin
     from .low_rank import low_rank_adapter
     from .mixin import ZOTrainerMixin
     from .offload import from_pretrained_offloaded
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .trainer import ZOTrainer
 
 __all__ = [
+    "Coreset",
+    "CoresetTrainerMixin",
     "ZOArguments",
     "ZOConfig",
     "ZORewardConfig",
@@ -46,6 +49,8 @@ __all__ = [
 
 #: The module of each name.
 _MODULES = {
+    "Coreset": "hf_zo.coreset",
+    "CoresetTrainerMixin": "hf_zo.coreset",
     "ZOArguments": "hf_zo.arguments",
     "ZOConfig": "zo_core",
     "ZORewardConfig": "hf_zo.reward_config",

@@ -20,6 +20,10 @@ SHORT: dict[str, list[list[str]]] = {
     "accelerate_loop": [["--cpu"]],
     "bare_loop": [[]],
     "black_box": [[]],
+    "diffusion": [
+        ["--pretraining-steps=1", f"--model={model}", f"--methods={method}"]
+        for model, method in (("unet", "full"), ("transformer", "lora"), ("transformer", "scales"), ("unet", "word"))
+    ],
     "federated_flower": [[]],
     "int4_scales": [["--pretraining-steps", "1"]],
     "lightning_digits": [[]],
