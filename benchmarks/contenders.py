@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from zo_core import Es, Probe, ZeroOrder, ZOConfig
 from zo_core.normaliser import Curvature
 
+from . import rival_methods, subspaces
+from .rival_methods import Start, Step, at
 from .tasks import Batch, Task
-from .text_tasks import with_adapters
+from .text_tasks import in_nf4, with_adapters
 
 Wrap = Callable[[Task], Task]
 
@@ -28,15 +31,19 @@ class Contender:
 
     Attributes:
         wrap: makes the task's model what moves; None for all weights.
-        settings: fields of `ZOConfig`; None for AdamW with gradients, whose rates are 1e-3 times the powers of 2.
+        settings: fields of `ZOConfig`.
         split: parts of a batch, each of which has a direction of its own.
         apart: whether each part is a step of its own.
+        start: makes another step, in place of `ZeroOrder`.
+        forwards: how many such a step takes.
     """
 
     wrap: Wrap | None = None
-    settings: dict[str, Any] | None = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     split: int = 1
     apart: bool = False
+    start: Start | None = None
+    forwards: int = 1
 
 
 # What moves
@@ -47,6 +54,11 @@ def lora(task: Task) -> Task:
     from peft import LoraConfig
 
     return with_adapters(task, "lora", 1e-2, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **head(task)))
+
+
+def qlora(task: Task) -> Task:
+    """LoRA on a base that is quantised to nf4."""
+    return lora(in_nf4(task))
 
 
 def activations(rank: int = 8, whiten: float = 1.0) -> Wrap:
@@ -118,9 +130,9 @@ class Trainer:
         self.task = task = task if contender.wrap is None else contender.wrap(task)
         self.model: nn.Module = task.model
         self.zo: ZeroOrder | None = None
-        if contender.settings is None:
-            moving = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = torch.optim.AdamW(moving, lr=1e-3 * 2.0**power)
+        self.other: Step | None = None
+        if contender.start is not None:
+            self.other = contender.start(self.model, power, seed)
         else:
             self.zo = self._engine(contender.settings, power, seed)
 
@@ -136,13 +148,9 @@ class Trainer:
 
     def step(self, batch: Batch) -> float:
         """Learns from a batch; returns its loss."""
-        if self.zo is None:
-            self.optimizer.zero_grad()
-            loss = self.task.loss(self.model, batch)
-            loss.backward()
-            self.optimizer.step()
-            self.forwards += 1
-            return loss.item()
+        if self.other is not None:
+            self.forwards += self.contender.forwards
+            return self.other(lambda: self.task.loss(self.model, batch))
         parts = list(zip(*(column.chunk(self.contender.split) for column in batch), strict=True))
         if self.contender.apart:
             return sum(self._step([part]) for part in parts) / len(parts)
@@ -167,6 +175,43 @@ class Trainer:
 SMALL: dict[str, Any] = {"split": 4, "apart": True}
 ONE_SIDED: dict[str, Any] = {"estimator": Es(shaping="center"), "num_probes": 8, "normalise": "curvature"}
 
+ADAMW = at(1e-3, rival_methods.adamw)
+
+
+def subspace(**settings: Any) -> Contender:
+    """An experiment in random subspaces; the momentum's directions are normal."""
+    base = 1e-3 if settings.get("muon") else 1e-5
+    start = at(base, partial(subspaces.Subspace, **settings))
+    return Contender(start=start, forwards=2 * settings.get("count", 1))
+
+
+def hizoo(smooth: float) -> Contender:
+    return Contender(start=at(1e-5, partial(subspaces.HizooL, smooth=smooth)), forwards=3)
+
+
+#: What one would use instead of forward passes, and what others publish.
+RIVALS: dict[str, Contender] = {
+    "published-mezo": Contender(start=at(1e-5, rival_methods.published_mezo), forwards=2),
+    "zo-adam": Contender(start=at(1e-4, rival_methods.zo_adam), forwards=2),
+    "adamw-qlora": Contender(qlora, start=ADAMW),
+    "galore": Contender(start=at(1e-3, rival_methods.galore)),
+    "apollo": Contender(start=at(1e-3, rival_methods.apollo)),
+    "blockwise": Contender(start=at(1e-3, rival_methods.blockwise)),
+    "sgd-in-backward": Contender(start=at(1e-2, rival_methods.in_backward)),
+}
+
+#: Experiments; see docs/tried.md.
+TRIED: dict[str, Contender] = {
+    "subspace": subspace(),
+    "subspace-4": subspace(rank=8, count=4),
+    "zo-muon": subspace(muon=True),
+    "zo-muon-4": subspace(rank=8, count=4, muon=True),
+    "subzero": subspace(rank=8, both=True),
+    "subzero-no-momentum": subspace(rank=8, both=True, beta=0.0),
+    "hizoo-l": hizoo(1e-6),
+    "hizoo-l-faster": hizoo(1e-4),
+}
+
 #: Those that matter most come first: a run that ends early leaves out the last.
 ALL: dict[str, Contender] = {
     "mezo": Contender(),
@@ -176,16 +221,17 @@ ALL: dict[str, Contender] = {
     "activations": Contender(activations()),
     "small-batches": Contender(**SMALL),
     "lora": Contender(lora),
-    "adamw": Contender(settings=None),
+    "adamw": Contender(start=ADAMW),
     "fzoo": Contender(settings={"estimator": "fzoo"}),
     "lozo": Contender(settings={"noise": "low_rank"}),
+    "lozo-momentum": Contender(settings={"noise": "low_rank", "rule": "momentum"}),
     "vectors": Contender(vectors),
     "activations-one-sided": Contender(activations(), ONE_SIDED),
     "one-sided": Contender(settings=ONE_SIDED),
     "signs": Contender(signs),
     "directions": Contender(settings={"num_probes": 4}, split=4),
     "activations-and-vectors": Contender(activations_and_vectors),
-    "adamw-lora": Contender(lora, None),
+    "adamw-lora": Contender(lora, start=ADAMW),
     "activations-plain": Contender(activations(whiten=0.0)),
     "activations-2": Contender(activations(2)),
     "activations-half": Contender(activations(whiten=0.5)),
@@ -194,3 +240,4 @@ ALL: dict[str, Contender] = {
     "mezo-8": Contender(settings={"num_probes": 8}),
     "conservative": Contender(settings={"estimator": "conservative"}),
 }
+EVERY: dict[str, Contender] = {**ALL, **RIVALS, **TRIED}

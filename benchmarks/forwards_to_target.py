@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from . import tasks, text_tasks, well_read
-from .contenders import ALL, Trainer
+from .contenders import ALL, EVERY, Trainer
 from .first_run import best_power, drive, executor
 from .report import markdown, save, saved
 from .tasks import CACHE, Maker, Task, held_out
@@ -117,15 +117,15 @@ def run(cell: Cell, folder: Path, points: int) -> Outcome:
 
 def learn(cell: Cell, task: Task, points: int) -> Outcome:
     """Runs the steps at a constant rate, until the loss of one has grown fourfold."""
-    trainer = Trainer(ALL[cell.contender], replace(task, model=copy.deepcopy(task.model)), cell.power, cell.seed)
+    trainer = Trainer(EVERY[cell.contender], replace(task, model=copy.deepcopy(task.model)), cell.power, cell.seed)
     before = held_out(task, trainer.model)
     curve, seconds, step = [(0.0, before)], 0.0, 0
     for goal in range(1, points + 1):
         while trainer.forwards < cell.forwards * goal / points:
             batch = task.data(1_000_000 * cell.seed + step)
-            start = time.perf_counter()
+            start = time.process_time()  # of one thread: others may use the machine
             loss = trainer.step(batch)
-            seconds, step = seconds + time.perf_counter() - start, step + 1
+            seconds, step = seconds + time.process_time() - start, step + 1
             if not loss < 4.0 * before + 2.0:
                 return Outcome((*curve, (float(cell.forwards), math.inf)), seconds)
         found = held_out(task, trainer.model)
@@ -133,14 +133,14 @@ def learn(cell: Cell, task: Task, points: int) -> Outcome:
     return Outcome(tuple(curve), seconds)
 
 
-def search(cell: Cell, seeds: int) -> Generator[Cell, Outcome, None]:
+def search(cell: Cell, seeds: int, most: int = MOST_RATES) -> Generator[Cell, Outcome, None]:
     """The best power of 2 with the first seed, a factor of 4 apart and then 2, and with it the other seeds."""
 
     def measured(power: int) -> Generator[Cell, Outcome, float]:
         outcome = yield replace(cell, power=power)
         return outcome.end
 
-    power = yield from best_power(cell.power, MOST_RATES, measured)
+    power = yield from best_power(cell.power, most, measured)
     for seed in range(1, seeds):
         yield replace(cell, power=power, seed=seed)
 
@@ -247,11 +247,12 @@ def plot(known: dict[tuple[str, ...], Outcome], names: list[str], contenders: li
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--contenders", nargs="+", default=list(ALL), choices=ALL)
+    parser.add_argument("--contenders", nargs="+", default=list(ALL), choices=EVERY)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=1000)
     parser.add_argument("--points", type=int, default=20, help="measurements of the held-out loss")
     parser.add_argument("--power", type=int, default=1, help="the first rate, as a power of 2 times the default")
+    parser.add_argument("--rates", type=int, default=MOST_RATES, help="the most that are tried with the first seed")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no run is started after that many")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained models")
@@ -281,7 +282,9 @@ def main(arguments: list[str] | None = None) -> None:
                     print(f"{task} was ready after {seconds:.1f} s", flush=True)
             cells = [Cell(t, c, args.power, 0, args.forwards) for c in args.contenders for t in args.tasks]
             work = partial(run, folder=args.cache, points=args.points)
-            drive([search(cell, args.seeds) for cell in cells], known, work, pool, args.workers, finished, end)
+            drive(
+                [search(cell, args.seeds, args.rates) for cell in cells], known, work, pool, args.workers, finished, end
+            )
     print(table(known, args.tasks, args.contenders, args.forwards))
 
 

@@ -32,7 +32,7 @@ from zo_core.streaming.tensor_file import Tensors
 
 from .offload_memory import llama
 from .report import save
-from .step_overhead import PublishedMezo
+from .rival_methods import PublishedMezo
 from .timing import synchronise, timed
 
 TIERS = {"cpu": "host memory", "disk": "disk"}

@@ -24,7 +24,7 @@ from zo_core import ZeroOrder
 
 from .link import link_rates
 from .report import save
-from .step_overhead import PublishedMezo
+from .rival_methods import PublishedMezo
 from .timing import timed
 
 #: Layers, hidden size and heads. "tiny" is for trying the benchmark out where there is no GPU.

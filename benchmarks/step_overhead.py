@@ -17,12 +17,12 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_core import ZeroOrder
 
 from .report import save
+from .rival_methods import PublishedMezo
 from .timing import medians
 
 
@@ -37,31 +37,6 @@ def llama_60m() -> LlamaConfig:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-
-
-class PublishedMezo:
-    """MeZO's step as in its paper: in place, from a reseeded global generator."""
-
-    def __init__(self, model: nn.Module, lr: float = 1e-7, eps: float = 1e-3):
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.lr, self.eps, self.seed = lr, eps, 0
-
-    def _move(self, scale: float) -> None:
-        torch.manual_seed(self.seed)
-        for p in self.parameters:
-            z = torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype)
-            p.data.add_(z, alpha=scale)
-
-    @torch.no_grad()
-    def step(self, loss: Callable[[], torch.Tensor]) -> float:
-        self.seed += 1
-        self._move(self.eps)
-        plus = float(loss())
-        self._move(-2 * self.eps)
-        minus = float(loss())
-        self._move(self.eps)
-        self._move(-self.lr * (plus - minus) / (2 * self.eps))
-        return plus
 
 
 def measure(

@@ -37,6 +37,7 @@ PARTS = {
     "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning", "hybrid-learning"),
     "Learning rates": ("first-run", "suggest-lr"),
     "More from a forward": ("directions", "basis-energy", "forwards-to-target"),
+    "Beside other ways to train": ("rivals", "subspaces"),
     "Rewards": ("generation",),
     "Several processes": ("ranks",),
     "Replay": ("replay",),
