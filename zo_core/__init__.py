@@ -7,7 +7,7 @@ from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, QueryError, RanksError, SearchError, StateError, ZOError
-from .estimators import ESTIMATORS, Conservative, Es, Estimate, Estimator, Fzoo, Spsa
+from .estimators import ESTIMATORS, Conservative, Es, Estimate, Estimator, ForwardGrad, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .learning_rate import LrSuggestion, Trial
 from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
@@ -33,6 +33,7 @@ __all__ = [
     "Es",
     "Estimate",
     "Estimator",
+    "ForwardGrad",
     "Fzoo",
     "Gaussian",
     "GradientCheck",

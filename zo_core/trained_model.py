@@ -140,7 +140,7 @@ class TrainedModel(LiveSettings):
         parts = self.model, self.slots, self._perturbation
         if self.config.stack_probes:
             return StackedOracle(*parts, alternatives=self._alternatives, **self._how())
-        return ResidentOracle(*parts, **self._how())
+        return ResidentOracle(*parts, unit=self.direction, **self._how())
 
     def _how(self) -> dict[str, Any]:
         return {
