@@ -89,7 +89,9 @@ class ZOConfig:
         default="rademacher",
         metadata={
             "help": 'Distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights '
-            'only) or "sampled" (a random subset of the blocks in each step). The last two restrict another noise.'
+            'only), "sampled" (a random subset of the blocks in each step), "one_block" (one block per direction) or '
+            '"coordinates" (one weight per direction, for small models). "sparse", "sampled" and "one_block" restrict '
+            "another noise."
         },
     )
     rule: str | dict[str, Any] | UpdateRule = field(

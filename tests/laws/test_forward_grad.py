@@ -83,6 +83,28 @@ def test_pending_updates_of_low_rank_windows_count() -> None:
     assert abs(record.projected_grad - expected) <= 2.0**-23 * size
 
 
+def test_the_slopes_of_micro_batches_add_up() -> None:
+    models = tiny("mlp"), tiny("mlp")
+    pieces, whole = (engine(model) for model in models)
+    for index in range(4):
+        pieces.measure(closure("mlp", models[0], index))
+    record = pieces.optimizer.step()
+    expected = whole.step(lambda: sum(closure("mlp", models[1], index)().double() for index in range(4)))
+    assert record.loss == pytest.approx(expected.loss, rel=2.0**-51)
+    # A tangent's values on both sides are rounded to float64, and of sums of four of them the last steps are.
+    assert abs(record.projected_grad - expected.projected_grad) <= 8 * 2.0**-53 * record.loss / pieces.eps
+
+
+@pytest.mark.parametrize("settings", [{}, {"normalise": "curvature"}, {"rule": "momentum"}], ids=str)
+def test_steps_without_a_rate_go_downhill(settings: dict[str, Any]) -> None:
+    model = tiny("mlp")
+    zo = ZeroOrder(model, estimator="forward_grad", num_probes=4, **settings)
+    assert zo.normaliser is not None
+    assert zo.normaliser.name == settings.get("normalise", "gradient")
+    losses = [float(zo.step(closure("mlp", model))) for _ in range(60)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
 def test_a_score_has_the_slope_of_minus_the_loss() -> None:
     models = tiny("mlp"), tiny("mlp")
     loss, score = (closure("mlp", model) for model in models)

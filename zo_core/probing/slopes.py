@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: How torch says that an operation has no forward derivative.
 OPERATION = re.compile(r"forward AD with (\S+) that does not support it")
 FUNCTION = "custom autograd.Function"
+
+#: The types of operators as ``torch.ops`` has them, with all overloads and with one.
+OPERATORS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
 
 #: How the names of torch's own operators begin.
 OURS = ("aten.", "prims.", "quantized.")
@@ -101,7 +103,7 @@ class DualMode(FunctionalMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(func, (OpOverload, OpOverloadPacket)) and not str(func).startswith(OURS):
+        if isinstance(func, OPERATORS) and not str(func).startswith(OURS):
             given = [self.replaced(value) for value in (*args, *(kwargs or {}).values())]
             if any(map(_slopes, given)) and not _slopes(result):
                 raise _without(str(func))
