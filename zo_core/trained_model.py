@@ -94,7 +94,8 @@ class TrainedModel(LiveSettings):
         """Builds everything that depends on which weights move."""
         face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
         self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
-        self.noise = self.directions.noise = self._settings.noise.over(shapes_of(self.slots))
+        self.directions.noise = self._settings.noise.over(shapes_of(self.slots))
+        object.__setattr__(self, "noise", self.directions.noise)  # the same setting, for what moves now
         self.oracle = self._oracle()
         if self.backprop is not None:
             self.backprop.begin(self.optimizer)

@@ -18,7 +18,17 @@ from torch import nn
 from traces import same_bits, weights
 
 from hf_zo import ZOTrainer
-from zo_core import ConfigError, Coordinates, OneBlock, Probe, SeedLogWriter, ZeroOrder, ZOConfig, derive_seed, replay
+from zo_core import (
+    ConfigError,
+    Coordinates,
+    OneBlock,
+    Probe,
+    SeedLogWriter,
+    ZeroOrder,
+    ZOConfig,
+    derive_seed,
+    replay,
+)
 from zo_core.noise.sampled import block_of
 
 pytestmark = QUIET
@@ -236,6 +246,29 @@ def test_both_trainers_run_it_as_the_bare_loop(noise: Any, tmp_path: Path) -> No
     zo.close()
     module = Wrapped(optimizer=sgd(1e-3))
     assert not differing(fitted(tmp_path, module, {"noise": noise}, max_epochs=1), weights(bare))
+
+
+@pytest.mark.parametrize("noise", ["coordinates", "one_block"])
+def test_it_follows_what_moves(noise: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    zo = engine(model, noise, num_probes=3)
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    zo.step(closure("llama", model))
+    seen = weights(model)
+    model.model.layers[0].requires_grad_(False)  # a new log begins
+    alone, base = tiny("llama"), tiny("llama")
+    alone.load_state_dict(seen)
+    base.load_state_dict(seen)
+    alone.model.layers[0].requires_grad_(False)
+    other = engine(alone, noise, num_probes=3)
+    other.at(1)
+    for step in range(1, 5):
+        zo.step(closure("llama", model, step))
+        other.step(closure("llama", alone, step))
+    log.close()
+    assert same_bits(weights(alone), weights(model))
+    replay(base, tmp_path / "log")
+    assert same_bits(weights(base), weights(model))
 
 
 def test_a_noise_that_knows_its_model_is_written_as_one_that_does_not() -> None:
