@@ -140,6 +140,8 @@ def tangent_of(
             "estimator='forward_grad' differentiates along ordinary weights, and here the scales of quantised weights "
             f"move; {OTHERWISE}"
         )
+    if any(slot.part is not None for slot in realisation.slots):
+        raise ModelError(f"estimator='forward_grad' needs whole weights, and parameters are DTensors here; {OTHERWISE}")
     here = Point(seed, 0.0)
     sight = Duals(
         realisation.slots,
