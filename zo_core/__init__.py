@@ -7,10 +7,22 @@ from .adapter import save_adapter
 from .config import ZOConfig
 from .engine import ZeroOrder
 from .errors import ConfigError, LossError, ModelError, QueryError, RanksError, SearchError, StateError, ZOError
-from .estimators import ESTIMATORS, Conservative, Es, Estimate, Estimator, Fzoo, Spsa
+from .estimators import ESTIMATORS, Conservative, Es, Estimate, Estimator, ForwardGrad, Fzoo, Spsa
 from .gradient_check import GradientCheck
 from .learning_rate import LrSuggestion, Trial
-from .noise import NOISES, ElementNoise, Gaussian, LowRank, Noise, Rademacher, Sampled, Sparse, derive_seed
+from .noise import (
+    NOISES,
+    Coordinates,
+    ElementNoise,
+    Gaussian,
+    LowRank,
+    Noise,
+    OneBlock,
+    Rademacher,
+    Sampled,
+    Sparse,
+    derive_seed,
+)
 from .noise.direction import Scaling
 from .optimizer import ZOOptimizer
 from .queries import retrying
@@ -29,10 +41,12 @@ __all__ = [
     "TARGETS",
     "ConfigError",
     "Conservative",
+    "Coordinates",
     "ElementNoise",
     "Es",
     "Estimate",
     "Estimator",
+    "ForwardGrad",
     "Fzoo",
     "Gaussian",
     "GradientCheck",
@@ -43,6 +57,7 @@ __all__ = [
     "ModelError",
     "Momentum",
     "Noise",
+    "OneBlock",
     "Point",
     "Probe",
     "QueryError",

@@ -57,7 +57,7 @@ class ZOConfig:
         metadata={
             "help": 'Directions per step. None takes the estimator\'s default: 8 for "fzoo", 30 for "es", 1 for the '
             'others. With n directions, "spsa" runs 2 n forwards per step, "fzoo" n + 1, "es" n or, if it is '
-            'antithetic, 2 n, and "conservative" 2 n + 3.'
+            'antithetic, 2 n, and "conservative" 2 n + 3; "forward_grad" n, at about the time of 3 n.'
         },
     )
     stack_probes: bool = field(
@@ -71,10 +71,11 @@ class ZOConfig:
     estimator: str | dict[str, Any] | Estimator = field(
         default="spsa",
         metadata={
-            "help": 'How losses become probes: "spsa", "fzoo", "es" or "conservative". "es" compares a population of '
-            'perturbed weights; its fields are shaping ("center", "zscore" or "ranks") and antithetic. "conservative" '
-            'is "spsa" that also measures the loss before the step, after it and after the opposite step, and keeps '
-            "the best of the three."
+            "help": 'How losses become probes: "spsa", "fzoo", "es", "conservative" or "forward_grad". "es" compares a '
+            'population of perturbed weights; its fields are shaping ("center", "zscore" or "ranks") and antithetic. '
+            '"conservative" is "spsa" that also measures the loss before the step, after it and after the opposite '
+            'step, and keeps the best of the three. "forward_grad" is "spsa" with exact slopes, by forward-mode '
+            "differentiation of a model that is not streamed."
         },
     )
     maximize: bool = field(
@@ -88,7 +89,9 @@ class ZOConfig:
         default="rademacher",
         metadata={
             "help": 'Distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights '
-            'only) or "sampled" (a random subset of the blocks in each step). The last two restrict another noise.'
+            'only), "sampled" (a random subset of the blocks in each step), "one_block" (one block per direction) or '
+            '"coordinates" (one weight per direction, for small models). "sparse", "sampled" and "one_block" restrict '
+            "another noise."
         },
     )
     rule: str | dict[str, Any] | UpdateRule = field(
@@ -253,6 +256,11 @@ class ZOConfig:
             problems.append(
                 f"stack_probes=True with estimator={estimator.name!r} takes one direction, because it measures "
                 "the sum of all directions; write num_probes=1, or leave out stack_probes"
+            )
+        if self.stack_probes is True and estimator is not None and estimator.differentiates:
+            problems.append(
+                f"stack_probes=True has no use with estimator={estimator.name!r}, which measures a direction in one "
+                "forward; leave it out"
             )
         if self.brake not in BRAKES:
             problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")

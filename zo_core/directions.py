@@ -114,7 +114,7 @@ class Directions:
         """
         terms = tuple([(probe.seed, probe.coefficient / ratio) for probe in probes])
         direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)
-        return slot, direction, lr, weight_decay / self.noise.share
+        return slot, direction, lr, weight_decay / self.noise.share_in(len(probes))
 
     def _along(
         self,

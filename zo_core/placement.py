@@ -12,6 +12,7 @@ from torch import nn
 from .backprop import Backprop
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
+from .estimators import ESTIMATORS
 from .exchange import Alone, Exchange
 from .noise import NOISES
 from .optimizer import ZOOptimizer, check_optimizer
@@ -101,6 +102,12 @@ def check_streamable(config: ZOConfig, rule: UpdateRule) -> None:
         )
     if config.stack_probes:
         problems.append("stack_probes=True has no use with a streamed model, whose probes share a sweep; leave it out")
+    estimator = ESTIMATORS.resolve(config.estimator)
+    if estimator.differentiates:
+        problems.append(
+            f"estimator={estimator.name!r} differentiates the loss, which takes weights that are not streamed; leave "
+            "out offload, or write estimator='spsa'"
+        )
     if problems:
         raise ConfigError(problems)
 

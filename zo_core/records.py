@@ -19,10 +19,12 @@ class Point:
     Attributes:
         seed: seed of the direction ``z``.
         scale: signed distance along ``z``, a multiple of eps; 0.0 is the unperturbed model.
+        linear: take the value there of the tangent ``L(theta) + scale * z . grad L`` instead of that of the loss.
     """
 
     seed: int
     scale: float
+    linear: bool = False
 
 
 @dataclass(frozen=True)

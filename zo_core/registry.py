@@ -16,6 +16,8 @@ OTHER_NAMES = {
     "lozo": "; LOZO is noise='low_rank'",
     "qzo": "; QZO is target='int4_scales' or 'torchao_scales'",
     "sparse_mezo": "; Sparse-MeZO is noise='sparse'",
+    "cge": "; coordinate-wise estimates are estimator='spsa' with noise='coordinates'",
+    "deepzero": "; DeepZero's estimates are estimator='spsa' with noise='coordinates'",
     "adam": "; for Adam pass optimizer=torch.optim.AdamW(...), which finds the estimate in .grad",
     "adamw": "; for AdamW pass optimizer=torch.optim.AdamW(...), which finds the estimate in .grad",
 }

@@ -33,7 +33,7 @@ from .records import Point
 from .report import page
 from .rules import UpdateRule
 from .streaming import LockstepOracle, Streaming, repeated_layers
-from .targets import Slot, Target, check_settings, check_whole
+from .targets import Slot, Target, check_settings, check_whole, shapes_of
 from .updates import Places, Updaters
 from .version import __version__
 
@@ -94,6 +94,8 @@ class TrainedModel(LiveSettings):
         """Builds everything that depends on which weights move."""
         face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
         self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
+        self.directions.noise = self._settings.noise.over(shapes_of(self.slots))
+        object.__setattr__(self, "noise", self.directions.noise)  # the same setting, for what moves now
         self.oracle = self._oracle()
         if self.backprop is not None:
             self.backprop.begin(self.optimizer)
@@ -140,7 +142,7 @@ class TrainedModel(LiveSettings):
         parts = self.model, self.slots, self._perturbation
         if self.config.stack_probes:
             return StackedOracle(*parts, alternatives=self._alternatives, **self._how())
-        return ResidentOracle(*parts, **self._how())
+        return ResidentOracle(*parts, unit=self.direction, **self._how())
 
     def _how(self) -> dict[str, Any]:
         return {

@@ -142,7 +142,9 @@ def estimate(model: nn.Module, work: Workload) -> list[Row]:
         except ConfigError:
             if work.lora_targets != LORA_TARGETS:
                 raise
-    rows = [row for name, variant in ways.items() for row in _streamed_or_not(name, variant, work, active)]
+    exact = work.config.resolve().estimator.differentiates  # which int4 layers do not allow
+    able = {name: variant for name, variant in ways.items() if not (exact and "int4" in name)}
+    rows = [row for name, variant in able.items() for row in _streamed_or_not(name, variant, work, active)]
     return rows + _backpropagation(model, ways.get(f"LoRA {rank}"), ways.get(f"LoRA {rank}, int4"), work)
 
 
@@ -168,7 +170,7 @@ def _streamed_or_not(name: str, model: nn.Module, work: Workload, active: int) -
         memory = parse_bytes(work.config.device_memory)
         blocks = beyond(blocks, resident_bytes(model, blocks), memory, torch.device(work.device))
     segments, traced = _segments(model, slots, blocks, work)
-    places = PLACES if blocks else (None,)
+    places = PLACES if blocks and not work.config.resolve().estimator.differentiates else (None,)
     return [_row(name, place, model, slots, blocks, segments, traced, work, active) for place in places]
 
 
@@ -209,7 +211,7 @@ def _row(
         "rule": state,
         "arena": min(slots_there, len(blocks)) * max((block.arena_bytes for block in blocks), default=0),
         "copies": scratch.copies,
-        "activations": scratch.activations,
+        "activations": scratch.activations * (2 if settings.estimator.differentiates else 1),  # with derivatives
         "noise": noise if on_cpu else 0,
     }
     # If all blocks fit into the arena, they stay there; otherwise each is evicted before it is needed again.

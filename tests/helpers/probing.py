@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from zo_core import NOISES, Point, ZeroOrder
+from zo_core import NOISES, ElementNoise, Point, ZeroOrder
 
 EPS = 1e-2
 #: Noises whose `z` is the direction of a slot; those of the others depend on its shape, its block or its weights.
-PLAIN = [name for name in NOISES if name not in ("low_rank", "sparse", "sampled")]
+PLAIN = [name for name in NOISES if isinstance(NOISES.resolve(name), ElementNoise)]
 POINTS = (Point(11, EPS), Point(11, -EPS), Point(12, 0.0), Point(12, 3 * EPS))
 
 

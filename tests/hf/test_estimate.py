@@ -119,6 +119,15 @@ def test_more_tokens_take_more_activations_and_nothing_else() -> None:
     assert {**many.parts, "activations": 0} == {**few.parts, "activations": 0}
 
 
+def test_exact_slopes_take_activations_twice_and_have_no_row_where_they_cannot_be_had() -> None:
+    plain, exact = rows(on_meta("llama")), rows(on_meta("llama"), estimator="forward_grad")
+    assert set(exact) == {
+        name for name in plain if name.startswith("backprop") or ("resident" in name and "int4" not in name)
+    }
+    one, other = (found["all weights, resident"].parts for found in (plain, exact))
+    assert other == {**one, "activations": 2 * one["activations"]}
+
+
 def test_logits_are_counted() -> None:
     """Once as the model makes them, and once as logarithms; a float32 model needs no upcast."""
     config = on_meta("llama").config

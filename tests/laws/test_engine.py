@@ -26,7 +26,7 @@ OWN_RULES = [name for name in RULES if not RULES.resolve(name).wants_optimizer]
 # Micro-batches
 
 
-@pytest.mark.parametrize("estimator", list(ESTIMATORS))
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "forward_grad"])  # see its own test
 def test_measuring_micro_batches_is_measuring_their_sum(estimator: str) -> None:
     model, other = tiny("mlp"), tiny("mlp")
     pieces, whole = (ZeroOrder(m, lr=LR, eps=EPS, estimator=estimator) for m in (model, other))

@@ -176,7 +176,8 @@ def test_nothing_of_a_step_is_kept_when_it_ends(noise: str, offload: str | None)
     run = closure("llama", model)
     for _ in range(2):
         zo.measure(run)
-        assert kept_per_step() > 0 or noise == "sampled"  # which may draw nothing
+        # The first may draw nothing, and the second needs no words.
+        assert kept_per_step() > 0 or noise in ("sampled", "coordinates")
         zo.optimizer.step()
         zo.flush()
         assert kept_per_step() == 0

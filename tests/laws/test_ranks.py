@@ -38,6 +38,8 @@ def run(rank: int, *, same_batch: bool = False, steps: int = STEPS, **settings: 
 SETTINGS = [
     *({"ranks": mode, "estimator": name} for mode, name in product(("directions", "data", "points"), ("spsa", "fzoo"))),
     *({"ranks": mode, "estimator": "conservative"} for mode in ("directions", "data", "points")),
+    *({"ranks": mode, "estimator": "forward_grad"} for mode in ("directions", "points")),
+    *({"noise": noise, "weight_decay": 0.1} for noise in ("one_block", "coordinates")),
     *({"rule": rule} for rule in ("momentum", "sign")),
     *({"noise": noise} for noise in ("gaussian", "sparse", "low_rank", {"name": "sampled", "share": 0.5})),
     {"noise": "low_rank", "stack_probes": True, "num_probes": 2},

@@ -110,7 +110,7 @@ class Large(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("noise", list(NOISES))
+@pytest.mark.parametrize("noise", [name for name in NOISES if name != "coordinates"])  # of few weights alone
 @pytest.mark.parametrize("rule", OWN_RULES)
 def test_a_slot_that_is_replayed_piece_by_piece_is_as_it_was_trained(
     rule: str, noise: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,8 @@ class Estimator:
             that other processes have measured on data of their own are then estimated by themselves.
         multiples: with any, a step has a second round: the loss is measured at the weights that each multiple of the
             step would lead to, on the same data and with the same random numbers, and `choose` decides on one of them.
+        differentiates: whether the points are on tangents of the loss, which takes weights that are resident and
+            ordinary, and operations with a forward derivative.
     """
 
     name: ClassVar[str]
@@ -47,6 +49,7 @@ class Estimator:
     min_probes: ClassVar[int] = 1
     compares: ClassVar[bool] = False
     multiples: ClassVar[tuple[float, ...]] = ()
+    differentiates: ClassVar[bool] = False
 
     @property
     def scale_free(self) -> bool:

@@ -37,6 +37,21 @@ class Noise:
         """The noise of the slots that move in a step: this one, unless it samples slots."""
         return self
 
+    def over(self, slots: Sequence[tuple[str, torch.Size]]) -> Noise:
+        """The noise for a model: this one, unless a direction depends on what else moves.
+
+        Args:
+            slots: key and shape of each slot that moves.
+
+        Raises:
+            ConfigError: it does not work with so many weights.
+        """
+        return self
+
+    def share_in(self, directions: int) -> float:
+        """The share of the steps with so many directions in which a slot moves; weight decay is divided by it."""
+        return self.share
+
     def seed(self, base: int, step: int, direction: int) -> int:
         """The seed of one direction of one step; its values depend only on this seed and the slot.
 

@@ -67,7 +67,7 @@ class Sampled(Wrapping):
     def drawn(self, slot: str, terms: Terms) -> Terms:
         """Those of ``terms`` that move a slot, as terms of ``of``."""
         weight = self.share**-0.5
-        return tuple((_inner(seed), c * weight) for seed, c in terms if self.draws(seed, slot))
+        return tuple((inner_seed(seed), c * weight) for seed, c in terms if self.draws(seed, slot))
 
     @property
     def plain(self) -> Noise:
@@ -86,13 +86,14 @@ class Sampled(Wrapping):
     def prepare(self, seeds: Sequence[int], slots: Sequence[tuple[str, torch.Size]], device: torch.device) -> None:
         if seeds:  # of one step
             drawn = [(key, shape) for key, shape in slots if self.draws(seeds[0], key)]
-            super().prepare([_inner(seed) for seed in seeds], drawn, device)
+            super().prepare([inner_seed(seed) for seed in seeds], drawn, device)
 
     def forget(self, seeds: Sequence[int], late: bool = False) -> None:
-        super().forget([_inner(seed) for seed in seeds], late)
+        super().forget([inner_seed(seed) for seed in seeds], late)
 
 
-def _inner(seed: int) -> int:
+def inner_seed(seed: int) -> int:
+    """The seed of the other noise in that of a direction."""
     return seed & ((1 << DRAW_BITS) - 1)
 
 

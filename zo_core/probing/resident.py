@@ -21,6 +21,7 @@ from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Materialised
+from .slopes import Tangent, compare, tangent_of, unseen, warm_up
 from .view import Originals
 from .waiting import Waiting, is_waiting, outcomes
 
@@ -52,6 +53,7 @@ class ResidentOracle:
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         repeated: the repeated layers of the model.
         maximize: whether closures return a score, whose negative is the loss.
+        unit: the direction of one slot by seed, in units of the step's eps; only points on tangents need it.
 
     Attributes:
         state: what forwards may change besides the weights.
@@ -63,6 +65,7 @@ class ResidentOracle:
         slots: list[Slot],
         direction: Callable[[Slot, Point], Direction],
         *,
+        unit: Callable[[Slot, int], Direction] | None = None,
         dropout: bool,
         realisation: type[Materialised] = Materialised,
         carried: Sequence[Carried] = (),
@@ -74,11 +77,12 @@ class ResidentOracle:
         self.dropout = dropout
         self.keep_mode = keep_mode
         self.maximize = maximize
+        self.unit = unit
         self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors], carried)
         self.realisation = realisation(model, slots, direction, repeated)
         self.realisation.around = self.state.around_hooks
         self._checked = self.realisation.whole
-        self._warned_half = False
+        self._warned_half = self._followed = False
 
     def copy_whole(self) -> None:
         """Makes each probe copy all slots at once from now on, for closures that run compiled code."""
@@ -115,12 +119,18 @@ class ResidentOracle:
 
     def _measured(self, points: Sequence[Point], closure: Closure, start: dict[str, Any]) -> list[Tensor]:
         results: list[Tensor | Waiting] = []
+        tangents: dict[int, Tangent] = {}
         with self.realisation.measuring() as originals:
             try:
                 for point in points:
-                    if results:
+                    known = tangents.get(point.seed) if point.linear else None
+                    if results and known is None:
                         self._rewind(start)
-                    results.append(self._loss(point, closure, start, originals))
+                    if point.linear and known is None:
+                        known = tangents[point.seed] = self._tangent(point, closure, start, originals)
+                    results.append(
+                        self._loss(point, closure, start, originals) if known is None else known.at(point.scale)
+                    )
                 return self._complete(results)
             finally:
                 for result in results:
@@ -178,6 +188,31 @@ class ResidentOracle:
         else:
             self.realisation.whole = False
         return whole
+
+    def _tangent(self, point: Point, closure: Closure, start: dict[str, Any], originals: Originals) -> Tangent:
+        """The loss at the weights and its slope along the direction of a point, in one forward."""
+        assert self.unit is not None, "points on tangents need the directions"
+        if not self._followed:
+            warm_up()
+        found = tangent_of(self.realisation, point.seed, originals, self.unit, closure)
+        found = Tangent(*(as_loss(part, maximize=self.maximize) for part in (found.loss, found.slope)))
+        if self._followed:
+            return found
+
+        def value(scale: float) -> float:
+            self._rewind(start)
+            loss = self._loss(Point(point.seed, scale), closure, start, originals)
+            assert isinstance(loss, Tensor), "a closure that waits has no derivative"
+            return loss.item()
+
+        if math.isfinite(found.loss.item()):
+            self._followed = True
+            eps, rounding = abs(point.scale), max(torch.finfo(s.tensor.dtype).eps for s in self.realisation.slots)
+            if eps:
+                compare(found, value(eps), value(-eps), eps, 8 * max(rounding, 2.0**-23))
+        elif math.isfinite(value(0.0)):
+            raise unseen()
+        return found
 
     def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor | Waiting:
         perturbed = partial(self.realisation.at, point, originals)

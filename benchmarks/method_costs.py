@@ -1,0 +1,100 @@
+"""What does a step of each method cost? Processor time and peak memory, each in a process of its own.
+
+A Llama of 25 million float32 weights, 4 rows of 128 tokens, one thread, no checkpointing. The time is that of the
+processor, which other programs on the machine disturb little; the peak is that which the kernel reports, above the
+weights. Backpropagation is one step of SGD.
+
+    python -m benchmarks.method_costs --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zo_core import ZeroOrder
+
+from .report import save
+
+SHAPE = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "spsa": {},
+    "spsa, low_rank": {"noise": "low_rank"},
+    "one_block": {"noise": "one_block"},
+    "conservative": {"estimator": "conservative"},
+    "forward_grad": {"estimator": "forward_grad"},
+    "forward_grad, one_block": {"estimator": "forward_grad", "noise": "one_block"},
+    "backpropagation": None,
+}
+
+
+def memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) << 10
+
+
+def measure(name: str, steps: int) -> tuple[float, float, int]:
+    """Seconds of a step, the peak above the weights in bytes, and the number of weights."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=6, max_position_embeddings=128))
+    ids = torch.randint(0, SHAPE["vocab_size"], (4, 128))
+    settings = METHODS[name]
+    step: Callable[[], object]
+    if settings is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    else:
+        zo = ZeroOrder(model, lr=1e-4, brake=None, **settings)
+
+        def step() -> None:
+            zo.step(lambda: model(input_ids=ids, labels=ids).loss)
+
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    step()
+    times = []
+    for _ in range(steps):
+        start = time.process_time()
+        step()
+        times.append(time.process_time() - start)
+    return statistics.median(times), memory("VmHWM") - before, sum(p.numel() for p in model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.steps)))
+        return
+    rows, unit, count = [], 0.0, 0
+    for name in METHODS:
+        command = [sys.executable, "-m", "benchmarks.method_costs", "--one", name, "--steps", str(args.steps)]
+        seconds, peak, count = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        unit = unit or seconds
+        rows.append([name, f"{seconds:.2f}", f"{seconds / unit:.2f}", f"{peak / 2**20:.0f}"])
+        print(rows[-1], flush=True)
+    title = f"A step of a Llama of {count / 1e6:.0f} million float32 weights, 512 tokens, one thread"
+    columns = ["method", "seconds", "in steps of spsa", "MiB above the weights"]
+    save("method-costs", title, columns, rows, torch.device("cpu"), write=args.save)
+
+
+if __name__ == "__main__":
+    main()
