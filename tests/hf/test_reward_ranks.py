@@ -31,16 +31,17 @@ def train(folder: Path, tokenizer: Any, **settings: Any) -> dict[str, Any]:
     trainer = reward_trainer(folder, tokenizer, cls=Ordered, **{"max_steps": 3, "zo_log": True, **settings})
     trainer.train()
     lines = [line for line in trainer.state.log_history if "reward" in line]
+    assert trainer.accelerator.num_processes == (2 if torch.distributed.is_initialized() else 1)
     return {"state": trainer.model.state_dict(), "reward": [line["reward"] for line in lines]}
 
 
 def in_two(folder: Path, tokenizer: Any, **settings: Any) -> list[Any]:
     def work(rank: int) -> dict[str, Any]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, not used: there is a group already
+        os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, not used: there is a group already
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
-        return train(folder / "out", tokenizer, **settings)
+        return train(folder, tokenizer, **settings)
 
     return together(work, folder / "meeting", seconds=240)
 

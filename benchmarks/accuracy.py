@@ -1,0 +1,116 @@
+"""Accuracy as the objective of a classifier, beside its loss.
+
+    python -m benchmarks.accuracy --save
+
+A network that has learnt scikit-learn's digits by backpropagation is trained, forward only, on digits at half the
+contrast, with noise and moved by one pixel. One contender sees only how many of 256 digits are right, and has twice the
+forwards of those that see the loss. All rates (and the distances of the probes, for accuracy) are searched with a seed
+that the table does not use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zo_core import ZeroOrder
+
+from .report import save
+from .tasks import CACHE, Maker, Task, cross_entropy, mlp, sampler, shifted_digits
+
+#: Forwards of a step of every contender.
+FORWARDS = 30
+SEARCH_SEED = 100
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to train.
+
+    Attributes:
+        name: for the table.
+        settings: of the engine.
+        rates: those to search.
+        distances: values of eps to search.
+        share: forwards, as a multiple of those of the others.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    rates: tuple[float, ...]
+    distances: tuple[float, ...] = (1e-3,)
+    share: int = field(default=1)
+
+    def choices(self) -> Iterator[dict[str, float]]:
+        for lr, eps in product(self.rates, self.distances):
+            yield {"lr": lr, "eps": eps}
+
+
+POPULATION = {"estimator": {"name": "es", "antithetic": True}, "num_probes": FORWARDS // 2}
+LENGTHS = (0.005, 0.01, 0.02, 0.04)
+CONTENDERS = (
+    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, (0.0625, 0.125, 0.25, 0.5)),
+    Contender("loss, es", POPULATION, LENGTHS),
+    Contender("accuracy, es", {**POPULATION, "maximize": True}, LENGTHS, (0.01, 0.03), share=2),
+)
+
+
+def right(model: nn.Module, pair: tuple[Tensor, ...]) -> float:
+    """The accuracy on a batch."""
+    with torch.no_grad():
+        return (model(pair[0]).argmax(-1) == pair[1]).float().mean().item()
+
+
+def run(task: Task, contender: Contender, choice: dict[str, float], forwards: int, seed: int) -> float:
+    """The held-out accuracy after a run whose rate falls linearly to zero."""
+    model, steps = copy.deepcopy(task.model), contender.share * forwards // FORWARDS
+    zo = ZeroOrder(model, seed=seed, brake=None, **contender.settings, **choice)
+    measure = right if contender.settings.get("maximize") else cross_entropy
+    for step in range(steps):
+        pair = task.data(step + 1_000_000 * seed)
+        zo.lr = choice["lr"] * (1 - step / steps)
+        zo.step(lambda pair=pair: measure(model, pair))
+    return accuracy(task, model)
+
+
+def accuracy(task: Task, model: nn.Module) -> float:
+    """The accuracy on four held-out batches."""
+    return statistics.fmean(right(model, task.data(-index)) for index in range(1, 5))
+
+
+def row(task: Task, contender: Contender, forwards: int, seeds: list[int]) -> list[str]:
+    found = {tuple(each.items()): run(task, contender, each, forwards, SEARCH_SEED) for each in contender.choices()}
+    best = dict(max(found, key=lambda each: found[each]))
+    print(contender.name, *(f"{dict(each)}: {value:.3f}" for each, value in found.items()), sep="\n  ", flush=True)
+    after = [run(task, contender, best, forwards, seed) for seed in seeds]
+    numbers = [accuracy(task, task.model), *after, statistics.fmean(after)]
+    start, *others = (f"{value:.3f}" for value in numbers)
+    return [contender.name, f"{contender.share * forwards:,}", f"{best['lr']:g}", f"{best['eps']:g}", start, *others]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--forwards", type=int, default=3000, help="of those that see the loss")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained models")
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    task = Task(mlp(Maker(args.cache)).model, sampler(256, *shifted_digits()), cross_entropy)
+    rows = [row(task, contender, args.forwards, args.seeds) for contender in CONTENDERS]
+    columns = ["objective", "forwards", "rate", "eps", "before", *(f"seed {seed}" for seed in args.seeds), "mean"]
+    title = "Accuracy on held-out digits, trained on accuracy or on the loss"
+    save("accuracy", title, columns, rows, torch.device("cpu"), write=args.save)
+
+
+if __name__ == "__main__":
+    main()
