@@ -56,11 +56,11 @@ class Contender:
 
 
 POPULATION = {"estimator": {"name": "es", "antithetic": True}, "num_probes": FORWARDS // 2}
-LENGTHS = (0.005, 0.01, 0.02, 0.04)
+LENGTHS = (0.04, 0.08, 0.16)
 CONTENDERS = (
-    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, (0.0625, 0.125, 0.25, 0.5)),
+    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, (0.5, 1.0, 2.0)),
     Contender("loss, es", POPULATION, LENGTHS),
-    Contender("accuracy, es", {**POPULATION, "maximize": True}, LENGTHS, (0.01, 0.03), share=2),
+    Contender("accuracy, es", {**POPULATION, "maximize": True}, LENGTHS, (0.02, 0.05), share=2),
 )
 
 

@@ -38,7 +38,9 @@ def train(folder: Path, tokenizer: Any, **settings: Any) -> dict[str, Any]:
 def in_two(folder: Path, tokenizer: Any, **settings: Any) -> list[Any]:
     def work(rank: int) -> dict[str, Any]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(OMP_NUM_THREADS="1", MASTER_ADDR="localhost", MASTER_PORT="1")  # asked for, not used: there is a group already
+        os.environ.update(
+            OMP_NUM_THREADS="1", MASTER_ADDR="localhost", MASTER_PORT="1"
+        )  # asked for, not used: there is a group already
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         return train(folder, tokenizer, **settings)
