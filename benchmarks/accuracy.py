@@ -2,10 +2,10 @@
 
     python -m benchmarks.accuracy --save
 
-A network that has learnt scikit-learn's digits by backpropagation is trained, forward only, on digits at half the
-contrast, with noise and moved by one pixel. One contender sees only how many of 256 digits are right, and has twice the
-forwards of those that see the loss. All rates (and the distances of the probes, for accuracy) are searched with a seed
-that the table does not use.
+Logistic regression (650 weights) that has learnt scikit-learn's digits by backpropagation is trained, forward only, on
+digits at half the contrast, with noise and moved by one pixel. One contender sees only how many of 256 digits are
+right, and has twice the forwards of those that see the loss. All rates (and the distances of the probes, for accuracy)
+are searched with a seed that the table does not use.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from zo_core import ZeroOrder
 
 from .report import save
-from .tasks import CACHE, Maker, Task, cross_entropy, mlp, sampler, shifted_digits
+from .tasks import CACHE, Maker, Task, cross_entropy, linear, sampler, shifted_digits
 
 #: Forwards of a step of every contender.
 FORWARDS = 30
@@ -39,28 +37,23 @@ class Contender:
     Attributes:
         name: for the table.
         settings: of the engine.
-        rates: those to search.
+        rate: where the search for the rate begins.
         distances: values of eps to search.
         share: forwards, as a multiple of those of the others.
     """
 
     name: str
     settings: dict[str, Any]
-    rates: tuple[float, ...]
+    rate: float
     distances: tuple[float, ...] = (1e-3,)
-    share: int = field(default=1)
-
-    def choices(self) -> Iterator[dict[str, float]]:
-        for lr, eps in product(self.rates, self.distances):
-            yield {"lr": lr, "eps": eps}
+    share: int = 1
 
 
 POPULATION = {"estimator": {"name": "es", "antithetic": True}, "num_probes": FORWARDS // 2}
-LENGTHS = (0.04, 0.08, 0.16)
 CONTENDERS = (
-    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, (0.5, 1.0, 2.0)),
-    Contender("loss, es", POPULATION, LENGTHS),
-    Contender("accuracy, es", {**POPULATION, "maximize": True}, LENGTHS, (0.02, 0.05), share=2),
+    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, 0.5),
+    Contender("loss, es", POPULATION, 0.04),
+    Contender("accuracy, es", {**POPULATION, "maximize": True}, 0.04, (0.02, 0.08), share=2),
 )
 
 
@@ -70,16 +63,34 @@ def right(model: nn.Module, pair: tuple[Tensor, ...]) -> float:
         return (model(pair[0]).argmax(-1) == pair[1]).float().mean().item()
 
 
-def run(task: Task, contender: Contender, choice: dict[str, float], forwards: int, seed: int) -> float:
+def run(task: Task, contender: Contender, lr: float, eps: float, forwards: int, seed: int) -> float:
     """The held-out accuracy after a run whose rate falls linearly to zero."""
     model, steps = copy.deepcopy(task.model), contender.share * forwards // FORWARDS
-    zo = ZeroOrder(model, seed=seed, brake=None, **contender.settings, **choice)
+    zo = ZeroOrder(model, seed=seed, brake=None, lr=lr, eps=eps, **contender.settings)
     measure = right if contender.settings.get("maximize") else cross_entropy
     for step in range(steps):
         pair = task.data(step + 1_000_000 * seed)
-        zo.lr = choice["lr"] * (1 - step / steps)
+        zo.lr = lr * (1 - step / steps)
         zo.step(lambda pair=pair: measure(model, pair))
     return accuracy(task, model)
+
+
+def searched(task: Task, contender: Contender, forwards: int) -> tuple[float, float]:
+    """The rate and eps with the best run: rates are doubled, or halved, for as long as that is better."""
+    found: dict[tuple[float, float], float] = {}
+    for eps in contender.distances:
+        lr = contender.rate
+        found[lr, eps] = run(task, contender, lr, eps, forwards, SEARCH_SEED)
+        for factor in (2.0, 0.5):
+            while True:
+                after = found[lr * factor, eps] = run(task, contender, lr * factor, eps, forwards, SEARCH_SEED)
+                if after <= found[lr, eps]:
+                    break
+                lr *= factor
+            if lr != contender.rate:
+                break
+    print(contender.name, *(f"lr {lr:g}, eps {eps:g}: {value:.3f}" for (lr, eps), value in found.items()), sep="\n  ")
+    return max(found, key=lambda each: found[each])
 
 
 def accuracy(task: Task, model: nn.Module) -> float:
@@ -88,13 +99,12 @@ def accuracy(task: Task, model: nn.Module) -> float:
 
 
 def row(task: Task, contender: Contender, forwards: int, seeds: list[int]) -> list[str]:
-    found = {tuple(each.items()): run(task, contender, each, forwards, SEARCH_SEED) for each in contender.choices()}
-    best = dict(max(found, key=lambda each: found[each]))
-    print(contender.name, *(f"{dict(each)}: {value:.3f}" for each, value in found.items()), sep="\n  ", flush=True)
-    after = [run(task, contender, best, forwards, seed) for seed in seeds]
-    numbers = [accuracy(task, task.model), *after, statistics.fmean(after)]
-    start, *others = (f"{value:.3f}" for value in numbers)
-    return [contender.name, f"{contender.share * forwards:,}", f"{best['lr']:g}", f"{best['eps']:g}", start, *others]
+    lr, eps = searched(task, contender, forwards)
+    after = [run(task, contender, lr, eps, forwards, seed) for seed in seeds]
+    start, *others = (f"{value:.3f}" for value in (accuracy(task, task.model), *after, statistics.fmean(after)))
+    cells = [contender.name, f"{contender.share * forwards:,}", f"{lr:g}", f"{eps:g}", start, *others]
+    print(cells, flush=True)
+    return cells
 
 
 def main() -> None:
@@ -105,7 +115,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task = Task(mlp(Maker(args.cache)).model, sampler(256, *shifted_digits()), cross_entropy)
+    task = Task(linear(Maker(args.cache)).model, sampler(256, *shifted_digits()), cross_entropy)
     rows = [row(task, contender, args.forwards, args.seeds) for contender in CONTENDERS]
     columns = ["objective", "forwards", "rate", "eps", "before", *(f"seed {seed}" for seed in args.seeds), "mean"]
     title = "Accuracy on held-out digits, trained on accuracy or on the loss"
