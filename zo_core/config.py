@@ -96,8 +96,8 @@ class ZOConfig:
         metadata={
             "help": 'How probes move the weights: "sgd", "momentum", "sign", or "torch", which leaves the update to a '
             'torch optimizer. "auto" is "torch" if such an optimizer is given, else "sgd". With the field decay_to '
-            '({"name": "sgd", "decay_to": "start"}) weight decay pulls to the weights before the first update, of which a '
-            "copy is kept, and not to zero."
+            '({"name": "sgd", "decay_to": "start"}) weight decay pulls to the weights before the first update, of '
+            "which a copy is kept, and not to zero."
         },
     )
     target: str | dict[str, Any] | Target = field(
