@@ -51,9 +51,9 @@ class Contender:
 
 POPULATION = {"estimator": {"name": "es", "antithetic": True}, "num_probes": FORWARDS // 2}
 CONTENDERS = (
-    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, 0.5),
-    Contender("loss, es", POPULATION, 0.04),
-    Contender("accuracy, es", {**POPULATION, "maximize": True}, 0.04, (0.02, 0.08), share=2),
+    Contender("loss, spsa", {"num_probes": FORWARDS // 2, "normalise": "curvature"}, 8.0),
+    Contender("loss, es", POPULATION, 0.32),
+    Contender("accuracy, es", {**POPULATION, "maximize": True}, 0.16, (0.08, 0.2, 0.5), share=2),
 )
 
 
