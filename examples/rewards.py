@@ -1,7 +1,7 @@
 """A language model learns from rewards what its text does not teach, with forward passes only. Offline.
 
 python examples/rewards.py
-python examples/rewards.py --lora                            # or --int4, which moves quantisation scales
+python examples/rewards.py --lora
 python examples/rewards.py --task sums --pretraining-steps 1200 --steps 80     # pip install reasoning-gym
 python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
 
@@ -144,15 +144,6 @@ def lora() -> Any:
     return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
 
 
-def int4(model: LlamaForCausalLM, folder: str) -> LlamaForCausalLM:
-    """The model in nf4, whose quantisation scales are what moves."""
-    from transformers import BitsAndBytesConfig
-
-    model.save_pretrained(folder)
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
-
-
 def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
     task = sums() if args.task == "sums" else capitals()
     if args.model:
@@ -160,8 +151,6 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
     else:
         tokenizer = byte_tokenizer(task.template)
         model = small_model(task.text(), tokenizer, args.pretraining_steps, args.seed)
-    if args.int4:
-        model = int4(model, f"{folder}/start")
     rows = task.rows
     config = ZORewardConfig(
         folder,
@@ -195,7 +184,6 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
     found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
-    found.add_argument("--int4", action="store_true", help="quantise the model, and train its scales")
     found.add_argument("--task", choices=["capitals", "sums"], default="capitals")
     found.add_argument("--steps", type=int, default=60)
     found.add_argument("--population", type=int, default=16)
