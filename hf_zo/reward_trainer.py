@@ -168,6 +168,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         for each in (train_dataset, *evaluated):
             _check_rows(each)
         init: Any = args.model_init_kwargs or {}
+        template: Any = args.chat_template_kwargs
         if init and not _named(model, reward_funcs):
             raise ConfigError(["model_init_kwargs is for a model given by its name; leave it out, or pass the name"])
         revision = revision_of(init) if isinstance(model, str) else {}
@@ -189,9 +190,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         self._zo_lines: list[dict[str, float]] = []
         self._zo_last: tuple[Sequence[Answer], Sequence[tuple[str, Any]]] = (), ()
         super().__init__(
-            rewards=RewardFunctions(
-                *(reward_funcs, args.reward_weights, reward_processing_classes, init, args.chat_template_kwargs)
-            ),
+            rewards=RewardFunctions(*(reward_funcs, args.reward_weights, reward_processing_classes, init, template)),
             completer=Completer(processing_class, args, ends),
             model=model,
             args=args,
