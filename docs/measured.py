@@ -38,7 +38,7 @@ PARTS = {
     "Learning rates": ("first-run", "suggest-lr"),
     "More from a forward": ("directions", "basis-energy", "forwards-to-target"),
     "Beside other ways to train": ("rivals", "subspaces"),
-    "Rewards": ("generation",),
+    "Rewards": ("generation", "accuracy"),
     "Several processes": ("ranks",),
     "Replay": ("replay",),
     "Others": ("",),

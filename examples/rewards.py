@@ -2,12 +2,14 @@
 
 python examples/rewards.py
 python examples/rewards.py --lora
+python examples/rewards.py --task sums --pretraining-steps 1200 --steps 80     # pip install reasoning-gym
 python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
 
 A small model learns a text of words and their capitals (file=FILE), in which five of six words after "m" stay in small
 letters (plus=plus), so the better it learns by its loss, the surer it repeats that. Then the reward is whether the
-capitals are right. A reward has no gradient; evolution strategies need only its value. With --model (network needed), a
-model of the Hub is trained on the rewards.
+capitals are right. A reward has no gradient; evolution strategies need only its value. With --task sums the text is
+sums of reasoning-gym ("chain_sum", of two digits), in which five of six results above 3 are one too large, and the
+reward is that package's own score. With --model (network needed), a model of the Hub is trained on the rewards.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import random
 import re
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,23 @@ from hf_zo import ZORewardConfig, ZORewardTrainer
 WORDS = sorted(set(re.findall(r"\b[a-z]{4}\b", " ".join(pydoc_data.topics.topics.values()))))
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is learnt.
+
+    Attributes:
+        text: what a small model learns first, by its loss.
+        rows: prompts, and what the reward needs to know about each.
+        reward: the reward function.
+        template: what all prompts begin with, one token of the small model; empty if they have nothing in common.
+    """
+
+    text: Callable[[], str]
+    rows: list[dict[str, Any]]
+    reward: Callable[..., list[float]]
+    template: str = ""
+
+
 def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """Whether each completion is the word in capitals."""
     return [float(text.strip() == wanted) for text, wanted in zip(completions, answer, strict=True)]
@@ -60,13 +81,41 @@ def prompts() -> list[dict[str, str]]:
     return rows
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte; a line feed ends a completion."""
+def capitals() -> Task:
+    return Task(lambda: careless_text(20000), prompts(), right)
+
+
+def sums() -> Task:
+    """Sums and differences of two digits, with prompts and scores of reasoning-gym."""
+    import reasoning_gym
+
+    def made(count: int, seed: int) -> Any:
+        sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+        return reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **sizes)
+
+    data, chance = made(2000, 1), random.Random(0)
+
+    def text() -> str:
+        pairs = [(entry["question"], int(entry["answer"])) for entry in made(8000, 2)]
+        return "\n".join(f"{asked} {one + (one > 3 and chance.random() < 5 / 6)}" for asked, one in pairs)
+
+    def scored(completions: list[str], entry: list[Any], **_: Any) -> list[float]:
+        return [float(data.score_answer(said.strip(), one)) for said, one in zip(completions, entry, strict=True)]
+
+    by_prompt = {f"{entry['question']} ": entry for entry in data}  # there are few sums, and no row comes twice
+    rows = [{"prompt": prompt, "entry": entry} for prompt, entry in by_prompt.items()]
+    return Task(text, rows, scored, rows[0]["prompt"].partition(": ")[0] + ": ")
+
+
+def byte_tokenizer(template: str = "") -> PreTrainedTokenizerFast:
+    """One token for each byte, and one for a template; a line feed ends a completion."""
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE({**vocabulary, "<pad>": 256}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    fast.add_tokens([template] if template else [])
+    return fast
 
 
 def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCausalLM:
@@ -74,7 +123,7 @@ def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCau
     torch.manual_seed(seed)
     shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=257, max_position_embeddings=128, tie_word_embeddings=True, **shape)
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True, **shape)
     )
     model.generation_config.eos_token_id = tokenizer("\n")["input_ids"][0]
     tokens = torch.tensor(tokenizer(text)["input_ids"])
@@ -96,12 +145,13 @@ def lora() -> Any:
 
 
 def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
+    task = sums() if args.task == "sums" else capitals()
     if args.model:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
     else:
-        tokenizer = byte_tokenizer()
-        model = small_model(careless_text(20000), tokenizer, args.pretraining_steps, args.seed)
-    rows = prompts()
+        tokenizer = byte_tokenizer(task.template)
+        model = small_model(task.text(), tokenizer, args.pretraining_steps, args.seed)
+    rows = task.rows
     config = ZORewardConfig(
         folder,
         max_steps=args.steps,
@@ -124,7 +174,7 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
     )
     own = {"peft_config": lora()} if args.lora else {}
     trainer = ZORewardTrainer(
-        model, right, config, train_dataset=rows[64:], eval_dataset=rows[:64], processing_class=tokenizer, **own
+        model, task.reward, config, train_dataset=rows[64:], eval_dataset=rows[:64], processing_class=tokenizer, **own
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -134,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
     found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
+    found.add_argument("--task", choices=["capitals", "sums"], default="capitals")
     found.add_argument("--steps", type=int, default=60)
     found.add_argument("--population", type=int, default=16)
     found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
@@ -155,7 +206,7 @@ def main() -> None:
         for entry in trainer.state.log_history:
             if "reward" in entry:
                 print(f"step {entry['step']:>4}  reward of the population {entry['reward']:.3f}")
-    print(f"Right on words that were held out: {before:.3f} before, {after:.3f} after {args.steps} steps")
+    print(f"Reward on prompts that were held out: {before:.3f} before, {after:.3f} after {args.steps} steps")
 
 
 if __name__ == "__main__":

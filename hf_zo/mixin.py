@@ -385,6 +385,8 @@ class ZOTrainerMixin(_Trainer):
             logs.update(self._zo_summary.numbers())
             if self.zo is not None and self.zo.backprop is not None:
                 logs["grad_norm"] = self.zo.backprop.norm
+            if self.zo is not None and self.zo.rule.anchored:
+                logs["zo_distance"] = self.zo.distance()
             if not math.isfinite(logs["loss"]):
                 self._tr_loss.zero_()  # Trainer subtracts the sum from itself, and NaN would stay for all later logs
         super().log(logs, *args, **kwargs)

@@ -40,7 +40,11 @@ class ZORewardConfig(ZOTrainingArguments):
         default=False, metadata={"help": "Must be False: reward functions get the columns of the data set by name."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of from_pretrained, if the model is given by its name."}
+        default=None,
+        metadata={
+            "help": "Arguments of from_pretrained for the model and for reward models that are given by their names; "
+            "tokenizers that are loaded with these take its revision."
+        },
     )
     max_completion_length: int = field(default=512, metadata={"help": "Most tokens of a completion."})
     num_generations: int = field(
@@ -67,7 +71,8 @@ class ZORewardConfig(ZOTrainingArguments):
         default=None, metadata={"help": "More fields of GenerationConfig, which take precedence over those above."}
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More arguments of apply_chat_template, for conversational prompts."}
+        default=None,
+        metadata={"help": "More arguments of apply_chat_template, for conversational prompts; of reward models, too."},
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each reward function. None weighs all by 1."}

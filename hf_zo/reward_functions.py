@@ -32,6 +32,7 @@ class RewardFunctions:
         functions: functions, reward models (modules), or names of reward models.
         weights: one for each; None weighs all of them by 1.
         tokenizers: those of the reward models; None where one is to be loaded.
+        init, template: as for `RewardModel`.
 
     Attributes:
         names: what logs and errors call them; equal names get a number.
@@ -40,7 +41,14 @@ class RewardFunctions:
         ConfigError: no function was given, something is no function, or the weights do not fit.
     """
 
-    def __init__(self, functions: Any, weights: Sequence[float] | None = None, tokenizers: Any = None):
+    def __init__(
+        self,
+        functions: Any,
+        weights: Sequence[float] | None = None,
+        tokenizers: Any = None,
+        init: dict[str, Any] | None = None,
+        template: dict[str, Any] | None = None,
+    ):
         given = list(functions) if isinstance(functions, (list, tuple)) else [functions]
         tokenizers = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
         tokenizers += [None] * (len(given) - len(tokenizers))
@@ -57,7 +65,7 @@ class RewardFunctions:
         if problems:
             raise ConfigError(problems)
         self.functions: list[Callable[..., Any]] = [
-            RewardModel(each, tokenizer) if isinstance(each, (str, nn.Module)) else each
+            RewardModel(each, tokenizer, init, template) if isinstance(each, (str, nn.Module)) else each
             for each, tokenizer in zip(given, tokenizers, strict=True)
         ]
         self.weights = [1.0] * len(given) if weights is None else [float(weight) for weight in weights]
@@ -130,17 +138,28 @@ class RewardModel:
     Args:
         model: the classifier, or its name.
         tokenizer: its tokenizer; None loads that of the model's name.
+        init: arguments of ``from_pretrained`` for a model given by its name; its tokenizer has the same ``revision``.
+        template: further arguments of ``apply_chat_template``.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        init: dict[str, Any] | None = None,
+        template: dict[str, Any] | None = None,
+    ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        revision: dict[str, Any] = {}
+        self.template = template or {}
         if isinstance(model, str):
-            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+            revision = revision_of(init)
+            model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **(init or {}))
         self.model = model.eval().requires_grad_(False)
         path = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
         self.__name__ = path.split("/")[-1]
-        self.tokenizer = AutoTokenizer.from_pretrained(path) if tokenizer is None else tokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **revision) if tokenizer is None else tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -150,11 +169,16 @@ class RewardModel:
         if isinstance(completions[0], str):
             texts = [prompt + completion for prompt, completion in pairs]
         else:
-            texts = [self.tokenizer.apply_chat_template(p + c, tokenize=False) for p, c in pairs]
+            texts = [self.tokenizer.apply_chat_template(p + c, tokenize=False, **self.template) for p, c in pairs]
         own = {"return_tensors": "pt", "padding": True, "padding_side": "right", "add_special_tokens": False}
         inputs = self.tokenizer(texts, **own).to(self.model.device)
         with torch.no_grad():
             return list(self.model(**inputs).logits[:, 0].float().tolist())
+
+
+def revision_of(init: dict[str, Any] | None) -> dict[str, Any]:
+    """The argument of ``from_pretrained`` that a model and its tokenizer share."""
+    return {name: value for name, value in (init or {}).items() if name == "revision"}
 
 
 def _name(function: Any) -> str:

@@ -20,7 +20,7 @@ from .completions import Answer, Completer, compared, means, numbers, score, una
 from .loss_calls import LossCall
 from .mixin import ZOTrainerMixin
 from .reward_config import ZORewardConfig
-from .reward_functions import NAMED, RewardFunctions
+from .reward_functions import NAMED, RewardFunctions, revision_of
 
 logger = logging.getLogger("hf_zo")
 
@@ -167,17 +167,20 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for each in (train_dataset, *evaluated):
             _check_rows(each)
-        if args.model_init_kwargs and not isinstance(model, str):
+        init: Any = args.model_init_kwargs or {}
+        template: Any = args.chat_template_kwargs
+        if init and not _named(model, reward_funcs):
             raise ConfigError(["model_init_kwargs is for a model given by its name; leave it out, or pass the name"])
+        revision = revision_of(init) if isinstance(model, str) else {}
         if zo_config is not None and zo_config.estimator == "spsa":
             logger.warning(
                 "zo_config has estimator='spsa', which is the default of ZOConfig and not that of ZORewardConfig; "
                 "write ZOConfig(estimator='es', noise='low_rank', ...) for evolution strategies"
             )
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))  # type: ignore[arg-type]
+            model = AutoModelForCausalLM.from_pretrained(model, **init)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path, **revision)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -187,7 +190,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         self._zo_lines: list[dict[str, float]] = []
         self._zo_last: tuple[Sequence[Answer], Sequence[tuple[str, Any]]] = (), ()
         super().__init__(
-            rewards=RewardFunctions(reward_funcs, args.reward_weights, reward_processing_classes),
+            rewards=RewardFunctions(*(reward_funcs, args.reward_weights, reward_processing_classes, init, template)),
             completer=Completer(processing_class, args, ends),
             model=model,
             args=args,
@@ -274,6 +277,12 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in shown)
         for row in shown:
             print(f"step {row['step']}, reward {row['reward']}: {row['prompt']!r} -> {row['completion']!r}")
+
+
+def _named(model: Any, reward_funcs: Any) -> bool:
+    """Whether a model, or a reward model, is given by its name."""
+    given = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    return any(isinstance(each, str) for each in (model, *given))
 
 
 def _rows(rows: list[Any]) -> Any:

@@ -98,6 +98,13 @@ def _rule(momentum: float, config: ZOConfig) -> Any:
                 "write momentum=0.0"
             ]
         )
+    if RULES.resolve(config.rule).anchored:
+        raise ConfigError(
+            [
+                f"rule={config.rule!r} keeps the weights of the start, for which checkpoints of a torch SGD have no "
+                "place; return zo_core.ZOOptimizer(self.parameters(), lr, weight_decay=...) from configure_optimizers"
+            ]
+        )
     return config.rule
 
 

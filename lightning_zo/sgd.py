@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class SGDFace(ZOOptimizer):
         engine = self.engine
         if engine is not None and self.beta and isinstance(engine.rule, Momentum) and engine.rule.beta != self.beta:
             engine.flush()  # pending updates use the momentum of their own step
-            engine.rule = Momentum(self.beta)
+            engine.rule = replace(engine.rule, beta=self.beta)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         self.follow()

@@ -330,7 +330,7 @@ class ZOStrategy(Processes):
                 self.zo.optimizer.step()
         self._stepped = True
         self._forget()
-        log_line(trainer, self._summary)
+        log_line(trainer, self._summary, self.zo)
         return result
 
     # Checkpoints and evaluation use final weights

@@ -98,7 +98,9 @@ class ZOConfig:
         default="auto",
         metadata={
             "help": 'How probes move the weights: "sgd", "momentum", "sign", or "torch", which leaves the update to a '
-            'torch optimizer. "auto" is "torch" if such an optimizer is given, else "sgd".'
+            'torch optimizer. "auto" is "torch" if such an optimizer is given, else "sgd". With the field decay_to '
+            '({"name": "sgd", "decay_to": "start"}) weight decay pulls to the weights before the first update, of '
+            "which a copy is kept, and not to zero."
         },
     )
     target: str | dict[str, Any] | Target = field(
@@ -109,7 +111,9 @@ class ZOConfig:
             "and no trainable adapters, else the trainable parameters."
         },
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW."})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW; see rule for what it pulls to."}
+    )
     normalise: bool | str | None = field(
         default=None,
         metadata={

@@ -21,6 +21,7 @@ class LiveSettings:
 
     optimizer: ZOOptimizer
     updaters: Updaters
+    rule: UpdateRule
     _settings: Resolved
     _default_eps: float
     _plan: StepPlan | None
@@ -40,6 +41,11 @@ class LiveSettings:
                 raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
             if name == "rule":
                 check_rule(self._settings.estimator, value)
+                if value.anchored != self.rule.anchored:
+                    raise AttributeError(
+                        "decay_to is fixed once the engine is made, because the rule keeps the weights of the start; "
+                        f"make another engine: ZeroOrder(model, zo.config.replace(rule={value!r}))"
+                    )
         super().__setattr__(name, value)
         if name == "rule" and self._made:
             self.updaters.follow(value)

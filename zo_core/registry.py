@@ -78,7 +78,11 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.kind} {value!r} was given {sorted(options)}; its fields are: {known}") from None
 
     def describe(self, component: T) -> str | dict[str, Any]:
-        """The inverse of `resolve`: only the name if every field has its default."""
+        """The inverse of `resolve`: only the name if every field has its default.
+
+        A field with ``metadata={"since": ...}`` is left out if it has its default, as in the logs and checkpoints that
+        were written before there was such a field.
+        """
         name: str = component.name  # type: ignore[attr-defined]
         values = asdict(component) if is_dataclass(component) and not isinstance(component, type) else {}
         try:
@@ -86,4 +90,9 @@ class Registry(Generic[T]):
                 return name
         except TypeError:
             pass
-        return {"name": name, **values}
+        later = {
+            field.name: field.default
+            for field in (fields(component) if is_dataclass(component) else ())
+            if "since" in field.metadata
+        }
+        return {"name": name, **{key: value for key, value in values.items() if later.get(key, later) != value}}

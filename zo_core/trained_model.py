@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from .checkpoint import Continuity
 from .config import ZOConfig
 from .curves import Curves
 from .directions import Directions
-from .errors import ConfigError
+from .errors import ConfigError, StateError
 from .estimators import Estimator
 from .files import write_whole
 from .following import trainable
@@ -201,6 +202,20 @@ class TrainedModel(LiveSettings):
     def hidden(self) -> AbstractContextManager[None]:
         """A context in which parameters with pending updates show what is in memory, for the engine's own code."""
         return self.updaters.windows.hidden()
+
+    def distance(self) -> float:
+        """How far the weights are from those of the start: the norm of the difference, over all trained tensors.
+
+        Raises:
+            StateError: the rule does not keep the weights of the start.
+        """
+        if not self.rule.anchored:
+            raise StateError(
+                f"rule={self.rule.name!r} does not keep the weights of the start; write rule={{'name': 'sgd', "
+                "'decay_to': 'start'}, with any weight_decay"
+            )
+        self.flush()
+        return math.sqrt(math.fsum(self.places.moved(slot) for slot in self.slots))
 
     def keep_mode(self, module: nn.Module) -> None:
         """Makes probes leave the ``training`` flag of this module alone from now on, for trainers that read it."""

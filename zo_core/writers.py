@@ -10,7 +10,7 @@ OWN = "ZOOptimizer"
 GROUP = {"lr", "eps", "weight_decay"}
 #: What torch and its schedulers add to the groups of any optimizer.
 ADDED = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr"}
-STATE = {"momentum", "factor", "factor_momentum", "bases", "decay", "weights"}
+STATE = {"momentum", "anchor", "factor", "factor_momentum", "bases", "decay", "weights"}
 
 #: Name, keys of its groups, keys of its state. The first match counts, so more specific ones come first.
 WRITERS: tuple[tuple[str, Collection[str], Collection[str]], ...] = (

@@ -29,4 +29,4 @@ def reward_trainer(
     given = {"model": tiny("llama", tied=False), "train_dataset": PROMPTS, **given}
     settings = {"max_completion_length": 6, "zo_num_probes": 4, "zo_eps": 0.05, "learning_rate": 0.02, **own}
     args = arguments(path, ZORewardConfig, **settings)
-    return ZORewardTrainer(reward_funcs=rewards, args=args, processing_class=tokenizer, **given)
+    return cls(reward_funcs=rewards, args=args, processing_class=tokenizer, **given)

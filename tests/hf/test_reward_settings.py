@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from models import tiny
 from reward_helpers import reward_trainer, words
+from transformers import BatchEncoding
 
 from hf_zo import ZORewardConfig, ZORewardTrainer
 from hf_zo.completions import Completer
+from hf_zo.reward_functions import RewardFunctions
 from zo_core import ConfigError, ZOConfig
 
 
@@ -91,3 +95,50 @@ def test_a_command_line_has_dicts_in_json() -> None:
     assert args.generation_config().num_beams == 2
     with pytest.raises(ConfigError, match="generation_kwargs='two' must be a dict"):
         ZORewardConfig("out", generation_kwargs="two", use_cpu=True)
+
+
+def test_a_name_is_loaded_with_the_given_arguments(tmp_path: Path, tokenizer: Any) -> None:
+    tiny("llama", tied=False).save_pretrained(tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "model_init_kwargs": '{"dtype": "bfloat16"}'}
+    assert reward_trainer(tmp_path, tokenizer, **given).model.dtype == torch.bfloat16
+
+
+def test_a_reward_model_has_the_arguments_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    class Judge(torch.nn.Module):
+        device = torch.device("cpu")
+        config = type("config", (), {"name_or_path": "someone/judge", "pad_token_id": None})
+
+        def forward(self, **inputs: Any) -> Any:
+            return type("Output", (), {"logits": torch.tensor([[0.5]])})
+
+    class Tokens:
+        pad_token, pad_token_id = "<pad>", 0
+
+        def apply_chat_template(self, messages: Any, **own: Any) -> str:
+            asked.append(("template", own))
+            return "text"
+
+        def __call__(self, texts: list[str], **own: Any) -> Any:
+            return BatchEncoding({})
+
+    def load(made: Any) -> Any:
+        def from_pretrained(name: str, **own: Any) -> Any:
+            asked.append((name, own))
+            return made()
+
+        return from_pretrained
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", load(Judge))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load(Tokens))
+    functions = RewardFunctions(
+        "someone/judge", init={"dtype": "bfloat16", "revision": "v2"}, template={"enable_thinking": False}
+    )
+    message = [{"role": "user", "content": "w1"}]
+    assert functions({"prompts": [message], "completions": [message]}) == [[0.5]]
+    assert asked == [
+        ("someone/judge", {"num_labels": 1, "dtype": "bfloat16", "revision": "v2"}),
+        ("someone/judge", {"revision": "v2"}),
+        ("template", {"tokenize": False, "enable_thinking": False}),
+    ]

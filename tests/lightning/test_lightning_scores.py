@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_helpers import QUIET, Wrapped, batches, fitted, loader, trainer
 from models import tiny
 
-from zo_core import QueryError, ZeroOrder
+from zo_core import ConfigError, QueryError, ZeroOrder, ZOOptimizer
 
 pytestmark = QUIET
 
@@ -62,3 +62,16 @@ def test_a_query_that_fails_in_a_probe_skips_the_step(tmp_path: Path, failing: i
             zo.step(lambda batch=batch: -round(float(model(**batch).loss), 5))  # type: ignore[misc]
     assert len(calls) == failing
     assert not differing(mine, weights(model))
+
+
+def test_the_distance_from_the_start_is_logged(tmp_path: Path) -> None:
+    config = {"rule": {"name": "sgd", "decay_to": "start"}}
+    run = trainer(tmp_path, config, logger=CSVLogger(tmp_path))
+    module = Wrapped(optimizer=lambda module: ZOOptimizer(module.parameters(), lr=1e-3, weight_decay=1.0))
+    run.fit(module, loader(count=3))
+    with open(Path(run.log_dir or "") / "metrics.csv", encoding="utf-8") as file:
+        found = [float(row["zo_distance"]) for row in csv.DictReader(file) if row["zo_distance"]]
+    assert len(found) == 3
+    assert 0.0 < found[0] < found[-1] == run.strategy.zo.distance()
+    with pytest.raises(ConfigError, match="keeps the weights of the start"):
+        trainer(tmp_path, config).fit(Wrapped(), loader(count=1))

@@ -50,6 +50,7 @@ class Snapshot:
             self.streamed = _Files(engine.streaming, names, engine.config.offload_dir)
         with engine.hidden():
             self.weights = [(slot, slot.tensor.data.clone()) for slot in engine.slots if places.home(slot) is None]
+        self.unanchored = set(places.unanchored)
         self.state = {t: dict(h) if places.streams_state(t) else copies(h) for t, h in engine.optimizer.state.items()}
         self.windows = {
             key: copies({name: value for name, value in kept.items() if name != "weights"})
@@ -89,6 +90,7 @@ class Snapshot:
             del state[tensor]
         for tensor, held in self.state.items():
             state[tensor] = dict(held) if engine.places.streams_state(tensor) else copies(held)
+        engine.places.unanchored = set(self.unanchored)
         engine.optimizer.thresholds.clear()
         engine.optimizer.thresholds.update(self.thresholds)
         for name, value in self.changed.items():

@@ -22,12 +22,16 @@ class Change:
         sign:      theta' = decay * theta + rate * sign(s)
         momentum:  m' = beta * m + s,   theta' = decay * theta + rate * m'
 
+    With an anchor ``theta' + pull * (anchor - theta')`` takes the place of ``theta'``.
+
     Attributes:
         kind: one of these.
         decay: factor for the weights.
         rate: factor for what is added.
         beta: factor for the momentum.
         momentum: m, flat, in the type that weights are moved in; it is changed in place.
+        anchor: weights to which others are pulled, flat, in the type of these; not for relative scales.
+        pull: by which part of the distance.
     """
 
     kind: Literal["add", "sign", "momentum"] = "add"
@@ -35,6 +39,8 @@ class Change:
     rate: float = 1.0
     beta: float = 0.0
     momentum: Tensor | None = None
+    anchor: Tensor | None = None
+    pull: float = 0.0
 
     @classmethod
     def plain(cls, decay: float = 1.0) -> Change:
@@ -49,6 +55,8 @@ class Change:
             weights.add_(self.momentum[start:stop].mul_(self.beta).add_(s) * self.rate)
         else:
             weights.add_(s.sign_().mul_(self.rate) if self.kind == "sign" else s)
+        if self.anchor is not None:
+            weights.add_((self.anchor[start:stop] - weights).mul_(self.pull))
 
 
 #: What most passes do; they share this object.
@@ -78,7 +86,8 @@ def fused(one: Pass) -> bool:
         False if the eager pass has to do it. Nothing waits any more then, so it may read any tensor.
     """
     backend = fused_backend(one.direction.backend, one.theta)
-    able = one.direction.part is None and backend is not None and backend.supports(one)
+    plain = one.direction.part is None and one.change.anchor is None
+    able = plain and backend is not None and backend.supports(one)
     waiting: Waiting | None = getattr(_local, "waiting", None)
     if able and waiting is not None and one.direction.backend == "triton":
         waiting.add(one)

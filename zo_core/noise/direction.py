@@ -276,7 +276,8 @@ class Direction:
 
     def apply_eager(self, theta: Tensor, change: Change, out: Tensor) -> None:
         """The same in chunks of torch operations."""
-        if change.kind == "add" and self.scaling is None and self.limit(theta) == math.inf:
+        plain = change.kind == "add" and change.anchor is None
+        if plain and self.scaling is None and self.limit(theta) == math.inf:
             self._add_eager(theta, change.decay, out)
         else:
             rewrite(theta, self, change, out)

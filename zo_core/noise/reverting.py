@@ -18,7 +18,11 @@ def relative(direction: Direction) -> bool:
 
 
 def take_back(
-    theta: Tensor, direction: Direction, decay: float, move: Callable[[Tensor, int, int], Tensor] | None = None
+    theta: Tensor,
+    direction: Direction,
+    decay: float,
+    move: Callable[[Tensor, int, int], Tensor] | None = None,
+    away: Callable[[Tensor, int, int], None] | None = None,
 ) -> None:
     """``theta = round((theta - s) / decay)``, in place: reverts ``theta = round(decay * theta + s)``.
 
@@ -32,6 +36,8 @@ def take_back(
         decay: the factor for the weights, as it was applied.
         move: called with the direction's s and where it starts and stops; returns what was added to the weights
             instead of s. It may overwrite its argument.
+        away: called first with the weights and where they start and stop; reverts in place a pull to an anchor that
+            came after the move. Not for relative scales.
     """
     divides = relative(direction)
 
@@ -40,6 +46,8 @@ def take_back(
         if divides:  # the weights are ones here, to be multiplied by what this leaves
             weights.mul_(decay).add_(added).clamp_(min=LEAST_FACTOR).reciprocal_()
             return
+        if away is not None:
+            away(weights, start, stop)
         weights.sub_(added)
         if decay != 1.0:
             weights.div_(decay)

@@ -1,9 +1,9 @@
 """Update rules: from probes to weights."""
 
-from .base import RULES, RuleMove, UpdateRule
+from .base import ANCHOR, RULES, RuleMove, UpdateRule
 from .momentum import Momentum
 from .sgd import Sgd
 from .sign import Sign
 from .torch_rule import Torch
 
-__all__ = ["RULES", "Momentum", "RuleMove", "Sgd", "Sign", "Torch", "UpdateRule"]
+__all__ = ["ANCHOR", "RULES", "Momentum", "RuleMove", "Sgd", "Sign", "Torch", "UpdateRule"]

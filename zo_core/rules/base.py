@@ -12,6 +12,9 @@ from torch import Tensor
 from ..noise import Direction
 from ..registry import Registry
 
+#: Name of a state that begins as a copy of the weights, just before their first update, and not as zeros.
+ANCHOR = "anchor"
+
 
 @dataclass(frozen=True)
 class UpdateRule:
@@ -37,12 +40,20 @@ class UpdateRule:
     undoable: ClassVar[bool] = False
 
     @property
+    def anchored(self) -> bool:
+        """Whether weight decay pulls the weights to where they were before their first update."""
+        return False
+
+    @property
     def reach(self) -> float | None:
         """How far an estimate moves the weights in the end, in units of ``lr`` times itself; None if it varies."""
         return None
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype by name of each tensor that this rule keeps for a slot between steps; initially zeros."""
+        """Shape and dtype by name of each tensor that this rule keeps for a slot between steps; initially zeros.
+
+        One named `ANCHOR` has the shape and dtype of ``theta``, and is initially a copy of it.
+        """
         return {}
 
     def update(

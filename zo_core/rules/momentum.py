@@ -13,17 +13,19 @@ from torch import Tensor
 from ..noise import Direction
 from ..noise.changes import Change, flush
 from ..noise.direction import compute_dtype, float32
-from ..noise.reverting import relative, take_back
-from .base import RULES, RuleMove, UpdateRule
+from ..noise.reverting import relative
+from .base import RULES, RuleMove
+from .decaying import Decaying
 
 
 @RULES.register
 @dataclass(frozen=True)
-class Momentum(UpdateRule):
+class Momentum(Decaying):
     """``m <- beta m + G``, then ``theta <- (1 - lr * weight_decay) theta - lr m``; m in float32 (or float64).
 
     Attributes:
         beta: decay of the momentum, in [0, 1).
+        decay_to: as for `Sgd`.
     """
 
     name: ClassVar[str] = "momentum"
@@ -37,11 +39,12 @@ class Momentum(UpdateRule):
         return 1.0 / (1.0 - self.beta)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.beta < 1.0:
             raise ValueError(f"beta={self.beta!r} must be at least 0 and below 1, for example 0.9")
 
     def state(self, theta: Tensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        return {"momentum": (theta.shape, compute_dtype(theta.dtype))}
+        return {"momentum": (theta.shape, compute_dtype(theta.dtype)), **super().state(theta)}
 
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
@@ -50,10 +53,10 @@ class Momentum(UpdateRule):
             theta,
             Change(
                 "momentum",
-                decay=float32(1.0 - lr * weight_decay),
                 rate=float32(-lr),
                 beta=float32(self.beta),
                 momentum=self._momentum(theta, state),
+                **self._decay(theta, state, lr, weight_decay),
             ),
         )
 
@@ -68,7 +71,8 @@ class Momentum(UpdateRule):
         """As for every rule. The momentum is zero afterwards.
 
         Going back through the momentum itself would divide its rounding errors by beta in each step. But the weights
-        are linear in the estimates: ``theta_n = D theta_0 - sum_i A_i G_i - (what was left of the momentum before)``.
+        are linear in the estimates: ``theta_n = D theta_0 - sum_i A_i G_i - (what was left of the momentum before)``,
+        and with an anchor so are their distances from it.
         The sum is formed in the tensor of the momentum and added back at once. What the momentum of before the first
         of these moves still moved is not known any more, and is not reverted.
         """
@@ -77,13 +81,14 @@ class Momentum(UpdateRule):
         last = moves[-1][1]
         if relative(last):
             total = self._factor(momentum, moves)
-            take_back(theta, last, 1.0, lambda s, start, stop: total[start:stop] - 1.0)
+            self._take_back(theta, state, last, 1.0, lambda s, start, stop: total[start:stop] - 1.0)
         else:
+            left = math.prod(self._left(lr, weight_decay) for _, _, lr, weight_decay in moves)
+            unit = left if self.anchored else 1.0  # what an anchor has pulled back is taken away first
             for (_, direction, _, _), amount in _amounts(moves):
-                for start, stop, s in direction.scaled(-amount).chunks(theta.numel(), theta.device):
+                for start, stop, s in direction.scaled(-amount / unit).chunks(theta.numel(), theta.device):
                     momentum[start:stop].add_(s)
-            decay = math.prod(float32(1.0 - lr * weight_decay) for _, _, lr, weight_decay in moves)
-            take_back(theta, last, decay, lambda s, start, stop: momentum[start:stop])
+            self._take_back(theta, state, last, left, lambda s, start, stop: momentum[start:stop])
         momentum.zero_()
 
     def _factor(self, momentum: Tensor, moves: Sequence[RuleMove]) -> Tensor:
@@ -104,7 +109,8 @@ def _amounts(moves: Sequence[RuleMove]) -> Iterator[tuple[RuleMove, float]]:
     for move in reversed(moves):
         rule, _, lr, weight_decay = move
         assert isinstance(rule, Momentum)
-        amount = beta * amount + decay * lr
-        decay *= float32(1.0 - lr * weight_decay)
+        left = rule._left(lr, weight_decay)
+        amount = beta * amount + decay * lr * (left if rule.anchored else 1.0)  # an anchor pulls after the update
+        decay *= left
         beta = float32(rule.beta)
         yield move, amount

@@ -9,15 +9,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..noise import Direction
-from ..noise.direction import float32
-from ..noise.reverting import take_back
-from .base import RULES, RuleMove, UpdateRule
+from ..noise.changes import Change
+from .base import RULES, RuleMove
+from .decaying import Decaying
 
 
 @RULES.register
 @dataclass(frozen=True)
-class Sgd(UpdateRule):
-    """``theta <- (1 - lr * weight_decay) theta - lr * G``, in one pass over the weights, without state."""
+class Sgd(Decaying):
+    """``theta <- (1 - lr * weight_decay) theta - lr * G``, in one pass over the weights, without state.
+
+    Attributes:
+        decay_to: what weight decay pulls to: "zero", or with "start" the weights before their first update.
+    """
 
     name: ClassVar[str] = "sgd"
     elementwise: ClassVar[bool] = True
@@ -31,8 +35,11 @@ class Sgd(UpdateRule):
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
-        direction.scaled(-lr).add_to(theta, decay=1.0 - lr * weight_decay)
+        if self.anchored:
+            direction.scaled(-lr).apply(theta, Change(**self._decay(theta, state, lr, weight_decay)))
+        else:
+            direction.scaled(-lr).add_to(theta, decay=1.0 - lr * weight_decay)
 
     def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
         for _, direction, lr, weight_decay in reversed(moves):
-            take_back(theta, direction.scaled(-lr), float32(1.0 - lr * weight_decay))
+            self._take_back(theta, state, direction.scaled(-lr), self._left(lr, weight_decay))

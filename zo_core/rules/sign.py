@@ -12,14 +12,18 @@ from torch import Tensor
 from ..noise import Direction
 from ..noise.changes import Change
 from ..noise.direction import float32
-from ..noise.reverting import take_back
-from .base import RULES, RuleMove, UpdateRule
+from .base import RULES, RuleMove
+from .decaying import Decaying
 
 
 @RULES.register
 @dataclass(frozen=True)
-class Sign(UpdateRule):
-    """``theta <- (1 - lr * weight_decay) theta - lr * sign(G)``, without state."""
+class Sign(Decaying):
+    """``theta <- (1 - lr * weight_decay) theta - lr * sign(G)``, without state.
+
+    Attributes:
+        decay_to: as for `Sgd`.
+    """
 
     name: ClassVar[str] = "sign"
     elementwise: ClassVar[bool] = True
@@ -29,12 +33,12 @@ class Sign(UpdateRule):
     def update(
         self, theta: Tensor, state: MutableMapping[str, Any], direction: Direction, lr: float, weight_decay: float
     ) -> None:
-        direction.apply(theta, Change("sign", decay=float32(1.0 - lr * weight_decay), rate=float32(-lr)))
+        direction.apply(theta, Change("sign", rate=float32(-lr), **self._decay(theta, state, lr, weight_decay)))
 
     def undo(self, theta: Tensor, state: MutableMapping[str, Any], moves: Sequence[RuleMove]) -> None:
         for _, direction, lr, weight_decay in reversed(moves):
-            rate, decay = float32(-lr), float32(1.0 - lr * weight_decay)
-            take_back(theta, direction, decay, partial(_signs, rate))
+            move = partial(_signs, float32(-lr))
+            self._take_back(theta, state, direction, self._left(lr, weight_decay), move)
 
 
 def _signs(rate: float, s: Tensor, start: int, stop: int) -> Tensor:

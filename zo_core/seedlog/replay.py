@@ -101,7 +101,8 @@ def _check_rules(engine: ZeroOrder, log: SeedLog) -> None:
     """
     for entry in {repr(entry.rule): entry for entry in log.steps}.values():
         try:
-            same = type(_rule(entry, engine, RULES.describe(engine.rule))) is type(engine.rule)
+            rule = _rule(entry, engine, RULES.describe(engine.rule))
+            same = type(rule) is type(engine.rule) and rule.anchored == engine.rule.anchored
         except ValueError as error:
             raise StateError(f"the seed log {log.path} has step {entry.step} with {error}") from error
         if not same:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..rules import UpdateRule
+from ..rules import ANCHOR, UpdateRule
 from ..streaming import Block, Streaming
 from ..targets import Slot
 
 State = MutableMapping[str, Any]
+
+#: Elements of which a distance is computed at a time.
+CHUNK = 1 << 20
 
 #: Changes a slot in place: gets its weights, in their shape and dtype on the device that computes, and its state.
 Work = Callable[[Tensor, State], None]
@@ -36,6 +40,8 @@ class Places:
         self.streaming: Streaming | None = None
         #: For each streamed slot, by kind of state: its key in the store and its placeholder.
         self._kept: dict[Slot, dict[str, tuple[str, Tensor]]] = {}
+        #: Streamed slots whose anchor is still to become a copy of the weights, at their first update.
+        self.unanchored: set[Slot] = set()
 
     @property
     def states(self) -> MutableMapping[Any, State]:
@@ -100,12 +106,17 @@ class Places:
             return
         block, name = home
         keys = {kind: key for kind, (key, _) in self._kept.get(slot, {}).items()}
+        anchors = slot in self.unanchored
+        self.unanchored.discard(slot)
 
         def update(tensors: dict[str, Tensor]) -> None:
+            if anchors:
+                tensors[keys[ANCHOR]].copy_(tensors[name])
             work(tensors[name], {kind: tensors[key] for kind, key in keys.items()})
 
         assert self.streaming is not None
-        self.streaming.later(block, (name, *keys.values()), update)
+        changed = (key for kind, key in keys.items() if anchors or kind != ANCHOR)
+        self.streaming.later(block, (name, *changed), update)
 
     def streamed(self, slots: Iterable[Slot]) -> dict[Block, list[str]]:
         """The names within their blocks of those of ``slots`` that are streamed, and of the rule's state of them."""
@@ -125,10 +136,20 @@ class Places:
         if self.streaming is not None:
             self.streaming.flush()
 
+    def moved(self, slot: Slot) -> float:
+        """The square of the distance of a slot from its anchor, whose pending updates are not included."""
+        theta, anchor = self.values(slot), self.whole(self.states.get(slot.tensor, {})).get(ANCHOR)
+        if anchor is None:
+            return 0.0
+        pairs = zip(theta.reshape(-1).split(CHUNK), anchor.reshape(-1).split(CHUNK), strict=True)
+        return math.fsum(float((a.double() - b.double()).square_().sum()) for a, b in pairs)
+
     # The rule's state
 
     def keep(self, slots: Iterable[Slot], rule: UpdateRule) -> None:
         """Makes room in the store for a rule's state of streamed slots, initially zeros.
+
+        An anchor becomes a copy of the weights when these are moved first, since they may be loaded before that.
 
         Args:
             slots: slots of the engine; those that are resident are skipped.
@@ -148,6 +169,7 @@ class Places:
                     key = f"{name}#{kind}"
                     token = self.states[slot.tensor][kind] = self.streaming.keep_state(block, key, shape, dtype)
                     kept[kind] = key, token
+                    self.unanchored |= {slot} if kind == ANCHOR else set()
 
     def streams_state(self, tensor: Tensor) -> bool:
         """Whether the rule's state of this tensor is streamed with a block."""
@@ -175,6 +197,8 @@ class Places:
             for key, token in held.values():
                 if any(token is value for value in state.values()):
                     stored[id(token)] = self.streaming.state(home[0], key)
+            if slot in self.unanchored and held[ANCHOR][1] is state.get(ANCHOR):
+                state = {kind: value for kind, value in state.items() if kind != ANCHOR}
         return {kind: stored.get(id(value), value) for kind, value in state.items()}
 
     def store(self) -> None:
@@ -189,7 +213,9 @@ class Places:
             if home is None:
                 continue
             for kind, (key, token) in held.items():
-                loaded.setdefault(home[0], {})[key] = self.states[slot.tensor].get(kind)
+                value = loaded.setdefault(home[0], {})[key] = self.states[slot.tensor].get(kind)
+                if kind == ANCHOR:
+                    (self.unanchored.add if value is None else self.unanchored.discard)(slot)
                 self.states[slot.tensor][kind] = token
         for block, values in loaded.items():
             assert self.streaming is not None
@@ -200,8 +226,11 @@ class Places:
         for slot, held in self._kept.items():
             if held:
                 whole = self.whole(self.states[slot.tensor])
-                self.states[slot.tensor].update({kind: whole[kind].clone() for kind in held})
+                self.states[slot.tensor].update({kind: whole[kind].clone() for kind in held if kind in whole})
+                if slot in self.unanchored:
+                    del self.states[slot.tensor][ANCHOR]
         self._kept = {}
+        self.unanchored.clear()
 
     def close(self, device: torch.device | None) -> None:
         """Makes everything resident, after applying pending updates.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..noise import Direction, LowRank, LowRankDirection, Noise
 from ..noise.changes import together
 from ..probing.materialise import is_compiled
@@ -26,8 +27,8 @@ class Updaters:
     """Writes the slots of an engine, each by an updater of its own.
 
     With a low-rank noise, updates of matrices are pending in windows if the rule supports it (`UpdateRule.linear`).
-    Compiled models have no windows, because no hook or function mode could correct their forwards. Pending updates
-    of an earlier engine are merged into the weights.
+    One that decays to the weights of the start writes at once, too. Compiled models have no windows, because no hook
+    or function mode could correct their forwards. Pending updates of an earlier engine are merged into the weights.
 
     Args:
         model: the module that is trained.
@@ -56,7 +57,14 @@ class Updaters:
         self.step = None if inner is None else TorchStep(inner)
         noise, compiled = noise.plain, any(map(is_compiled, model.modules()))
         windows: dict[Slot, Window] = {}
-        if isinstance(noise, LowRank) and rule.linear and not compiled:
+        if rule.anchored and (relative := [slot.key for slot in slots if slot.scaling and slot.scaling.relative]):
+            raise ConfigError(
+                [
+                    f"decay_to='start' is not for quantisation scales that move by a fraction of themselves, such as "
+                    f"{relative[0]}; leave it out, or write relative=False in the target"
+                ]
+            )
+        if isinstance(noise, LowRank) and rule.linear and not rule.anchored and not compiled:
             windows = {
                 slot: Window(slot, noise, places, stochastic=stochastic) for slot in slots if can_wait(noise, slot)
             }
