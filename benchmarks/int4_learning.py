@@ -1,7 +1,7 @@
 """How much quantisation to nf4 loses on held-out text, and how much of it training recovers.
 
 A small Llama learns English (the documentation of Python's language topics) byte by byte, by
-backpropagation. It is quantised to nf4 in blocks of 1024, and its held-out loss rises. From there:
+backpropagation. It is quantised to nf4, and its held-out loss rises. From there:
 
 * ZO on the quantisation scales (`target="int4_scales"`), forward passes only;
 * ZO on LoRA adapters of the quantised model, forward passes only;
@@ -20,18 +20,17 @@ import tempfile
 import warnings
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from zo_core import ZeroOrder
+from zo_core.targets import keep_codes_plain
 
 from .report import save
 
 LENGTH, BATCH = 64, 32
 HELD_OUT = 192
-BLOCKSIZE = 1024
 
 
 def text() -> tuple[Tensor, Tensor]:
@@ -99,17 +98,17 @@ def pretrained(seed: int, train: Tensor, steps: int) -> str:
     return folder
 
 
-def quantised(folder: str, blocksize: int = BLOCKSIZE) -> nn.Module:
-    """The model with its layers in nf4, doubly quantised; transformers has no setting for the block size."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and name != "lm_head":
-            layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32)
-            layer.weight = Params4bit(linear.weight.data, blocksize=blocksize, quant_type="nf4", module=layer)
-            layer.support_avx512bf16_for_cpu = False  # or an evaluation would round the scales
-            model.set_submodule(name, layer)
-    model.is_loaded_in_4bit = True  # which PEFT asks
-    return model.to("cpu")
+def quantised(folder: str) -> nn.Module:
+    """The model in nf4, doubly quantised, with scales that an evaluation does not round."""
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=how)
+    keep_codes_plain(model)
+    return model
 
 
 def with_adapters(model: nn.Module, seed: int) -> nn.Module:

@@ -60,7 +60,7 @@ def offline(steps: int) -> tuple[PreTrainedModel, Rows]:
     english = rows_of(list("\n".join(pydoc_data.topics.topics.values()).encode()))
     code = rows_of(list("\n".join(inspect.getsource(importlib.import_module(m)) for m in SOURCES.split()).encode()))
     torch.manual_seed(0)
-    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=256, max_position_embeddings=LENGTH, tie_word_embeddings=True, **shape)
     model = LlamaForCausalLM(config)
     print(f"Training {model.num_parameters():,} parameters on {len(english) * LENGTH:,} bytes of English …")

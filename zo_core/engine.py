@@ -37,7 +37,7 @@ from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
 from .shared_data import Batch, check_same, while_all_have
 from .step import Skips, StepPlan, can_be_applied, chosen, mean, probes_from, times, unfit
-from .targets import Slot, check_whole, group_of, keep_codes_plain, shapes_of
+from .targets import Slot, check_dequantised, check_whole, group_of, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
 from .undoing import braked, note, repeated
 from .updates import Places
@@ -123,6 +123,7 @@ class ZeroOrder(TrainedModel):
         self._kept: nn.Module | None = None
         self.backprop = backprop_of(self.config, self.exchange)
         keep_codes_plain(model)
+        check_dequantised(model)
         slots = self.choose()
         self.clip = self.target.default_clip if self.config.clip is None else self.config.clip
         self._left = settings.lr is None if optimizer is None else isinstance(optimizer, ZOOptimizer) and optimizer.left

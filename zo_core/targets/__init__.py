@@ -3,7 +3,7 @@
 from .auto import Auto, has_adapters
 from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, shapes_of, slot_keys
 from .dispatched import check_values, elsewhere
-from .int4 import Int4Scales, keep_codes_plain, move_scales
+from .int4 import Int4Scales, check_dequantised, keep_codes_plain, move_scales
 from .memory import as_it_lies, in_several_ways
 from .scales import Scales
 from .sharded import check_settings, check_whole, group_of, held, held_part, parts_of
@@ -21,6 +21,7 @@ __all__ = [
     "TorchaoScales",
     "Trainable",
     "as_it_lies",
+    "check_dequantised",
     "check_settings",
     "check_tensor",
     "check_values",

@@ -85,6 +85,40 @@ def keep_codes_plain(model: nn.Module) -> None:
     accept_scales(model, library)
 
 
+def check_dequantised(model: nn.Module) -> None:
+    """Logs a warning if bitsandbytes computes with wrong values of some 4-bit weights.
+
+    Its blocks of codes go on from one row to the next, but its CPU code (0.50) begins a block with each row, which is
+    another one if the size of a row is no multiple of the size of a block.
+    """
+    library = sys.modules.get("bitsandbytes")
+    for name, layer in () if library is None else quantised_layers(model, library):
+        state = _state(layer.module)
+        if state is None or state.absmax.device.type != "cpu" or state.shape[-1] % state.blocksize == 0:
+            continue
+        if not _right_in_rows(state.shape[-1], state.blocksize, state.quant_type):
+            logger.warning(
+                "on a CPU, bitsandbytes computes with wrong values of %s and layers like it, whose %d columns are no "
+                "multiple of the block size, %d; train on a GPU, name such layers in llm_int8_skip_modules of "
+                "BitsAndBytesConfig, or take a model with other widths",
+                name.removesuffix(".absmax"),
+                state.shape[-1],
+                state.blocksize,
+            )
+        return
+
+
+def _right_in_rows(columns: int, blocksize: int, quant_type: str) -> bool:
+    """Whether a matrix with rows of this size has the values that it has as one long row."""
+    quantise = _bitsandbytes().functional.quantize_4bit
+    values = torch.arange(2.0 * columns).view(2, columns)
+    codes, state = quantise(values, blocksize=blocksize, quant_type=quant_type)
+    dequantise = _bitsandbytes().functional.dequantize_4bit
+    in_rows = dequantise(codes, state)
+    state.shape = torch.Size((1, values.numel()))
+    return torch.equal(in_rows.flatten(), dequantise(codes, state).flatten())
+
+
 class Layer:
     """A 4-bit tensor of bitsandbytes.
 
