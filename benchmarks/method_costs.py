@@ -1,6 +1,6 @@
 """What does a step of each method cost? Processor time and peak memory, each in a process of its own.
 
-A Llama of 25 million float32 weights, 4 rows of 128 tokens, one thread, no checkpointing. The time is that of the
+A Llama of 24 million float32 weights, 4 rows of 128 tokens, one thread, no checkpointing. The time is that of the
 processor, which other programs on the machine disturb little; the peak is that which the kernel reports, above the
 weights. Backpropagation is one step of SGD.
 

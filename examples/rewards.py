@@ -87,7 +87,10 @@ def capitals() -> Task:
 
 def sums() -> Task:
     """Sums and differences of two digits, with prompts and scores of reasoning-gym."""
-    import reasoning_gym
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise SystemExit("--task sums needs: pip install reasoning-gym") from None
 
     def made(count: int, seed: int) -> Any:
         sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -62,7 +62,7 @@ class Coreset:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 0.0 < self.keep < 1.0:
+        if not isinstance(self.keep, (int, float)) or not 0.0 < self.keep < 1.0:
             problems.append(f"keep={self.keep!r} must be a number between 0 and 1, for example 0.5")
         if self.directions < 1:
             problems.append(f"directions={self.directions!r} must be at least 1, for example 8")
@@ -253,6 +253,8 @@ def restored(block: nn.Module, forward: Any) -> None:
 def own_losses(model: nn.Module, batch: Batch) -> Tensor:
     """The mean cross entropy of each example, if the mean over all labels is what the model returns as its loss."""
     outputs = model(**batch)
+    if isinstance(batch.get("labels"), Tensor) and bool((batch["labels"] == -100).all()):
+        raise ModelError("no label of this batch counts: all are -100; leave out such examples")
     logits, labels, loss = getattr(outputs, "logits", None), batch.get("labels"), getattr(outputs, "loss", None)
     if logits is not None and labels is not None and loss is not None and logits.ndim == labels.ndim + 1:
         for shift in (True, False) if labels.ndim == 2 else (False,):

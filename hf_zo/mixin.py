@@ -67,7 +67,8 @@ class ZOTrainerMixin(_Trainer):
     * directions derive from the global step and ``zo_config.seed``, or ``args.seed`` if that is None;
     * every step is written to ``seedlog.zo`` in the output folder (``zo_log=False`` disables it), and
       ``train(resume_from_checkpoint=True)`` starts from the last complete checkpoint, or from the current model if
-      there is none, and repeats the later steps of the log, also after an interrupt in the same process;
+      there is none (``backprop`` needs a checkpoint), and repeats the later steps of the log, also after an
+      interrupt in the same process;
     * a second ``train()`` is a separate run, which draws other directions.
 
     Args:

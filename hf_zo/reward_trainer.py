@@ -190,7 +190,9 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         self._zo_lines: list[dict[str, float]] = []
         self._zo_last: tuple[Sequence[Answer], Sequence[tuple[str, Any]]] = (), ()
         super().__init__(
-            rewards=RewardFunctions(*(reward_funcs, args.reward_weights, reward_processing_classes, init, template)),
+            rewards=RewardFunctions(
+                reward_funcs, args.reward_weights, reward_processing_classes, init=init, template=template
+            ),
             completer=Completer(processing_class, args, ends),
             model=model,
             args=args,

@@ -14,7 +14,6 @@ from transformers import BatchEncoding
 
 from hf_zo import ZORewardConfig, ZORewardTrainer
 from hf_zo.completions import Completer
-from hf_zo.reward_functions import RewardFunctions
 from zo_core import ConfigError, ZOConfig
 
 
@@ -103,7 +102,9 @@ def test_a_name_is_loaded_with_the_given_arguments(tmp_path: Path, tokenizer: An
     assert reward_trainer(tmp_path, tokenizer, **given).model.dtype == torch.bfloat16
 
 
-def test_a_reward_model_has_the_arguments_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_model_has_the_arguments_of_its_name(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, dict[str, Any]]] = []
 
     class Judge(torch.nn.Module):
@@ -132,11 +133,13 @@ def test_a_reward_model_has_the_arguments_of_its_name(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", load(Judge))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load(Tokens))
-    functions = RewardFunctions(
-        "someone/judge", init={"dtype": "bfloat16", "revision": "v2"}, template={"enable_thinking": False}
-    )
+    given = {
+        "model_init_kwargs": {"dtype": "bfloat16", "revision": "v2"},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    trainer = reward_trainer(tmp_path, tokenizer, "someone/judge", **given)
     message = [{"role": "user", "content": "w1"}]
-    assert functions({"prompts": [message], "completions": [message]}) == [[0.5]]
+    assert trainer.rewards({"prompts": [message], "completions": [message]}) == [[0.5]]
     assert asked == [
         ("someone/judge", {"num_labels": 1, "dtype": "bfloat16", "revision": "v2"}),
         ("someone/judge", {"revision": "v2"}),

@@ -195,7 +195,14 @@ def test_weight_decay_is_spread_over_the_steps_in_which_a_block_moves() -> None:
         assert found == {0.2 / share}
 
 
-@pytest.mark.parametrize(("given", "message"), [({"order": "up"}, "order='up'"), ({"of": "sampled"}, "chooses blocks")])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"order": "up"}, "order='up'"),
+        ({"of": "sampled"}, "chooses blocks"),
+        ({"of": "coordinates"}, "write noise='coordinates'"),
+    ],
+)
 def test_settings_that_cannot_be(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ZOConfig(noise={"name": "one_block", **given})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -33,11 +34,10 @@ def test_every_rival_takes_steps_and_moves_the_weights(name: str) -> None:
         pytest.skip(f"needs {PACKAGES[name]}")
     task = tiny()
     trainer = Trainer({**RIVALS, **TRIED}[name], task, 0, 0)
-    before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     losses = [trainer.step(task.data(step)) for step in range(3)]
-    after = [p for p in trainer.model.parameters() if p.requires_grad]
-    assert all(abs(loss - losses[0]) < 1.0 for loss in losses)
-    assert len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(math.isfinite(loss) for loss in losses)
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 
 def test_sgd_in_the_backward_pass_is_sgd_and_keeps_no_gradient() -> None:

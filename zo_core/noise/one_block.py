@@ -45,6 +45,8 @@ class OneBlock(Wrapping):
         self._wrap(self.of)
         if isinstance(self.wrapped, Wrapping) and self.wrapped.name != "sparse":
             raise ValueError(f"of={self.of!r} chooses blocks already; write of='rademacher' or another plain noise")
+        if self.wrapped.name == "coordinates":
+            raise ValueError("of='coordinates' counts the weights of the whole model; write noise='coordinates' alone")
 
     @property
     def blocks(self) -> dict[str, int]:
