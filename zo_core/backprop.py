@@ -196,9 +196,9 @@ class Backprop:
         """A context in which no other parameter of the model requires a gradient."""
         own = {id(weight) for weight in self.weights.values()}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        for parameter in others:
-            parameter.requires_grad_(False)
         try:
+            for parameter in others:
+                parameter.requires_grad_(False)
             yield
         finally:
             for parameter in others:

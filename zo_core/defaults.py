@@ -19,6 +19,9 @@ NOISY = 0.25
 #: How far other steps move all weights together, for each direction: root mean square of an element times the square
 #: root of their number.
 DISTANCE = 0.06
+#: The most directions that the default rate grows with: with more of them the estimate is nearly the gradient, and the
+#: largest curvature decides, however many there are.
+GROWS_UP_TO = 30
 #: By part of a parameter's name, how much larger than for full weights the distance of the probes is for adapters
 #: (MeZO, arXiv 2305.17333, table 15): LoRA, and the embeddings of prefix and prompt tuning.
 WIDER = {"prompt_encoder": 100.0, "lora_": 10.0}
@@ -34,7 +37,8 @@ def default_lr(
     Normalised by the curvature, it is the same for every model, size, task and method; docs/learning-rate.md has the
     measurements. Steps whose length does not depend on the loss (FZOO's, signs, normalised gradients) are only
     given a length: moving d elements by ``lr`` each moves the weights by ``lr * sqrt(d)``, whose best value varies
-    more between tasks. Both are proportional to the number of directions, since the error of their mean is smaller.
+    more between tasks. Both are proportional to the number of directions, up to
+    `GROWS_UP_TO`, since the error of their mean is smaller.
 
     Args:
         slots: what moves.
@@ -44,7 +48,7 @@ def default_lr(
         share: the share of the elements that a direction moves.
     """
     rate = NEWTON if normaliser == CURVATURE else DISTANCE / math.sqrt(moving(slots, share))
-    return rate * num_probes * (1.0 - rule.beta if isinstance(rule, Momentum) else 1.0)
+    return rate * min(num_probes, GROWS_UP_TO) * (1.0 - rule.beta if isinstance(rule, Momentum) else 1.0)
 
 
 def moving(slots: Iterable[Slot], share: float = 1.0) -> float:

@@ -109,14 +109,13 @@ def shares(mode: str, points: Sequence[Point], seeds: Sequence[int], size: int) 
     if mode == "data":
         return [tuple(range(len(points)))] * size
     if mode == "points":
-        return [tuple(range(rank, len(points), size)) for rank in range(size)]
+        order = {seed: index for index, seed in enumerate(seeds)}  # both slopes of a direction are one forward
+        turns = [order[point.seed] if point.linear else index for index, point in enumerate(points)]
+        return [tuple(index for index, turn in enumerate(turns) if turn % size == rank) for rank in range(size)]
     own = len(seeds) // size
+    home = {seed: index // own for index, seed in enumerate(seeds[: own * size])}
     return [
-        tuple(
-            index
-            for index, point in enumerate(points)
-            if point.scale == 0.0 or point.seed in set(seeds[rank * own : (rank + 1) * own])
-        )
+        tuple(index for index, point in enumerate(points) if point.scale == 0.0 or home.get(point.seed) == rank)
         for rank in range(size)
     ]
 

@@ -34,7 +34,7 @@ from .records import Point
 from .report import page
 from .rules import UpdateRule
 from .streaming import LockstepOracle, Streaming, repeated_layers
-from .targets import Slot, Target, check_settings, check_whole, shapes_of
+from .targets import Slot, Target, by_number, check_settings, check_whole, shapes_of
 from .updates import Places, Updaters
 from .version import __version__
 
@@ -95,7 +95,9 @@ class TrainedModel(LiveSettings):
         """Builds everything that depends on which weights move."""
         face = self.optimizer if isinstance(self.optimizer, TorchOptimizerFace) else None
         self.slots = slots_of(self.optimizer, slots, self.target.name, foreign=face is not None)
-        self.directions.noise = self._settings.noise.over(shapes_of(self.slots))
+        self.directions.noise = self._settings.noise.over(
+            sorted(shapes_of(self.slots), key=lambda each: by_number(each[0]))
+        )
         object.__setattr__(self, "noise", self.directions.noise)  # the same setting, for what moves now
         self.oracle = self._oracle()
         if self.backprop is not None:
@@ -204,16 +206,18 @@ class TrainedModel(LiveSettings):
         return self.updaters.windows.hidden()
 
     def distance(self) -> float:
-        """How far the weights are from those of the start: the norm of the difference, over all trained tensors.
+        """How far the weights are from those of the start: the norm of the difference, over all that the rule moves.
 
         Raises:
-            StateError: the rule does not keep the weights of the start.
+            StateError: the rule does not keep the weights of the start, or this process holds parts of them.
         """
         if not self.rule.anchored:
             raise StateError(
                 f"rule={self.rule.name!r} does not keep the weights of the start; write rule={{'name': 'sgd', "
                 "'decay_to': 'start'}, with any weight_decay"
             )
+        if any(slot.part is not None for slot in self.slots):
+            raise StateError("distance() is that of whole weights, and this process holds parts of DTensors")
         self.flush()
         return math.sqrt(math.fsum(self.places.moved(slot) for slot in self.slots))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -19,13 +21,17 @@ class Whole:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Any] | None = None
+        self._process = 0
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Returns what ``work`` returns, or raises what it raises."""
-        if self._jobs is None:
-            self._jobs = SimpleQueue()
+        if self._jobs is None or self._process != os.getpid():  # a forked process has no threads
+            jobs: SimpleQueue[Any] = SimpleQueue()
             # A daemon: a process that ends does not wait for others that do not answer.
-            threading.Thread(target=_serve, args=(self._jobs,), name="zo-exchange", daemon=True).start()
+            thread = threading.Thread(target=_serve, args=(jobs,), name="zo-exchange", daemon=True)
+            thread.start()
+            weakref.finalize(self, _end, jobs, thread)
+            self._jobs, self._process = jobs, os.getpid()
         answer: SimpleQueue[tuple[Result, BaseException | None]] = SimpleQueue()
         self._jobs.put((work, answer))
         found, error = answer.get()
@@ -34,11 +40,18 @@ class Whole:
         return found
 
 
+def _end(jobs: SimpleQueue[Any], thread: threading.Thread) -> None:
+    """Ends an idle thread, also before the process ends: a daemon that is left then may abort it."""
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join(timeout=1.0)
+
+
 def _serve(jobs: SimpleQueue[Any]) -> None:
-    while True:
-        work, answer = jobs.get()
+    while (job := jobs.get()) is not None:
+        work, answer = job
         try:
             answer.put((work(), None))
         except BaseException as error:  # it is raised where the work was asked for
             answer.put((None, error))
-        del work, answer
+        del job, work, answer

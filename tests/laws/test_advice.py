@@ -29,7 +29,7 @@ def run(lr: float, moved: int, total: int = 0, n: int | None = None, method: str
         "estimator": estimator,
         "rule": RULES.resolve("sgd"),
         "num_probes": estimator.default_num_probes if n is None else n,
-        "slots": [SimpleNamespace(tensor=tensors[0], scaling=changes.pop("scaling", None))],
+        "slots": [SimpleNamespace(tensor=tensors[0], shape=tensors[0].shape, scaling=changes.pop("scaling", None))],
         "model": nn.ParameterList(tensors),
         "optimizer": SimpleNamespace(param_groups=[{"lr": lr}]),
         "config": ZOConfig(lr=lr),

@@ -172,6 +172,26 @@ def test_a_rule_without_it_is_described_as_before() -> None:
         ZeroOrder(tiny("mlp"), rule={"name": "sgd", "decay_to": "end"})
 
 
+@pytest.mark.parametrize("rule", ["momentum", {"name": "sgd", "decay_to": "start"}], ids=["momentum", "anchor"])
+def test_weights_that_begin_to_move_in_mid_run_have_state_of_their_own(rule: Any) -> None:
+    """Streamed ones, too: what stands for their state while it is stored is none of their values."""
+    found = []
+    for place in (None, "cpu"):
+        model = tiny("llama")
+        late = [p for name, p in model.named_parameters() if "layers.1.mlp.up" in name]
+        for parameter in late:
+            parameter.requires_grad_(False)
+        zo = ZeroOrder(model, lr=1e-3, rule=rule, offload=place)
+        for step in range(4):
+            for parameter in late:
+                parameter.requires_grad_(step == 3)
+            zo.step(closure("llama", model, step))
+        zo.close()
+        found.append(weights(model))
+    assert same_bits(*found)
+    assert all(bool(value.isfinite().all()) for value in found[0].values())
+
+
 def test_it_is_fixed_in_a_live_engine() -> None:
     zo = ZeroOrder(tiny("mlp"), rule="momentum", lr=1e-3)
     with pytest.raises(AttributeError, match="make another engine"):

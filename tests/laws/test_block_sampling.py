@@ -368,6 +368,7 @@ def test_steps_go_downhill_in_all_blocks() -> None:
         ({"name": "sampled", "share": None}, ["share=None"]),
         ({"name": "sampled", "of": "sampled"}, ["of='sampled'", "product"]),
         ({"name": "sampled", "of": "coordinates"}, ["of='coordinates'", "write noise='coordinates'"]),
+        ({"name": "sampled", "of": "one_block"}, ["of='one_block'", "write noise='one_block'"]),
         ({"name": "sampled", "of": {"name": "low_rank", "rank": 0}}, ["rank=0", "at least 1"]),
         ({"name": "sampled", "quantile": 0.5}, ["'sampled'", "quantile", "share, of"]),
     ],

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from traces import generators, left_as_found, same_bits, weights
 
 from hf_zo import ZOTrainer
-from zo_core import ConfigError, LossError, ModelError, SeedLogWriter, ZeroOrder, ZOConfig, ZOOptimizer, replay
+from zo_core import ConfigError, LossError, ModelError, Point, SeedLogWriter, ZeroOrder, ZOConfig, ZOOptimizer, replay
+from zo_core.exchange import shares
 
 pytestmark = QUIET
 NOISES: list[Any] = ["rademacher", "gaussian", "sparse", {"name": "sampled", "share": 0.7}, "low_rank"]
@@ -241,3 +242,12 @@ def test_a_loss_that_is_not_finite_skips_the_step() -> None:
     record = engine(model).step(lambda: loss() * math.nan)
     assert record.skipped is not None
     assert "not finite" in record.skipped
+
+
+def test_both_slopes_of_a_direction_are_found_by_one_process() -> None:
+    """They are one forward; dealt out singly, each process would run that of every direction."""
+    seeds = [11, 12, 13, 14]
+    points = [Point(seed, scale, linear=True) for seed in seeds for scale in (1.0, -1.0)]
+    assert shares("points", points, seeds, 2) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    plain = [Point(point.seed, point.scale) for point in points]
+    assert shares("points", plain, seeds, 2) == [(0, 2, 4, 6), (1, 3, 5, 7)]

@@ -44,6 +44,35 @@ def engine(model: nn.Module, noise: Any, **settings: Any) -> ZeroOrder:
     return ZeroOrder(model, **{"noise": noise, "lr": 1e-3, "eps": 1e-3, "seed": 5, **settings})
 
 
+class InAnotherOrder(nn.Module):
+    """A model whose parameters have the same names and values, in the order of a file that sorts them by name."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        for name, value in sorted(model.state_dict().items()):
+            *path, last = name.split(".")
+            home: nn.Module = self
+            for part in path:
+                if part not in dict(home.named_children()):
+                    home.add_module(part, nn.Module())
+                home = home.get_submodule(part)
+            home.register_parameter(last, nn.Parameter(value.clone()))
+
+
+@BOTH
+def test_a_replay_does_not_depend_on_the_order_of_the_parameters(noise: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)))
+    base = InAnotherOrder(model)
+    assert [name for name, _ in base.named_parameters()] != [name for name, _ in model.named_parameters()]
+    zo = engine(model, noise, rule="momentum")
+    log = SeedLogWriter.attach(zo, tmp_path / "seedlog.zo")
+    for step in range(4):
+        zo.step(lambda step=step: model(torch.full((2, 3), step + 1.0)).square().mean())  # type: ignore[misc]
+    log.close()
+    replay(base, tmp_path / "seedlog.zo")
+    assert all(torch.equal(base.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
 # Coordinates
 
 

@@ -260,6 +260,7 @@ def test_a_process_that_is_gone_is_named(tmp_path: Path, how: str) -> None:
 
 def test_an_interrupt_between_the_parts_of_an_exchange_leaves_it_whole(tmp_path: Path) -> None:
     def work(rank: int) -> tuple[str, State]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
         model = model_of()
         zo = ZeroOrder(model, lr=1e-2)
         zo.step(lambda: loss(model, rank, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from traces import same_bits, weights
 
 from zo_core import NOISES, RULES, ConfigError, SeedLog, SeedLogWriter, StateError, ZeroOrder, ZOOptimizer, replay
-from zo_core.brake.state import AGREEING, KEPT, Done, History
+from zo_core.brake.state import AGREEING, KEPT, KEPT_BYTES, Done, History
 from zo_core.noise import Passes
 from zo_core.noise.direction import Scaling
 from zo_core.noise.hashing import BATCH_WORDS
@@ -394,6 +395,11 @@ def test_the_history_gives_back_what_was_done_and_is_bounded() -> None:
     other = History()
     other.load(history.saved())
     assert other.saved() == history.saved()
+    wide = Done(0, tuple(Probe(i, 0.5) for i in range(KEPT_BYTES // 8)), (0.1,), (1.0,), (0.0,), RULES.resolve("sgd"))
+    for step in range(5):
+        history.add(replace(wide, step=step), seed=7)
+    assert (len(history.packed), history.floor) == (1, 4)
+    history.load(other.saved())
     assert other.pop(KEPT + 7, lambda seed, step, i: step + i) == [done(step) for step in range(KEPT + 7, KEPT + 10)]
     history.drop_before(KEPT)
     assert (len(history.packed), history.floor) == (10, KEPT)

@@ -79,6 +79,23 @@ def test_gathered_weights_are_those_of_the_log_on_one_process(tmp_path: Path) ->
         assert not equal(first[index], before)
 
 
+def test_a_log_replays_on_parts_that_one_process_would_replay_in_pieces(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[State, State]:
+        mesh = mesh_of(2)
+        torch.manual_seed(0)
+        start = nn.Sequential(nn.Linear(16, 2100), nn.Tanh(), nn.Linear(2100, 256, bias=False))
+        model, again = parallel(copy.deepcopy(start), mesh), parallel(start, mesh)
+        zo = ZeroOrder(model, lr=1e-2, noise="gaussian")
+        log = SeedLogWriter.attach(zo, tmp_path / f"{rank}.zo")
+        zo.step(lambda: model(torch.ones(2, 16)).square().mean())
+        log.close()
+        replay(again, tmp_path / "0.zo")
+        return gathered(model), gathered(again)
+
+    for trained, replayed in together(work, tmp_path):
+        assert equal(trained, replayed)
+
+
 def test_groups_of_processes_share_directions_batches_or_points(tmp_path: Path) -> None:
     modes = "directions", "data", "points"
 

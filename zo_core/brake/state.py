@@ -18,8 +18,10 @@ from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
-#: Number of updates that are kept; the brake does not go back further.
+#: Number of updates that are kept, and their size in bytes, where they have many directions; the brake does not go back
+#: further.
 KEPT = 20_000
+KEPT_BYTES = 16 << 20
 #: Number of steps without any difference between the losses of their probes after which there is a warning.
 AGREEING = 32
 
@@ -84,7 +86,7 @@ class History:
         values = *done.lrs, *done.eps, *done.weight_decay, *(done.normaliser or (0.0, -1))
         number = self.first_frame + len(self.frames) - 1
         self.packed.append(_layout(*sizes).pack(done.step, number, *coefficients, *values))
-        if len(self.packed) > KEPT:
+        if len(self.packed) > max(1, min(KEPT, KEPT_BYTES // _layout(*sizes).size)):
             self.drop_before(_step(self.packed[1]))
 
     def drop_before(self, step: int) -> None:

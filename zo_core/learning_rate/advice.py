@@ -55,7 +55,9 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
     if engine.rule.name not in ("sgd", "momentum") or not all(scaling.relative for scaling in scalings):
         return None
     moved = sum(slot.shape.numel() for slot in engine.slots)
-    directions = min(engine.num_probes, moved)
+    directions = engine.num_probes
+    if 8 * directions > moved:  # the estimate is nearly the gradient, and its largest curvature decides
+        return None
     factor = directions * (1.0 - getattr(engine.rule, "beta", 0.0))
     if isinstance(engine.normaliser, Curvature):
         low, high = NEWTON

@@ -41,7 +41,8 @@ class Noise:
         """The noise for a model: this one, unless a direction depends on what else moves.
 
         Args:
-            slots: key and shape of each slot that moves.
+            slots: key and shape of each slot that moves, in the order of `by_number`, which does not depend on where
+                they came from: a replay has them in the order of a file.
 
         Raises:
             ConfigError: it does not work with so many weights.

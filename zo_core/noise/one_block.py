@@ -46,7 +46,7 @@ class OneBlock(Wrapping):
         if isinstance(self.wrapped, Wrapping) and self.wrapped.name != "sparse":
             raise ValueError(f"of={self.of!r} chooses blocks already; write of='rademacher' or another plain noise")
         if self.wrapped.name == "coordinates":
-            raise ValueError("of='coordinates' counts the weights of the whole model; write noise='coordinates' alone")
+            raise ValueError(f"of={self.of!r} chooses weights of the whole model; write noise='coordinates' alone")
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -72,6 +72,10 @@ class OneBlock(Wrapping):
         """Whether a direction moves the block of a slot."""
         blocks = self.blocks
         return not blocks or (seed >> DRAW_BITS) % len(blocks) == blocks[block_of(slot)]
+
+    @property
+    def of_elements(self) -> bool:
+        return self.wrapped.of_elements
 
     @property
     def plain(self) -> Noise:

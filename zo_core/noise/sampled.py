@@ -54,8 +54,9 @@ class Sampled(Wrapping):
         self._wrap(self.of)
         if isinstance(self.wrapped, Sampled):
             raise ValueError(f"of={self.of!r} is sampled already; write one 'sampled' with the product of the shares")
-        if self.wrapped.name == "coordinates":
-            raise ValueError("of='coordinates' counts the weights of the whole model; write noise='coordinates' alone")
+        if self.wrapped.name in ("coordinates", "one_block"):
+            name = self.wrapped.name
+            raise ValueError(f"of={self.of!r} chooses weights of the whole model; write noise={name!r} alone")
 
     def seed(self, base: int, step: int, direction: int) -> int:
         """The seed of ``of`` in the low 128 bits, and above them that of the step's draw."""

@@ -14,7 +14,7 @@ from typing import Any
 #: More than the header of any real log, and little memory: a few bytes can inflate to gigabytes.
 MAX_HEADER = 256 << 20
 #: More directions than a step can have in practice.
-MAX_PROBES = 1 << 16
+MAX_PROBES = 1 << 20
 
 Check = Callable[[Any], bool]
 

@@ -309,7 +309,9 @@ def _advance_slot(
 ) -> None:
     """Applies steps to one slot."""
     moves = _moves(engine, slot, index, steps, advance)
-    plain = slot.scaling is None and all(type(direction) is Direction for _, direction, _, _ in moves)
+    plain = (
+        slot.scaling is None and slot.part is None and all(type(direction) is Direction for _, direction, _, _ in moves)
+    )
     eager = theta.device.type == "cpu" and engine.backend == "eager"
     pieces = eager and plain and moves and theta.numel() >= BATCH_WORDS * moves[0][1].noise.values_per_word
     if pieces and engine.rule.elementwise and engine.num_probes <= CACHED_DIRECTIONS:

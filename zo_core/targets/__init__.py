@@ -1,7 +1,18 @@
 """What training may change: a target returns these tensors of a model as slots."""
 
 from .auto import Auto, has_adapters
-from .base import TARGETS, WRAPPERS, Slot, Target, check_tensor, memory_of, plain_parameters, shapes_of, slot_keys
+from .base import (
+    TARGETS,
+    WRAPPERS,
+    Slot,
+    Target,
+    by_number,
+    check_tensor,
+    memory_of,
+    plain_parameters,
+    shapes_of,
+    slot_keys,
+)
 from .dispatched import check_values, elsewhere
 from .int4 import Int4Scales, check_dequantised, keep_codes_plain, move_scales
 from .memory import as_it_lies, in_several_ways
@@ -21,6 +32,7 @@ __all__ = [
     "TorchaoScales",
     "Trainable",
     "as_it_lies",
+    "by_number",
     "check_dequantised",
     "check_settings",
     "check_tensor",

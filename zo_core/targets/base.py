@@ -91,6 +91,11 @@ def shapes_of(slots: Iterable[Slot]) -> list[tuple[str, torch.Size]]:
     return [(slot.key, slot.shape) for slot in slots]
 
 
+def by_number(key: str) -> list[tuple[int, str]]:
+    """For sorting keys by name, and parts that are numbers by these: "layers.2" comes before "layers.10"."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
+
+
 @dataclass(frozen=True)
 class Target:
     """Chooses the slots of a model.

@@ -213,7 +213,8 @@ class Places:
             if home is None:
                 continue
             for kind, (key, token) in held.items():
-                value = loaded.setdefault(home[0], {})[key] = self.states[slot.tensor].get(kind)
+                value = self.states[slot.tensor].get(kind)
+                value = loaded.setdefault(home[0], {})[key] = None if value is token else value
                 if kind == ANCHOR:
                     (self.unanchored.add if value is None else self.unanchored.discard)(slot)
                 self.states[slot.tensor][kind] = token
