@@ -34,7 +34,7 @@ from .report import save
 PROCESSES = 2
 #: Settings whose steps are timed: the mode, and the directions of each process.
 TIMED = [("directions", 1), ("directions", 4), ("data", 1), ("points", 1)]
-RATES = [4e-4 * 2**power for power in range(4)]
+RATES = [2e-4 * 2**power for power in range(5)]
 
 
 def model_of() -> nn.Module:

@@ -144,7 +144,7 @@ class ZOStrategy(Processes):
         self._start().listeners.append(self._summary.add)
         if not self.lr_scheduler_configs:
             self.lr_scheduler_configs = decay(trainer, self.optimizers[0])
-        self.log_path = log_path(trainer, self.log and has_log(self.config))
+        self.log_path = log_path(trainer, self.log if not self.log or has_log(self.config) else False)
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
         if self._journal is not None:
             self._journal.summary = self._summary

@@ -109,8 +109,9 @@ def shares(mode: str, points: Sequence[Point], seeds: Sequence[int], size: int) 
     if mode == "data":
         return [tuple(range(len(points)))] * size
     if mode == "points":
-        order = {seed: index for index, seed in enumerate(seeds)}  # both slopes of a direction are one forward
-        turns = [order[point.seed] if point.linear else index for index, point in enumerate(points)]
+        order = {seed: index for index, seed in enumerate(seeds)}
+        whole = len(order) >= size  # both slopes of a direction are one forward, so they stay together
+        turns = [order[point.seed] if point.linear and whole else index for index, point in enumerate(points)]
         return [tuple(index for index, turn in enumerate(turns) if turn % size == rank) for rank in range(size)]
     own = len(seeds) // size
     home = {seed: index // own for index, seed in enumerate(seeds[: own * size])}

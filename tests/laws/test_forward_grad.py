@@ -249,5 +249,6 @@ def test_both_slopes_of_a_direction_are_found_by_one_process() -> None:
     seeds = [11, 12, 13, 14]
     points = [Point(seed, scale, linear=True) for seed in seeds for scale in (1.0, -1.0)]
     assert shares("points", points, seeds, 2) == [(0, 1, 4, 5), (2, 3, 6, 7)]
+    assert shares("points", points[:2], seeds[:1], 2) == [(0,), (1,)]
     plain = [Point(point.seed, point.scale) for point in points]
     assert shares("points", plain, seeds, 2) == [(0, 2, 4, 6), (1, 3, 5, 7)]
