@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -54,6 +56,16 @@ def together(
             os.waitpid(child, 0)
     files = [folder / f"rank{rank}.pt" for rank in range(size)]
     return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def torchrun(script: Path, folder: Path, *options: str) -> None:
+    """Runs a script from tests/helpers with a folder as its argument, in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted processes may find addresses of dead ones
+    how: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 400}
+    done = subprocess.run([*command, str(script), str(folder)], **how)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def _forked(work: Callable[[int], Any], folder: Path, rank: int, size: int, timeout: float) -> int:

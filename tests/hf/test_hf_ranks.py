@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import hf_ranks
 import pytest
 import torch
+from processes import torchrun
 
 from zo_core.seedlog import SeedLog, replay
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # launches of two processes
 
 Found = dict[str, dict[str, Any]]
-
-
-def torchrun(script: Path, folder: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted processes may find addresses of dead ones
-    how: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 400}
-    done = subprocess.run([*command, str(script), str(folder)], **how)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
