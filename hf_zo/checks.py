@@ -86,16 +86,6 @@ def check_precision(args: TrainingArguments, config: ZOConfig) -> None:
         raise ConfigError(["fp16=True with backprop: gradients in float16 underflow without a scaler; write bf16=True"])
 
 
-def without_log(config: ZOConfig) -> bool:
-    """Whether a run cannot have a seed log; says so."""
-    if config.backprop is not None:
-        logger.warning(
-            "this run has no seed log, because seeds do not give back the gradients of backprop; it resumes from its "
-            "checkpoints"
-        )
-    return config.backprop is not None
-
-
 def warn_about_numbers(args: TrainingArguments, engine: ZeroOrder) -> None:
     """Logs one line for each number that is probably meant for backpropagation."""
     if engine.backprop is None and args.max_grad_norm and args.max_grad_norm != default(args, "max_grad_norm"):

@@ -27,14 +27,14 @@ from zo_core.normaliser import GRADIENT
 from zo_core.optimizer import TorchOptimizerFace
 from zo_core.placement import offload_model
 from zo_core.probing import as_scalar, is_compiled
-from zo_core.seedlog import LoggedStep
+from zo_core.seedlog import LoggedStep, can_log
 from zo_core.streaming import LockstepOracle, Streaming, move_streamed
 from zo_core.targets import check_values
 
 from .arguments import ZOArguments, front_end
 from .attributes import Attributes, only_counts, take_over
 from .auto_lr import samples, schedulers, unnoticed
-from .checks import check_arguments, check_precision, check_processes, check_undivided, warn_about_numbers, without_log
+from .checks import check_arguments, check_precision, check_processes, check_undivided, warn_about_numbers
 from .journal import Journal, exit_on_sigterm
 from .known_losses import check_loss
 from .loss_calls import LossCall, LossCalls, numbers_allowed
@@ -121,7 +121,7 @@ class ZOTrainerMixin(_Trainer):
         """
         if self.zo is not None and not resume_from_checkpoint and self.model_init is None:
             begin_again(self.zo)
-        if not getattr(self.args, "zo_log", True) or without_log(self._resolve_config(self._zo_given)):
+        if not getattr(self.args, "zo_log", True) or not can_log(self._resolve_config(self._zo_given)):
             self._zo_journal = None
             return super().train(resume_from_checkpoint, *args, **kwargs)
         folder, before = self._get_output_dir(kwargs.get("trial")), self._zo_journal

@@ -187,13 +187,3 @@ def _of_gradients(trainer: Trainer) -> list[str]:
             "gradient_clip_algorithm='value' with backprop: only the norm of the gradient is bounded; leave it out"
         )
     return problems
-
-
-def has_log(config: ZOConfig) -> bool:
-    """Whether a run can have a seed log; says so if not."""
-    if config.backprop is not None:
-        logger.warning(
-            "this run has no seed log, because seeds do not give back the gradients of backprop; it resumes from its "
-            "checkpoints"
-        )
-    return config.backprop is None

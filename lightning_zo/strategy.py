@@ -26,14 +26,14 @@ from torch import Tensor
 from zo_core import ConfigError, ModelError, Summary, ZeroOrder, ZOConfig
 from zo_core.following import take_over
 from zo_core.placement import offload_model
-from zo_core.seedlog import LoggedStep
+from zo_core.seedlog import LoggedStep, can_log
 from zo_core.streaming import Streaming, move_streamed
 from zo_core.targets import check_values, keep_codes_plain
 
 from .auto_lr import batches, length
 from .closure import StepGuard, not_executed
 from .decay import decay, kept
-from .engine import FRONT_END, build, check, has_log, settings
+from .engine import FRONT_END, build, check, settings
 from .journal import Journal, log_path
 from .loaders import EndingTogether
 from .logs import log_line
@@ -144,7 +144,8 @@ class ZOStrategy(Processes):
         self._start().listeners.append(self._summary.add)
         if not self.lr_scheduler_configs:
             self.lr_scheduler_configs = decay(trainer, self.optimizers[0])
-        self.log_path = log_path(trainer, self.log if not self.log or has_log(self.config) else False)
+        path = log_path(trainer, self.log)
+        self.log_path = path if path is not None and can_log(self.config) else None
         self._journal = None if self.log_path is None else Journal(trainer, self.log_path, self.launcher.ckpt_path)
         if self._journal is not None:
             self._journal.summary = self._summary

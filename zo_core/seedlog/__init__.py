@@ -5,7 +5,7 @@ from .fingerprint import fingerprint
 from .format import LoggedStep, Settings
 from .log import FILE_NAME, SeedLog
 from .replay import engine_for, replay
-from .run import RunLog, Start
+from .run import RunLog, Start, can_log
 from .stopped import Stopped
 from .writer import SeedLogWriter
 
@@ -19,6 +19,7 @@ __all__ = [
     "Settings",
     "Start",
     "Stopped",
+    "can_log",
     "engine_for",
     "fingerprint",
     "load_adapter",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..agreement import agree
+from ..config import ZOConfig
 from ..errors import StateError
 from ..files import replacing
 from ..summary import Summary
@@ -25,6 +26,16 @@ logger = logging.getLogger(__name__)
 
 #: How a run begins: with a new log, with the log's steps up to a checkpoint, or with all of the log's steps.
 Start = Literal["attach", "branch", "follow"]
+
+
+def can_log(config: ZOConfig) -> bool:
+    """Whether the runs of a trainer with this configuration can have a log; says so if not."""
+    if config.backprop is not None:
+        logger.warning(
+            "this run has no seed log, because seeds do not give back the gradients of backprop; it resumes from its "
+            "checkpoints"
+        )
+    return config.backprop is None
 
 
 class RunLog:
