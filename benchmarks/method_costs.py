@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zo_core import ZeroOrder
 
+from .int4_memory import status
 from .report import save
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10}
@@ -36,11 +37,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "forward_grad, one_block": {"estimator": "forward_grad", "noise": "one_block"},
     "backpropagation": None,
 }
-
-
-def memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) << 10
 
 
 def measure(name: str, steps: int) -> tuple[float, float, int]:
@@ -64,7 +60,7 @@ def measure(name: str, steps: int) -> tuple[float, float, int]:
         def step() -> None:
             zo.step(lambda: model(input_ids=ids, labels=ids).loss)
 
-    before = memory("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step()
     times = []
@@ -72,7 +68,7 @@ def measure(name: str, steps: int) -> tuple[float, float, int]:
         start = time.process_time()
         step()
         times.append(time.process_time() - start)
-    return statistics.median(times), memory("VmHWM") - before, sum(p.numel() for p in model.parameters())
+    return statistics.median(times), status("VmHWM") - before, sum(p.numel() for p in model.parameters())
 
 
 def main() -> None:
