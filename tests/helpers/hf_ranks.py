@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from hf_zo import ZOTrainer, ZOTrainingArguments
+from hf_zo import ZOTrainer, ZOTrainingArguments, activation_adapter
 from zo_core import RanksError
 
 STEPS = 6
@@ -63,8 +66,20 @@ def rows() -> list[dict[str, Any]]:
     return [{"input_ids": i, "labels": t} for i, t in zip(padded, labels, strict=True)]
 
 
+def adapted(rank: int = 0) -> Any:
+    """The model with an adapter along the activations of rows that are others in each process."""
+    seen = rows()[4 * rank :][:4]
+    return activation_adapter(model(), {"input_ids": torch.stack([row["input_ids"] for row in seen])}, rank=2)
+
+
 def trainer(
-    folder: Path, mode: str = "directions", accumulate: int = 1, callbacks: Any = (), cls: Any = None, **settings: Any
+    folder: Path,
+    mode: str = "directions",
+    accumulate: int = 1,
+    callbacks: Any = (),
+    cls: Any = None,
+    make: Callable[[], Any] = model,
+    **settings: Any,
 ) -> Ordered:
     args = ZOTrainingArguments(
         str(folder),
@@ -79,7 +94,7 @@ def trainer(
         zo_ranks=mode,
         **{"learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_steps": 3, "max_steps": STEPS, **settings},
     )
-    return (cls or Ordered)(model(), args, train_dataset=rows(), eval_dataset=rows()[:16], callbacks=list(callbacks))
+    return (cls or Ordered)(make(), args, train_dataset=rows(), eval_dataset=rows()[:16], callbacks=list(callbacks))
 
 
 def train(folder: Path, *args: Any, resume: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -121,6 +136,8 @@ def main(folder: Path) -> None:
         "accumulated": train(folder / "accumulated", "directions", 2),
         "normalised": train(folder / "normalised", learning_rate=None, zo_num_probes=2),
         "streamed": train(folder / "streamed", zo_offload="cpu"),
+        "adapter": train(folder / "adapter", "data", make=partial(adapted, int(os.environ["RANK"]))),
+        "streamed adapter": train(folder / "streamed adapter", "data", make=adapted, zo_offload="cpu"),
     }
     with suppress(Interrupted):
         train(folder / "resumed", callbacks=[Interrupt()])

@@ -31,19 +31,24 @@ def equal(a: Any, b: Any) -> bool:
 
 
 NAMES = ["directions", "data", "points", "accumulated", "normalised", "streamed", "resumed", "continued"]
+ADAPTERS = ["adapter", "streamed adapter"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def start(name: str) -> Any:
+    return hf_ranks.adapted() if name in ADAPTERS else hf_ranks.model()
+
+
+@pytest.mark.parametrize("name", NAMES + ADAPTERS)
 def test_processes_hold_the_same_bits(runs: tuple[Path, Found, Found], name: str) -> None:
     _, first, second = runs
     assert equal(first[name]["state"], second[name]["state"])
-    assert not equal(first[name]["state"], hf_ranks.model().state_dict())
+    assert not equal(first[name]["state"], start(name).state_dict())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + ADAPTERS)
 def test_the_one_log_replays_on_one_process(runs: tuple[Path, Found, Found], name: str) -> None:
     folder, first, _ = runs
-    model = hf_ranks.model()
+    model = start(name)
     replay(model, folder / name / "seedlog.zo")
     assert equal(first[name]["state"], model.state_dict())
 
@@ -62,6 +67,19 @@ def test_the_model_is_not_wrapped(runs: tuple[Path, Found, Found]) -> None:
 def test_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
     alone = hf_ranks.train(tmp_path, accumulate=2)
     assert equal(runs[1]["data"]["state"], alone["state"])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_along_the_activations_is_that_of_one_process(
+    runs: tuple[Path, Found, Found], tmp_path: Path, name: str
+) -> None:
+    """Resident processes found other directions at first, and have taken those of rank 0."""
+    before, alone = hf_ranks.adapted().state_dict(), hf_ranks.train(tmp_path, accumulate=2, make=hf_ranks.adapted)
+    assert equal(runs[1][name]["state"], alone["state"])
+    moved = {key for key, value in alone["state"].items() if not torch.equal(value, before[key])}
+    assert moved == {key for key in before if "lora_B" in key}
+    other = hf_ranks.adapted(1).state_dict()
+    assert not any(torch.equal(other[key], before[key]) for key in before if "lora_A" in key)
 
 
 def test_points_are_those_of_one_process(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
