@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_core import Es, Probe, ZeroOrder, ZOConfig
+from zo_core import Es, LowRank, Probe, ZeroOrder, ZOConfig
 from zo_core.normaliser import Curvature
 
 from . import rival_methods, subspaces
+from .activation_windows import Along
 from .rival_methods import Start, Step, at
 from .tasks import Batch, Task
 from .text_tasks import in_nf4, with_adapters
@@ -36,6 +37,7 @@ class Contender:
         apart: whether each part is a step of its own.
         start: makes another step, in place of `ZeroOrder`.
         forwards: how many such a step takes.
+        decay: forwards at which a linear decay of the rate ends; 0 keeps the rate.
     """
 
     wrap: Wrap | None = None
@@ -44,6 +46,7 @@ class Contender:
     apart: bool = False
     start: Start | None = None
     forwards: int = 1
+    decay: int = 0
 
 
 # What moves
@@ -99,6 +102,16 @@ def vectors(task: Task) -> Task:
     return task
 
 
+def linear(task: Task) -> Task:
+    """Only the matrices of linear layers that are not tied to an embedding, and a new head."""
+    layers = [*task.model.modules()]
+    tied = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+    kept = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)} - tied
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(id(parameter) in kept or name.startswith(("classifier", "score")))
+    return task
+
+
 # Runs
 
 
@@ -143,7 +156,7 @@ class Trainer:
         if self.contender.split > 1 and not self.contender.apart:
             assert isinstance(zo.normaliser, Curvature)
             zo.normaliser = OfFirst(size=zo.normaliser.size)
-        zo.lr = zo.lr * 2.0**power
+        zo.lr = self.lr = zo.lr * 2.0**power
         return zo
 
     def step(self, batch: Batch) -> float:
@@ -158,6 +171,8 @@ class Trainer:
 
     def _step(self, parts: Sequence[Batch]) -> float:
         assert self.zo is not None
+        if self.contender.decay:
+            self.zo.lr = self.lr * max(0.0, 1.0 - self.forwards / self.contender.decay)
         split, calls = len(parts), 0
         count = self.zo.num_probes
 
@@ -167,6 +182,8 @@ class Trainer:
             calls += 1
             return self.task.loss(self.model, parts[direction if split > 1 else 0])
 
+        if isinstance(self.zo.noise, Along):
+            self.zo.noise.look(self.zo, closure)
         loss = float(self.zo.step(closure))
         self.forwards += calls / self.contender.split
         return loss
@@ -210,6 +227,15 @@ TRIED: dict[str, Contender] = {
     "subzero-no-momentum": subspace(rank=8, both=True, beta=0.0),
     "hizoo-l": hizoo(1e-6),
     "hizoo-l-faster": hizoo(1e-4),
+    "low-rank-8": Contender(settings={"noise": LowRank(8)}),
+    "low-rank-8-along": Contender(settings={"noise": Along(8)}),
+    "low-rank-8-along-plain": Contender(settings={"noise": Along(8, whiten=0.0)}),
+    "linear-8": Contender(linear, {"noise": LowRank(8)}),
+    "linear-8-along": Contender(linear, {"noise": Along(8)}),
+    "activations-decay": Contender(activations(), decay=240),
+    "activations-32": Contender(activations(32)),
+    "activations-32-decay": Contender(activations(32), decay=240),
+    "linear-8-along-kept": Contender(linear, {"noise": Along(8, None)}),
 }
 
 #: Those that matter most come first: a run that ends early leaves out the last.
