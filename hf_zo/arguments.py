@@ -41,6 +41,7 @@ class ZOArguments:
     zo_eps: float | None = field(default=None, metadata=_metadata("eps"))
     zo_num_probes: int | None = field(default=None, metadata=_metadata("num_probes"))
     zo_stack_probes: bool = field(default=False, metadata=_metadata("stack_probes"))
+    zo_reuse: bool = field(default=False, metadata=_metadata("reuse"))
     zo_noise: str = field(default="rademacher", metadata=_metadata("noise"))
     zo_rule: str = field(default="auto", metadata=_metadata("rule"))
     zo_target: str = field(default="auto", metadata=_metadata("target"))

@@ -68,6 +68,14 @@ class ZOConfig:
             "another, with a warning. Losses equal those of separate probes up to rounding."
         },
     )
+    reuse: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the layers before the first one that moves once for several probes: frozen early layers, "
+            'or noise "one_block", "coordinates" or "sampled". All numbers have the same bits. It takes memory '
+            "for the result of each of these layers."
+        },
+    )
     estimator: str | dict[str, Any] | Estimator = field(
         default="spsa",
         metadata={
@@ -270,7 +278,12 @@ class ZOConfig:
             problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")
         if self.ranks not in RANKS:
             problems.append(f"ranks={self.ranks!r} is not known; write one of {', '.join(map(repr, RANKS))}")
-        for name in ("maximize", "dropout", "stochastic_rounding", "stack_probes"):
+        if self.reuse is True and (self.stack_probes is True or (estimator is not None and estimator.differentiates)):
+            problems.append(
+                "reuse=True has no use with stack_probes or estimator='forward_grad', which do not measure probe by "
+                "probe; leave out one of them"
+            )
+        for name in ("maximize", "dropout", "stochastic_rounding", "stack_probes", "reuse"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
         if self.stack_probes is True and noise is not None and not isinstance(noise, LowRank):

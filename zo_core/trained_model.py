@@ -155,6 +155,7 @@ class TrainedModel(LiveSettings):
             "keep_mode": self._kept,
             "repeated": repeated_layers(self.model, self.config.blocks),
             "maximize": self.config.maximize,
+            "reuse": self.config.reuse,
         }
 
     def _perturbation(self, slot: Slot, point: Point) -> Direction:

@@ -76,6 +76,9 @@ class OneHotDirection(Direction):
     first: int = 0
     count: int = 1
 
+    def misses(self, numel: int) -> bool:
+        return not any(0 <= seed % self.count - self.first < numel for seed, _ in self.terms)
+
     def chunks(self, numel: int, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
         weight, moves = math.sqrt(self.count), dict[int, float]()
         for seed, c in self.terms:

@@ -155,6 +155,10 @@ class Direction:
         """Whether nothing moves, so that weights need neither a copy nor an update."""
         return not self.terms
 
+    def misses(self, numel: int) -> bool:
+        """Whether no element of a slot of this size moves, apart from updates that are pending."""
+        return not self.terms
+
     def limit(self, theta: Tensor) -> float:
         """The largest magnitude of an element of ``theta`` that moves; infinite if all elements move."""
         return math.inf

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..records import Point
 from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Materialised
+from .reuse import Reuse
 from .slopes import Tangent, compare, tangent_of, unseen, warm_up
 from .view import Originals
 from .waiting import Waiting, is_waiting, outcomes
@@ -53,6 +54,7 @@ class ResidentOracle:
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         repeated: the repeated layers of the model.
         maximize: whether closures return a score, whose negative is the loss.
+        reuse: compute layers that do not move once for several probes.
         unit: the direction of one slot by seed, in units of the step's eps; only points on tangents need it.
 
     Attributes:
@@ -72,6 +74,7 @@ class ResidentOracle:
         keep_mode: nn.Module | None = None,
         repeated: Sequence[nn.Module] = (),
         maximize: bool = False,
+        reuse: bool = False,
     ):
         self.model = model
         self.dropout = dropout
@@ -81,6 +84,7 @@ class ResidentOracle:
         self.state = ForwardState(model, [id(tensor) for slot in slots for tensor in slot.tensors], carried)
         self.realisation = realisation(model, slots, direction, repeated)
         self.realisation.around = self.state.around_hooks
+        self.reuse = Reuse(self.realisation, repeated, self.state) if reuse else None
         self._checked = self.realisation.whole
         self._warned_half = self._followed = False
 
@@ -120,17 +124,20 @@ class ResidentOracle:
     def _measured(self, points: Sequence[Point], closure: Closure, start: dict[str, Any]) -> list[Tensor]:
         results: list[Tensor | Waiting] = []
         tangents: dict[int, Tangent] = {}
-        with self.realisation.measuring() as originals:
+        # Before the first finite loss it is not known whether the model computes with the weights of its probe.
+        sharing = nullcontext() if self.reuse is None else self.reuse.among(points if self._checked else ())
+        with self.realisation.measuring() as originals, sharing:
             try:
-                for point in points:
+                for index, point in enumerate(points):
                     known = tangents.get(point.seed) if point.linear else None
                     if results and known is None:
                         self._rewind(start)
                     if point.linear and known is None:
                         known = tangents[point.seed] = self._tangent(point, closure, start, originals)
-                    results.append(
-                        self._loss(point, closure, start, originals) if known is None else known.at(point.scale)
-                    )
+                    measure = partial(self._loss, point, closure, start, originals)
+                    if self.reuse is not None:
+                        measure = partial(self.reuse.measured, index, measure, partial(self._rewind, start))
+                    results.append(measure() if known is None else known.at(point.scale))
                 return self._complete(results)
             finally:
                 for result in results:

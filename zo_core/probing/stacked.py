@@ -275,6 +275,11 @@ class StackedMode(FunctionalMode):
         return self.wrap(torch.stack(losses))
 
 
+def transformed() -> bool:
+    """Whether the running code is within a transform of `torch.func`, such as `torch.vmap`."""
+    return _functorch.maybe_current_level() is not None
+
+
 def is_stack(value: Any) -> bool:
     """Whether a value is batched over the copies that a closure runs on."""
     return isinstance(value, Tensor) and _functorch.is_batchedtensor(value)

@@ -21,6 +21,7 @@ from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_
 from ..noise import Direction
 from ..probing.materialise import Materialised
 from ..probing.resident import ASTRAY, Closure, as_loss, finite
+from ..probing.reuse import Reuse
 from ..probing.view import Originals, ProbeView
 from ..probing.waiting import is_waiting, outcomes
 from ..records import Point
@@ -51,6 +52,7 @@ class LockstepOracle:
         keep_mode: the module whose ``training`` flag probes leave alone; None for none.
         repeated: the repeated layers of the model, resident ones included.
         maximize: whether closures return a score, whose negative is the loss.
+        reuse: compute layers that do not move once for several probes.
 
     Attributes:
         quiet: whether no sweep so far has changed random states or the model; None before the first.
@@ -70,6 +72,7 @@ class LockstepOracle:
         keep_mode: nn.Module | None = None,
         repeated: Sequence[nn.Module] = (),
         maximize: bool = False,
+        reuse: bool = False,
     ):
         self.model, self.streaming, self.dropout = model, streaming, dropout
         blocks = {block.module for block in streaming.blocks}
@@ -91,6 +94,7 @@ class LockstepOracle:
         self.trims = streaming.device.type == "cpu" and max(b.nbytes for b in streaming.blocks) >= TRIM_BYTES
         self.views: list[ProbeView] = []
         self.own = OwnState(model, self.state)
+        self.reuse = Reuse(self.realisation, repeated, self.state) if reuse else None
         self.originals: Originals = {}
         #: The block whose forward is running, with its values.
         self.opened: tuple[Block, Tensors] | None = None
@@ -116,11 +120,11 @@ class LockstepOracle:
         """The losses of the first closure at all points, then of the second, and so on."""
         start = rng_state()
         back = self._start(start)
-        losses = self._settled_sweep(points, closures, back)
+        losses = self._sharing_sweep(points, closures, back)
         if self.realisation.unobserved and not finite(losses):
             back()
             self.realisation.be_careful(True)
-            losses = self._settled_sweep(points, closures, back)
+            losses = self._sharing_sweep(points, closures, back)
             if finite(losses):
                 logger.warning(ASTRAY)
             else:
@@ -129,6 +133,29 @@ class LockstepOracle:
         drew = self.own.drew and not same_rng(start, rng_state())
         silent = not drew and not self.state.shared and not self.state.beside_changed
         self.quiet = silent and self.quiet is not False
+        return losses
+
+    def _sharing_sweep(
+        self, points: Sequence[Point], closures: Sequence[Closure], back: Callable[[], None]
+    ) -> list[Tensor]:
+        """A settled sweep in which probes share layers; a second one if layers were skipped for the first time."""
+        # A forward that changes the model, or what is beside it, must happen as a whole in every probe.
+        if self.reuse is None or not self._checked or self.state.shared or self.state.beside_changed:
+            return self._settled_sweep(points, closures, back)
+        found: Sequence[Tensor | None] = [None] * len(points) * len(closures)
+        with self.reuse.among(points, len(closures)):
+            run = self.reuse.run
+            try:
+                found = losses = self._settled_sweep(points, closures, back)
+            except Exception:
+                if run is None or run.skipped <= self.reuse.trusted:
+                    raise
+        if run is None or run.skipped <= self.reuse.trusted:
+            return losses
+        after = rng_state()
+        back()
+        losses = self._settled_sweep(points, closures, back)
+        self.reuse.judge(run.skipped, found, losses, same_random=same_rng(after, rng_state()))
         return losses
 
     def _settled_sweep(
@@ -238,6 +265,8 @@ class LockstepOracle:
 
     def _enter(self, index: int) -> None:
         self.own.enter(index)
+        if self.reuse is not None and self.reuse.run is not None:
+            self.reuse.run.turn(index)
         self.realisation.run(self.views[index])
         self.views[index].resume()
 

@@ -1,0 +1,272 @@
+"""Computes the layers before the first one that moves once for several probes (feature reuse, arXiv 2310.02025).
+
+Probes of a step differ in the weights that their directions move. A repeated layer that a direction does not move
+computes the same in each of its probes, given the same arguments. So the first of them records what such layers
+return, and later ones get that, as long as what a layer is called with is the same to the bit: usually until the first
+layer that moves.
+
+No record is made of a call that visibly does more than return new tensors. What cannot be seen, such as a global
+variable, is checked where a layer is skipped for the first time: that probe is measured both ways.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..forward_state import ForwardState
+from ..modes import rng_state, same_rng, set_rng_state
+from ..records import Point
+from ..stand_ins import same_bits
+from ..targets import Slot, group_of
+from .materialise import Materialised, is_compiled
+from .recorded import Record, Unfit
+from .stacked import transformed
+
+logger = logging.getLogger(__name__)
+
+#: After this many measurements in which no layer was skipped, a warning says so.
+PATIENCE = 64
+
+#: The layers that are watched, by ``id``.
+RUNS: dict[int, tuple[nn.Module, Run]] = {}
+
+
+class Reuse:
+    """Decides which layers are computed once, and checks that it makes no difference.
+
+    Args:
+        realisation: knows the directions of the slots.
+        layers: the repeated layers of the model, in the order of its modules.
+        state: what forwards may change.
+
+    Attributes:
+        off: why nothing is reused any more; empty if it is.
+        trusted: layers that were skipped in a probe that had the same loss without.
+        run: the probes that are being measured; None between steps, and where the first layer moves in all of them.
+
+    Raises:
+        ConfigError: the model has no repeated layers, or several processes compute its forward together.
+    """
+
+    def __init__(self, realisation: Materialised, layers: Sequence[nn.Module], state: ForwardState):
+        if not layers:
+            raise ConfigError(["reuse=True needs repeated layers, and the model has none; name some with blocks=[...]"])
+        if group_of(realisation.model):
+            raise ConfigError(["reuse=True takes a model that one process holds as a whole; leave it out"])
+        self.realisation, self.state = realisation, state
+        self.slots = {layer: _slots_in(layer, realisation.slots) for layer in layers}
+        self.off = ""
+        self.trusted: set[nn.Module] = set()
+        self.run: Run | None = None
+        self._told: set[str] = set()
+        self._in_vain = 0
+
+    def rests(self, layer: nn.Module, point: Point) -> bool:
+        """Whether a layer has the weights of the step's other points at which it rests."""
+        for slot in self.slots[layer]:
+            direction = self.realisation.direction(slot, point)
+            # A direction that moves no weight of the slot adds zeros to it, and only where it is added at all.
+            if not direction.misses(slot.shape.numel()) or (direction.terms and point.scale == 0.0):
+                return False
+        return "forward" not in vars(layer) and not is_compiled(layer)
+
+    def count(self, point: Point) -> int:
+        """How many layers come before the first one that moves at a point."""
+        return next((index for index, layer in enumerate(self.slots) if not self.rests(layer, point)), len(self.slots))
+
+    @contextmanager
+    def among(self, points: Sequence[Point], closures: int = 1) -> Iterator[None]:
+        """A context in which probes compute common layers once: one for each closure and point."""
+        usable = len(points) > 1 and not (self.off or self.realisation.whole)
+        counts = [self.count(point) for point in points] if usable else []
+        if sum(map(bool, counts)) < 2:
+            self._see(useful=False)
+            yield
+            return
+        self.run = run = Run(self, [Probe(count, group) for group in range(closures) for count in counts])
+        classes = [(layer, type(layer)) for layer in self.slots]
+        watched: Any = _watched
+        try:
+            for layer, cls in classes:
+                layer.__class__ = watched(cls)
+                RUNS[id(layer)] = layer, run
+            yield
+        finally:
+            self.run = None
+            self._see(useful=bool(run.skipped))
+            for layer, cls in classes:
+                if RUNS.pop(id(layer), None) is not None:
+                    layer.__class__ = cls
+
+    def measured(self, index: int, measure: Callable[[], Any], rewind: Callable[[], None]) -> Any:
+        """The loss of the next probe.
+
+        Args:
+            index: number of its point.
+            measure: runs it.
+            rewind: puts back the state that probes start from.
+        """
+        run = self.run
+        if run is None or run.ended:
+            return measure()
+        probe, value = run.probes[index], None
+        run.turn(index)
+        try:
+            value = measure()
+        except Exception:
+            if probe.skipped <= self.trusted:
+                raise
+        finally:
+            run.probe = None
+        if not isinstance(value, Tensor):
+            run.ended = True  # a closure that waits, or an error
+        elif probe.recorded and self.state.moved:
+            run.ended = True
+            self.tell("a forward changes buffers or attributes of the model, or what is carried beside it")
+        if probe.skipped <= self.trusted:
+            return value
+        after = rng_state()
+        rewind()
+        again = measure()
+        self.judge(probe.skipped, [value], [again], same_random=same_rng(after, rng_state()))
+        return again
+
+    def judge(self, skipped: set[nn.Module], found: Sequence[Any], again: Sequence[Any], *, same_random: bool) -> None:
+        """Decides from losses with and without skipped layers whether to trust these layers from now on.
+
+        Args:
+            skipped: the layers.
+            found: the losses with them skipped; None for an error.
+            again: the losses when each probe computes all layers.
+            same_random: whether both left the same states of the random generators.
+        """
+        pairs = list(zip(found, again, strict=True))
+        if same_random and all(isinstance(one, Tensor) and same_bits(one, other) for one, other in pairs):
+            if all(other.isfinite() for other in again):
+                self.trusted |= skipped
+            return
+        self.off = "a probe that got results of layers from another one has another loss, or other random numbers"
+        if self.run is not None:
+            self.run.ended = True
+        logger.warning("reuse=True has no effect any more, every probe computes all layers: %s", self.off)
+
+    def tell(self, why: str) -> None:
+        """Says once why a layer that rests is computed for each probe."""
+        if why not in self._told:
+            self._told.add(why)
+            logger.warning("reuse=True: layers that do not move are computed for each probe, because %s", why)
+
+    def _see(self, *, useful: bool) -> None:
+        self._in_vain = -1 if useful or self._in_vain < 0 else self._in_vain + 1
+        if self._in_vain == PATIENCE and not self._told and not self.off:
+            self.tell("the first layer, or something before the layers, has moved in every step so far")
+
+
+@dataclass
+class Probe:
+    """One probe.
+
+    Attributes:
+        resting: how many layers come before the first one that it moves.
+        group: probes of one group call the layers with the same arguments.
+        calls: number of calls of each layer so far.
+        skipped: layers of which it has used a record.
+        recorded: whether it has made a record.
+    """
+
+    resting: int
+    group: int
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    skipped: set[nn.Module] = field(default_factory=set)
+    recorded: bool = False
+
+
+class Run:
+    """The probes of a measurement.
+
+    Attributes:
+        records: by group, layer and number of the call.
+        ended: whether the remaining probes compute everything.
+        probe: the one that has the turn.
+    """
+
+    def __init__(self, reuse: Reuse, probes: Sequence[Probe]):
+        self.reuse, self.probes = reuse, probes
+        self.places = {layer: place for place, layer in enumerate(reuse.slots)}
+        self.records: dict[tuple[int, nn.Module, int], Record] = {}
+        self.ended = False
+        self.probe: Probe | None = None
+        self._thread = 0
+
+    @property
+    def skipped(self) -> set[nn.Module]:
+        """The layers of which any probe has used a record."""
+        return set[nn.Module]().union(*(probe.skipped for probe in self.probes))
+
+    def turn(self, index: int) -> None:
+        """Called when a probe gets its turn, in its thread: calls of layers belong to it until the next turn."""
+        self.probe, self._thread = self.probes[index], threading.get_ident()
+
+    def call(self, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Returns what ``forward`` would return."""
+        probe = self.probe
+        elsewhere = threading.get_ident() != self._thread or torch.is_grad_enabled() or transformed()
+        if probe is None or self.places[layer] >= probe.resting or elsewhere:
+            return forward(*args, **kwargs)
+        key = probe.group, layer, probe.calls[layer]
+        probe.calls[layer] += 1
+        new: Record | None = None
+        with torch.DisableTorchFunction():
+            try:
+                new = Record(layer, (args, kwargs), self.reuse.state.moving)
+            except Unfit as why:
+                self.reuse.tell(str(why))
+            known = self.records.get(key)
+            if new is not None and known is not None and known.matches(new):
+                probe.skipped.add(layer)
+                set_rng_state(known.after)
+                return known.again()
+        result = forward(*args, **kwargs)
+        if new is not None:
+            with torch.DisableTorchFunction():
+                try:
+                    new.complete(result)
+                    self.records[key] = new
+                    probe.recorded = True
+                except Unfit as why:
+                    self.records.pop(key, None)
+                    self.reuse.tell(str(why))
+        return result
+
+
+def _slots_in(layer: nn.Module, slots: Sequence[Slot]) -> list[Slot]:
+    """The slots that a layer holds, or sees a part of."""
+    parts = set(layer.modules())
+    held = {id(v) for part in parts for v in (*part.parameters(False), *part.buffers(False), *vars(part).values())}
+    return [s for s in slots if not parts.isdisjoint(s.modules) or any(id(t) in held for t in s.tensors)]
+
+
+@lru_cache(maxsize=64)
+def _watched(cls: Any) -> type:
+    """The class of layers whose calls go through a `Run`. An attribute in its place would go along with a copy."""
+
+    @wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        layer, run = RUNS.get(id(self), (None, None))
+        own = partial(cls.forward, self)
+        return own(*args, **kwargs) if run is None or layer is not self else run.call(self, own, args, kwargs)
+
+    names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    made: type = type(cls)(cls.__name__, (cls,), names)
+    return made
