@@ -158,7 +158,8 @@ class ZeroOrder(TrainedModel):
         Args:
             closure: runs the model and returns the loss, one number. It is called once per probe
                 (twice, by default; in the first step once more, to check that it returns the same loss at the
-                same weights) and has to use the same batch each time.
+                same weights; with ``reuse`` also where layers are skipped for the first time) and has to use the same
+                batch each time.
 
         Returns:
             The record of the step; as a float, the mean loss over the probes. The weights are final.
