@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from hf_helpers import arguments, texts
 from models import FAMILIES, closure, tiny
 from torch import Tensor, nn
 from traces import weights
 
+from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import ESTIMATORS, ConfigError, Point, ZeroOrder
 from zo_core.probing.reuse import PATIENCE, Reuse
 
@@ -447,3 +449,19 @@ def test_an_exception_and_a_coroutine_leave_ordinary_layers() -> None:
         zo.step(fails)
     zo.step(waits)
     assert {type(layer) for layer in model.layers} == {Layer}
+
+
+def test_under_the_trainer(tmp_path: Path) -> None:
+    def trained(reuse: bool) -> tuple[dict[str, Tensor], Any]:
+        model = tiny("llama", layers=3)
+        model.requires_grad_(False)
+        model.model.layers[-1].requires_grad_(True)
+        args = arguments(tmp_path, cls=ZOTrainingArguments, zo_reuse=reuse, gradient_accumulation_steps=2)
+        trainer = ZOTrainer(model=model, args=args, train_dataset=texts(16))
+        trainer.train()
+        return weights(model), trainer.zo.oracle.reuse
+
+    (one, nothing), (other, reuse) = trained(False), trained(True)
+    assert nothing is None
+    assert len(reuse.trusted) == 2
+    assert all(one[name].equal(other[name]) for name in one)
