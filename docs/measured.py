@@ -31,7 +31,7 @@ SHOWN = 30
 
 #: The parts of the page, and the results in each by how their names begin.
 PARTS = {
-    "Time of a step": ("step-overhead", "throughput", "host-overhead", "passes", "method-costs"),
+    "Time of a step": ("step-overhead", "throughput", "host-overhead", "passes", "method-costs", "feature-reuse"),
     "Larger than the device or the memory": ("offload", "opt-streamed", "int4-streamed"),
     "Memory": ("shared-memory", "estimate", "memory-over-steps", "int4-memory", "hybrid-memory"),
     "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning", "hybrid-learning"),
