@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ..dispatch import watchers
-from ..forward_state import INTERNAL
+from ..forward_state import HOOKS, INTERNAL
 from ..modes import moved_generators, rng_state, same_rng
 from ..stand_ins import same_bits
 from .function_mode import ProbeMode
@@ -108,8 +108,8 @@ def surroundings(layer: nn.Module, moving: Collection[int]) -> list[Any]:
     modes = [type(m) for m in _get_current_function_mode_stack() if not isinstance(m, (ProbeMode, FunctionalMode))]
     found: list[Any] = [casts, torch.get_default_dtype(), modes, len(watchers())]
     for part in layer.modules():
-        for hook in () if part is layer else (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
-            if not str(getattr(hook, "__module__", "")).startswith(OURS):
+        for hook in () if part is layer else (hook for name in HOOKS for hook in vars(part)[name].values()):
+            if callable(hook) and not str(getattr(hook, "__module__", "")).startswith(OURS):
                 raise Unfit(f"a {type(part).__name__} in {type(layer).__name__} has a hook")
         found += (part, part.training)
         attributes = [value for name, value in vars(part).items() if name not in INTERNAL]
