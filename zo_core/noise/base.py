@@ -143,8 +143,7 @@ class ElementNoise(Noise):
         raise NotImplementedError
 
     def direction(self, slot: str, shape: torch.Size, terms: Terms, passes: Passes = PLAIN) -> Direction:
-        how = passes.rounding_seed, passes.backend, passes.scaling
-        return Direction(self, slot, terms, *how, part=passes.part)
+        return Direction.of(self, slot, terms, passes)
 
     def words_of(self, shape: torch.Size) -> int:
         return -(-shape.numel() // self.values_per_word)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -117,6 +118,12 @@ class Passes:
     thresholds: MutableMapping[str, float] | None = None
     part: Part | None = None
 
+    @cached_property
+    def of_directions(self) -> dict[str, Any]:
+        """What a `Direction` of a whole slot has of these."""
+        how = {"rounding_seed": self.rounding_seed, "backend": self.backend, "scaling": self.scaling}
+        return {**how, "part": self.part, "offset": None}
+
 
 #: Passes over ordinary weights, rounded to nearest.
 PLAIN = Passes()
@@ -174,8 +181,20 @@ class Direction:
 
     def scaled(self, factor: float) -> Direction:
         """The same direction with every coefficient multiplied by ``factor``, in float64."""
-        terms = tuple((seed, c * factor) for seed, c in self.terms)
-        return replace(self, terms=terms)
+        return self.along(tuple([(seed, c * factor) for seed, c in self.terms]))
+
+    def along(self, terms: Terms) -> Self:
+        """The same direction with other terms. `dataclasses.replace` takes ten times as long."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, terms=terms)
+        return other
+
+    @staticmethod
+    def of(noise: Elements, slot: str, terms: Terms, passes: Passes) -> Direction:
+        """A direction whose passes are computed in this way, in a fifth of the time: a step makes three per tensor."""
+        made = object.__new__(Direction)
+        made.__dict__.update(noise=noise, slot=slot, terms=terms, **passes.of_directions)
+        return made
 
     def keys(self) -> list[tuple[Key, float]]:
         """Stream key and float32 coefficient of each term."""
