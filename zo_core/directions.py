@@ -57,7 +57,7 @@ class Directions:
         """What multiplies the coefficients of a step: learning rates, weight decays, and ratios of eps."""
         groups, factor = self.optimizer.param_groups, self.optimizer.factor
         rates = [number(group, "lr", 0.0) * factor for group in groups]
-        return [*rates, *map(_decay, groups), *self.ratios(slots).values()]
+        return [*rates, *map(_decay, groups), *set(self.ratios(slots).values())]
 
     def unit(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""

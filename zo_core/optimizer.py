@@ -99,6 +99,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             ConfigError: a group has a hyperparameter that is not a number.
         """
         self.check_numbers()
+        if len(self.param_groups) == 1:  # this is asked several times at every step
+            return dict.fromkeys(slots, self.param_groups[0])
         by_tensor = {id(tensor): group for group in self.param_groups for tensor in group["params"]}
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
 

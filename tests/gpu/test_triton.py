@@ -80,8 +80,9 @@ def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of passes in every launch."""
     seen: list[int] = []
-    launch = triton_backend._launch
-    monkeypatch.setattr(triton_backend, "_launch", lambda v, group: (seen.append(len(group)), launch(v, group)))
+    one, rows = triton_backend._launch_one, triton_backend._launch_rows
+    monkeypatch.setattr(triton_backend, "_launch_one", lambda v, work: (seen.append(1), one(v, work)))
+    monkeypatch.setattr(triton_backend, "_launch_rows", lambda v, n, count, p: (seen.append(count), rows(v, n, count, p)))
     return seen
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -74,9 +73,15 @@ class Pass(NamedTuple):
 
 def fused_backend(name: str, theta: Tensor) -> Any:
     """The module with the fused passes for ``theta``, or None for the eager ones."""
-    modules = {"triton": (".triton_backend", theta.is_cuda), "compile": (".compile_backend", theta.numel() > 0)}
-    module, usable = modules.get(name, ("", False))
-    return importlib.import_module(module, __package__) if usable else None
+    if name == "triton" and theta.is_cuda:
+        from . import triton_backend
+
+        return triton_backend
+    if name == "compile" and theta.numel():
+        from . import compile_backend
+
+        return compile_backend
+    return None
 
 
 def fused(one: Pass) -> bool:
@@ -96,6 +101,29 @@ def fused(one: Pass) -> bool:
     if able:
         backend.run([one])
     return able
+
+
+def add_all(directions: Sequence[Any], thetas: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """``out = round(theta + s)`` of several tensors of one device, as `Direction.add_to` does each.
+
+    Args:
+        directions: a `Direction` for each tensor.
+        thetas: the weights. None of them shares memory with another one, or with an ``out``.
+        outs: where the results go.
+    """
+    backend = fused_backend(directions[0].backend, thetas[0])
+    if backend is not None and directions[0].backend == "triton":
+        if backend.add_alike(directions, thetas, outs):
+            return
+        pairs = zip(thetas, directions, outs, strict=True)
+        passes = [Pass(theta, direction, ADDITION, out) for theta, direction, out in pairs]
+        if all(one.direction.part is None and backend.supports(one) for one in passes):
+            flush()
+            backend.run(passes)
+            return
+    with together(apart=True):
+        for direction, theta, out in zip(directions, thetas, outs, strict=True):
+            direction.add_to(theta, out=out)
 
 
 def flat(tensor: Tensor) -> Tensor:

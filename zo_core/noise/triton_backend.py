@@ -7,29 +7,41 @@ row of a table, which a kernel fetches out of page-locked memory.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial, reduce
+from itertools import accumulate
+from operator import or_
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..cache import kept_for_a_step
 from ..dispatch import declare, watchers
 from .changes import ADDITION, Change, Pass, flat_target
 from .direction import Direction, float32
 from .gaussian import Gaussian, table
-from .hashing import sent
+from .hashing import DIRECTION, sent, stream_key
 from .mailbox import HALF, mailbox
 from .rademacher import Rademacher, float_bits
 from .rounding import DROPPED_BITS
 from .triton_kernels import (
     ABSOLUTE,
     ADD,
+    BETA,
     BLOCK,
+    COUNT,
+    DECAY,
+    LIMIT,
     MOMENTUM,
+    OUT,
     RELATIVE,
     SIGN,
+    TERM,
+    THETA,
     WEIGHTS,
     add_kernel,
     fetch_kernel,
@@ -94,14 +106,7 @@ def run(passes: Sequence[Pass]) -> None:
         passes: none of them writes what another one reads or writes; ``theta`` is ``out``, or shares no memory with
             it. Weights may have any shape and strides. (They are on the CPU under ``TRITON_INTERPRET=1``.)
     """
-    groups: dict[Variant, list[Work]] = {}
-    for one in passes:
-        if one.theta.numel():
-            # A kernel counts in elements from the first address, so what has gaps is copied.
-            target = one.out if one.out.is_contiguous() else flat_target(one.theta, one.out)
-            work = Work(one, one.theta.contiguous(), target)
-            groups.setdefault(_variant(work), []).append(work)
-    for variant, group in groups.items():
+    for variant, group in _alike(passes).items():
         try:
             if _failed and variant in _failed:
                 raise RuntimeError
@@ -121,24 +126,112 @@ def run(passes: Sequence[Pass]) -> None:
                 work.done.out.copy_(work.target.view(work.done.out.shape))
 
 
+def add_alike(directions: Sequence[Direction], sources: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
+    """``target = round(source + s)`` in one launch, for the weights of a layer along one term.
+
+    The bits are those of `run`, which takes Python several times as long: here tensors are only looked at, and what is
+    the same at every step, or for both probes of a direction, is at hand.
+
+    Args:
+        directions: of each tensor.
+        sources: contiguous weights, none of which shares memory with another one, or with a target.
+        targets: contiguous, of the same shapes.
+
+    Returns:
+        Whether it was done. It was not if the tensors are of several kinds, or their places not multiples of 16.
+    """
+    first, dtype = directions[0], sources[0].dtype
+    noise, terms = first.noise, first.terms
+    if type(first) is not Direction or len(terms) != 1 or not supports(Pass(sources[0], first, ADDITION, targets[0])):
+        return False
+    for direction, source in zip(directions, sources, strict=True):
+        one = direction.noise is noise and direction.terms == terms and type(direction) is Direction
+        odd = direction.scaling or direction.part or direction.rounding_seed is not None or direction.offset is not None
+        if not one or odd or source.dtype != dtype:
+            return False
+    here, there = [source.data_ptr() for source in sources], [target.data_ptr() for target in targets]
+    counts = tuple([source.numel() for source in sources])
+    if reduce(or_, (*here, *there, *counts)) % 16 or not all(counts):
+        return False
+    variant = Variant(sources[0].device, dtype, type(noise) is Gaussian, 1, ADD, WEIGHTS, False, 0, True)
+    if variant in _failed:
+        return False
+    ((seed, c),) = terms
+    firsts, empty, programs = _additions(counts)
+    rows = empty.copy()
+    rows[:, THETA], rows[:, OUT] = here, there
+    rows[:, TERM : TERM + 2] = _keys(seed, tuple([direction.slot for direction in directions]))
+    rows[:, TERM + 2] = float_bits(float32(c))
+    declare(sources, targets)
+    try:
+        with torch.cuda.device_of(sources[0]):
+            _launch_rows(variant, np.concatenate((firsts, rows.reshape(-1))), len(counts), programs)
+    except Exception:
+        return False  # `run` fails, too, says so, and does it eagerly
+    return True
+
+
+@lru_cache(maxsize=256)
+def _additions(counts: tuple[int, ...]) -> tuple[Any, Any, int]:
+    """For tensors of these sizes, the first program of each, their rows without places and terms, and all programs."""
+    programs = [-(-count // BLOCK) for count in counts]
+    rows = np.zeros((len(counts), TERM + 3), np.int64)
+    rows[:, COUNT] = counts
+    rows[:, DECAY : BETA + 1] = _ADDITION
+    rows[:, LIMIT] = _NO_LIMIT
+    return np.array([0, *accumulate(programs[:-1])], np.int64), rows, sum(programs)
+
+
+@kept_for_a_step
+def _keys(seed: int, slots: tuple[str, ...]) -> Any:
+    """The keys of several slots in a direction, ``[len(slots), 2]``."""
+    return np.array([stream_key(seed, slot, DIRECTION) for slot in slots], np.int64)
+
+
 def try_out(device: torch.device) -> None:
     """Compiles a kernel and runs it; raises whatever prevents that."""
     zeros = torch.zeros(32, device=device)
-    work = Work(Pass(zeros, Direction(Rademacher(), "trial", ((0, 1.0),)), Change(), zeros), zeros, zeros)
-    _launch(_variant(work), [work])
+    trial = Pass(zeros, Direction(Rademacher(), "trial", ((0, 1.0),)), Change(), zeros)
+    for variant, group in _alike([trial]).items():
+        _launch(variant, group)
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'without a message').splitlines()[0]}"
 
 
-def _variant(work: Work) -> Variant:
+def _alike(passes: Sequence[Pass]) -> dict[Variant, list[Work]]:
+    """The passes, by the kernel that does them."""
+    groups: dict[Variant, list[Work]] = {}
+    known: dict[tuple[Any, ...], list[Work]] = {}
+    for one in passes:
+        theta, direction, change, out = one
+        count = theta.numel()
+        if not count:
+            continue
+        # A kernel counts in elements from the first address, so what has gaps is copied.
+        source, target = theta.contiguous(), out if out.is_contiguous() else flat_target(theta, out)
+        numbers = count | source.data_ptr() | target.data_ptr()
+        if change.momentum is not None:
+            numbers |= change.momentum.data_ptr()
+        work, even = Work(one, source, target), numbers % 16 == 0
+        if type(direction) is not Direction:
+            groups.setdefault(_variant(work, even), []).append(work)
+            continue
+        # What a variant depends on and is at hand: to make one takes several times as long, and most are the same.
+        scaling, rounds, terms = direction.scaling, direction.rounding_seed is not None, len(direction.terms)
+        like = theta.get_device(), theta.dtype, type(direction.noise), terms, change.kind, id(scaling), rounds, even
+        group = known.get(like)
+        if group is None:
+            group = known[like] = groups.setdefault(_variant(work, even), [])
+        group.append(work)
+    return groups
+
+
+def _variant(work: Work, even: bool) -> Variant:
     direction: Direction
     theta, direction, change, _ = work.done
     dtype, scaling = theta.dtype, direction.scaling
-    addresses = work.source.data_ptr() | work.target.data_ptr()
-    if change.momentum is not None:
-        addresses |= change.momentum.data_ptr()
     return Variant(
         theta.device,
         dtype,
@@ -148,7 +241,7 @@ def _variant(work: Work) -> Variant:
         WEIGHTS if scaling is None else RELATIVE if scaling.relative else ABSOLUTE,
         direction.limit(theta) != float("inf"),
         0 if direction.rounding_key(dtype) is None else DROPPED_BITS[dtype],
-        (work.source.numel() | addresses) % 16 == 0,
+        even,
     )
 
 
@@ -195,15 +288,22 @@ def _launch_one(variant: Variant, work: Work) -> None:
 
 
 def _launch_table(variant: Variant, group: Sequence[Work]) -> None:
-    firsts, programs = [], 0
+    firsts, rows, programs = [], list[int](), 0
+    bits: dict[float, int] = {}
     for work in group:
+        count = work.source.numel()
         firsts.append(programs)
-        programs += -(-work.source.numel() // BLOCK)
-    values = _on_device(firsts + [value for work in group for value in _row(work)], variant.device)
+        programs += -(-count // BLOCK)
+        rows += _row(work, count, bits)
+    _launch_rows(variant, firsts + rows, len(group), programs)
+
+
+def _launch_rows(variant: Variant, numbers: Any, count: int, programs: int) -> None:
+    """Launches the kernel of a table: the first program of each of ``count`` rows, and then the rows."""
     table_kernel[(programs,)](
-        values,
-        len(group),
-        (len(group) - 1).bit_length(),
+        _on_device(numbers, variant.device),
+        count,
+        (count - 1).bit_length(),
         variant.terms,
         TERMS=variant.terms if variant.terms <= MAX_UNROLLED else 0,
         KIND=variant.kind,
@@ -215,7 +315,7 @@ def _launch_table(variant: Variant, group: Sequence[Work]) -> None:
     )
 
 
-def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+def _on_device(numbers: Any, device: torch.device) -> Tensor:
     """The numbers as int64, without the copy engine, unless they are very many."""
     if device.type != "cuda" or len(numbers) > HALF:
         return sent(numbers, device, torch.int64)
@@ -235,22 +335,26 @@ def _numbers(change: Change) -> tuple[int, int, int]:
 
 
 _ADDITION = _numbers(ADDITION)
+_NO_LIMIT, _NO_ROUNDING = float_bits(math.inf), (0, 0)
 
 
-def _row(work: Work) -> list[int]:
-    """A row of the table; see the columns of `triton_kernels`."""
+def _row(work: Work, count: int, bits: dict[float, int]) -> list[int]:
+    """A row of the table; see the columns of `triton_kernels`. ``bits`` keeps those of coefficients, mostly the same."""
     direction: Direction
     theta, direction, change, _ = work.done
-    row = [
-        work.source.data_ptr(),
-        work.target.data_ptr(),
-        0 if change.momentum is None else change.momentum.data_ptr(),
-        work.source.numel(),
-        *(_ADDITION if change is ADDITION else _numbers(change)),
-        float_bits(direction.limit(theta)),
-        0 if direction.scaling is None else float_bits(float32(direction.scaling.floor)),
-        *(direction.rounding_key(theta.dtype) or (0, 0)),
-    ]
-    for key, c in direction.keys():  # noqa: SIM118 (no dictionary)
-        row += [*key, float_bits(c)]
+    momentum, scaling = change.momentum, direction.scaling
+    row = [work.source.data_ptr(), work.target.data_ptr(), 0 if momentum is None else momentum.data_ptr(), count]
+    row += _ADDITION if change is ADDITION else _numbers(change)
+    row.append(_NO_LIMIT if type(direction) is Direction else float_bits(direction.limit(theta)))
+    row.append(0 if scaling is None else float_bits(float32(scaling.floor)))
+    row += direction.rounding_key(theta.dtype) or _NO_ROUNDING
+    slot = direction.slot
+    for seed, c in direction.terms:
+        row += stream_key(seed, slot, DIRECTION)
+        found = bits.get(c)
+        if found is None:
+            found = float_bits(float32(c))
+            if c:  # 0.0 and -0.0 are one key
+                bits[c] = found
+        row.append(found)
     return row

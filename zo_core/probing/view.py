@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..noise import Direction
-from ..noise.changes import together
+from ..noise.changes import add_all
 from ..records import Point
 from ..targets import Slot
 from .function_mode import ProbeMode
@@ -175,17 +175,17 @@ class ProbeView:
         self.given = True
         owner, point = self.owner, self.point
         with torch.DisableTorchFunction():
-            copies = values = [self.original(slot) for slot in layer.own]
+            own = layer.own
+            copies = values = [self.original(slot) for slot in own]
             if owner.moves(point):
                 copies = owner.pool.take_all(values)
-                with together(apart=True):  # slots have memory of their own, and so have the copies
-                    for index, slot in enumerate(layer.own):
-                        direction = owner.direction(slot, point)
-                        if direction.still:
-                            copies[index] = values[index]
-                        else:
-                            direction.add_to(values[index], out=copies[index])
-            for slot, shown in zip(layer.own, copies, strict=True):
+                directions = [owner.direction(slot, point) for slot in own]
+                moves = [each for each in zip(directions, values, copies, strict=True) if not each[0].still]
+                if moves:
+                    add_all(*zip(*moves, strict=True))
+                if len(moves) < len(own):
+                    copies = [v if d.still else c for d, v, c in zip(directions, values, copies, strict=True)]
+            for slot, shown in zip(own, copies, strict=True):
                 for tensor in slot.tensors:
                     tensor.data = shown
         for identity in layer.places:

@@ -99,10 +99,14 @@ class Places:
         """
         home = self.home(slot)
         if home is None:
-            state = self.states[slot.tensor]
-            work(slot.tensor.data, state)
-            if not state:
-                del self.states[slot.tensor]
+            tensor = slot.tensor
+            known = self.states.get(tensor)
+            state: State = {} if known is None else known
+            work(tensor.data, state)
+            if state and known is None:
+                self.states[tensor] = state
+            elif known is not None and not state:
+                del self.states[tensor]
             return
         block, name = home
         keys = {kind: key for kind, (key, _) in self._kept.get(slot, {}).items()}
