@@ -65,7 +65,12 @@ class Directions:
 
     def probe(self, updater: Updater, slot: Slot, point: Point) -> Direction:
         """What is added to a slot's weights in memory to measure at a point."""
-        return self._at(updater, slot, [point])
+        plan = self.plan
+        if plan is None or plan is not self._of or plan.probes:
+            return self._at(updater, slot, [point])
+        terms = ((point.seed, point.scale * plan.ratios[slot]),)  # as `_at`, for each tensor of each probe
+        assert self._thresholds is not None
+        return updater.effective(self._along(slot, terms, None, self._thresholds))
 
     def alternatives(self, updater: Updater, slot: Slot, points: Sequence[Point]) -> Alternatives:
         """As `probe`, for each of several points."""
@@ -95,11 +100,16 @@ class Directions:
         """The moves of the slots in a step with these probes, with the current hyperparameters of their groups."""
         groups = self.optimizer.groups_of(slots)
         factor = self.optimizer.factor
-        how = {
-            id(group): (self.relative_eps(group), number(group, "lr", math.nan) * factor, _decay(group))
-            for group in self.optimizer.param_groups
-        }
-        return [self.move(slot, probes, *how[id(group)]) for slot, group in groups.items()]
+        how: dict[int, tuple[Terms, float, float]] = {}
+        for group in self.optimizer.param_groups:
+            decay = _decay(group) / self.noise.share_in(len(probes))
+            how[id(group)] = _shared(probes, self.relative_eps(group)), number(group, "lr", math.nan) * factor, decay
+        rounding, thresholds = probes[0].seed if self.stochastic else None, self.optimizer.thresholds
+        found: list[Move] = []
+        for slot, group in groups.items():
+            terms, lr, decay = how[id(group)]
+            found.append((slot, self._along(slot, terms, rounding, thresholds), lr, decay))
+        return found
 
     def move(self, slot: Slot, probes: tuple[Probe, ...], ratio: float, lr: float, weight_decay: float) -> Move:
         """The move of a slot in a step with these probes.
@@ -112,7 +122,7 @@ class Directions:
             lr: learning rate of the group.
             weight_decay: weight decay of the group.
         """
-        terms = tuple([(probe.seed, probe.coefficient / ratio) for probe in probes])
+        terms = _shared(probes, ratio)
         direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)
         return slot, direction, lr, weight_decay / self.noise.share_in(len(probes))
 
@@ -132,6 +142,11 @@ class Directions:
             passes = Passes(rounding, self.backend, slot.scaling, thresholds, slot.part)
             self._passes[alike] = passes
         return self.noise.direction(slot.key, slot.shape, terms, passes)
+
+
+def _shared(probes: Sequence[Probe], ratio: float) -> Terms:
+    """The terms of an update for all slots of a group with this `Directions.relative_eps`."""
+    return tuple([(probe.seed, probe.coefficient / ratio) for probe in probes])
 
 
 def _decay(group: dict[str, Any]) -> float:

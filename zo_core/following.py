@@ -19,9 +19,7 @@ logger = logging.getLogger(__name__)
 @as_it_lies
 def trainable(model: nn.Module) -> list[Tensor]:
     """The parameters that require a gradient at the moment; of DTensors, what this process holds."""
-    # As `nn.Module.parameters`, which asks every tensor for its hash, in a fifth of the time: this is done at every step.
-    found = {id(each): each for module in model.modules() for each in module._parameters.values() if each is not None}
-    return [held(parameter) for parameter in found.values() if parameter.requires_grad]
+    return [held(parameter) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def follow_model(engine: Running) -> None:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from zo_core import ZeroOrder
 from zo_core.noise import Direction, Gaussian, Rademacher, changes
-from zo_core.noise.changes import Change, Pass, flush, together
+from zo_core.noise.changes import Change, Pass, add_all, flush, together
 from zo_core.noise.direction import Scaling, float32
 from zo_core.noise.hashing import rounding_bits, words
 from zo_core.noise.mailbox import Mailbox
+from zo_core.noise.parts import Part
 from zo_core.noise.sparse import SparseDirection
 from zo_core.rules import Momentum, Sgd, Sign
 
@@ -273,6 +274,60 @@ def test_both_copies_of_many_tensors_take_one_launch(launches: list[int]) -> Non
     for (sign, made), (index, theta) in itertools.product(zip((1.0, -1.0), copies, strict=True), enumerate(slots)):
         along = replace(direction("rademacher", 1, None, str(index)).scaled(sign), backend="eager")
         assert same(along.add_to(theta.cpu().clone()), made[index])
+
+
+def one_of(sizes: list[int], index: int, **changes: Any) -> tuple[list[Tensor], list[Direction]]:
+    """The weights of a layer and their directions, of which one is changed."""
+    values = [weights(torch.bfloat16, size) for size in sizes]
+    along = [direction("rademacher", 1, None, f"layer.{at}") for at in range(len(sizes))]
+    along[index] = replace(along[index], **changes)
+    return values, along
+
+
+MASKED = masked(direction("rademacher", 1, None, "layer.1"), 0.3)
+LAYERS: dict[str, tuple[list[Tensor], list[Direction]]] = {
+    "all alike": one_of([2048, 16, 1040], 0),
+    "an odd size": one_of([2048, 17, 1040], 0),
+    "nothing in one": one_of([2048, 0, 1040], 0),
+    "two dtypes": ([weights(torch.float32, 64), *one_of([16, 32], 0)[0]], one_of([64, 16, 32], 0)[1]),
+    "an address between": one_of([32, 16, 32], 0),
+    "a scaling": one_of([16, 32, 48], 1, scaling=SCALINGS[1]),
+    "a part": one_of([16, 32, 48], 1, part=Part(torch.Size([4, 32]), (1, 0), (1, 32))),
+    "stochastic rounding": one_of([16, 32, 48], 1, rounding_seed=7),
+    "another noise": one_of([16, 32, 48], 1, noise=NOISES["gaussian"]),
+    "another coefficient": one_of([16, 32, 48], 1, terms=((9, -1e-2),)),
+    "two terms": one_of([16, 32, 48], 1, terms=terms(2)),
+    "a limit": (one_of([16, 32, 48], 0)[0], [*one_of([16, 32, 48], 0)[1][:1], MASKED, *one_of([16, 32, 48], 0)[1][2:]]),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_has_the_copies_of_its_tensors(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows that are prepared where all are alike, and otherwise in those that `run` makes."""
+    values, along = LAYERS[case]
+    ran: list[int] = []
+    run = triton_backend.run
+    monkeypatch.setattr(triton_backend, "run", lambda passes: (ran.append(len(passes)), run(passes)))
+    sources = [torch.cat([value[:1], value]).to(DEVICE)[1:] if "between" in case else value.to(DEVICE) for value in values]
+    there = [torch.empty_like(source) for source in sources]
+    add_all(along, sources, there)
+    assert bool(ran) is (case != "all alike")
+    for value, one, found in zip(values, along, there, strict=True):
+        assert same(replace(one, backend="eager").add_to(value.clone()), found)
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_prepared_rows_are_those_that_any_pass_has(noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[list[int]] = []
+    monkeypatch.setattr(triton_backend, "_launch_rows", lambda v, numbers, *much: rows.append([v, *much, *numbers]))
+    sources = [weights(torch.float16, 16 * size).to(DEVICE) for size in (70, 1, 65)]
+    there = [torch.empty_like(theta) for theta in sources]
+    for seed, c in ((3, 1e-3), (3, -1e-3), (2**62, 0.0), (2**62, -0.0)):
+        along = [Direction(NOISES[noise], str(at), ((seed, c),), None, "triton") for at in range(3)]
+        assert triton_backend.add_alike(along, sources, there)
+        triton_backend.run([Pass(*one) for one in zip(sources, along, [Change()] * 3, there, strict=True)])
+    assert len(rows) == 8
+    assert rows[::2] == rows[1::2]
 
 
 def test_what_reads_the_weights_of_an_earlier_pass_sees_what_it_wrote(launches: list[int]) -> None:

@@ -190,14 +190,16 @@ class Waiting:
         if self.apart:
             self.passes.append(one)
             return
-        theta, out = _span(one.theta), _span(one.out)
+        out = _span(one.out)
         spans = [(*out, False)]
-        if theta != out:
+        if one.theta is not one.out and (theta := _span(one.theta)) != out:
             spans.append((*theta, True))
         if one.change.momentum is not None:
             spans.append((*_span(one.change.momentum), False))
-        if any(self._meets(span) for span in spans):
-            self.run()
+        for span in spans:
+            if self._meets(span):
+                self.run()
+                break
         for span in spans:
             at = bisect_left(self.spans, span)
             if self.spans[at : at + 1] != [span]:
@@ -206,6 +208,8 @@ class Waiting:
 
     def _meets(self, span: tuple[int, int, bool]) -> bool:
         first, end, only_read = span
+        if not self.spans or self.spans[-1][1] <= first:  # as usual: a model's weights were allocated in this order
+            return False
         at = bisect_left(self.spans, (first, -1, False))
         before, after = self.spans[at - 1 : at] if at else [], self.spans[at : at + 1]
         if only_read and after == [span]:
