@@ -43,10 +43,12 @@ if [ "$dry" ]; then
     steps=(--sizes tiny --tokens 16 --rounds 1) overhead=(--tokens 8 --rounds 1 --backends eager) megabytes=1
     big=(tiny) short=(--tokens 16 --rounds 1) passes=(--elements 4096 --small 2 --rounds 1)
     int4=(--size tiny --tokens 16 --rounds 1)
+    host=(--layers 2 --repeats 2)
     few=0 many=0 races=(-m 'not gpu' -k misses tests/laws/test_races.py) # on the simulated device
 else
     steps=(--sizes 1.3b 6.7b --profile --save) overhead=(--backends eager triton --rounds 5 --save) megabytes=512
     big=(13b) short=(--rounds 3 --save) passes=(--save) int4=(--size 6.7b --layers 8 --rounds 3 --save)
+    host=(--layers 24 --repeats 10 --save)
     few=4 many=8 races=(tests/gpu/test_races_cuda.py)
     part device 20 nvidia-smi
     part quickstart 120 $python examples/quickstart.py &
@@ -56,9 +58,11 @@ import accelerate, lightning, torch, transformers
 for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)" &
 part tests-kernels 150 bash -c 'tests "$@"' tests -n $many tests/gpu/test_triton.py &
 part tests-offload 150 bash -c 'tests "$@"' tests -n $few tests/gpu/test_offload_cuda.py tests/gpu/test_shared_blocks_cuda.py &
+part tests-methods 90 bash -c 'tests "$@"' tests -n $((few / 2)) tests/gpu/test_methods_cuda.py &
 part races 60 bash -c 'tests "$@"' tests -n $few "${races[@]}" &
 wait
 part link 30 $python -m benchmarks.link --megabytes $megabytes
+part host 30 $python -m benchmarks.host_overhead "${host[@]}"
 part passes 60 $python -m benchmarks.passes "${passes[@]}"
 part overhead-float32 60 $python -m benchmarks.step_overhead --dtype float32 "${overhead[@]}"
 part overhead-bfloat16 60 $python -m benchmarks.step_overhead --dtype bfloat16 "${overhead[@]}"

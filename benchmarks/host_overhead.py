@@ -2,7 +2,8 @@
 
 On a GPU this Python runs beside the kernels, and decides the time of a step for models of up to a few billion
 parameters. It needs no GPU to be measured: the passes over the weights are replaced by nothing, and the model's own
-forward is measured and subtracted. What is measured is the processor time of all threads, of which other programs on
+forward is measured and subtracted. What it takes to prepare passes for Triton's kernels is measured apart, with
+launches that do nothing. What is measured is the processor time of all threads, of which other programs on
 the machine take none; what a thread waits for another one is not in it.
 
     python -m benchmarks.host_overhead                     # 12, 24 and 48 layers
@@ -15,12 +16,15 @@ Layers are copied at once, as on a GPU; see `zo_core.probing.layers.MODULE_BY_MO
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -33,7 +37,7 @@ from zo_core.noise import Direction
 from .report import save
 
 CPU = torch.device("cpu")
-COLUMNS = ["layers", "plain forward", "hooks and mode", "handing over", "step, resident", "step, streamed"]
+COLUMNS = ["layers", "plain forward", "hooks and mode", "handing over", "kernels", "step, resident", "step, streamed"]
 HIDDEN, LENGTH, VOCABULARY = 32, 8, 64
 
 
@@ -65,6 +69,36 @@ def without_noise() -> Iterator[None]:
 
 
 @contextmanager
+def without_launches() -> Iterator[None]:
+    """A context in which passes are prepared for Triton's kernels, whose launches move nothing."""
+    from zo_core.noise import changes, triton_backend
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    launch, add_alike = triton_backend._launch, getattr(triton_backend, "add_alike", None)
+
+    def leave(variant: Any, group: Any) -> None:
+        launch(variant, group)
+        for work in group:
+            if work.target is not work.source:
+                work.target.copy_(work.source)
+
+    def leave_alike(directions: Any, sources: Any, targets: Any) -> bool:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+        return bool(add_alike(directions, sources, targets))
+
+    with (
+        patch.object(changes, "fused_backend", lambda *_: triton_backend),
+        patch.multiple(triton_backend, add_kernel=Kernel(), table_kernel=Kernel(), _launch=leave),
+        patch.multiple(triton_backend, **({} if add_alike is None else {"add_alike": leave_alike})),
+    ):
+        yield
+
+
+@contextmanager
 def at_once() -> Iterator[None]:
     """A context in which layers are copied at once, as on a GPU; another checkout may not know of that."""
     module = sys.modules.get("zo_core.probing.layers")
@@ -83,11 +117,16 @@ def processor_time(run: Callable[[], object]) -> float:
 
 
 def times(layers: int, repeats: int) -> list[float]:
-    """Milliseconds per layer: a plain forward, a resident step, and a streamed step (lowest, interleaved)."""
+    """Milliseconds per layer: a plain forward, a resident step, and a streamed step, and a resident one with kernels.
+
+    The lowest of runs that take turns; without Triton the last one is NaN.
+    """
     ids = torch.arange(LENGTH)[None]
-    models = [model_of(layers) for _ in range(3)]
-    resident = ZeroOrder(models[1], lr=1e-9, brake=None)
-    streamed = ZeroOrder(models[2], lr=1e-9, brake=None, offload="cpu")
+    models = [model_of(layers) for _ in range(4)]
+    resident, prepared = (ZeroOrder(model, lr=1e-9, brake=None) for model in models[1:3])
+    streamed = ZeroOrder(models[3], lr=1e-9, brake=None, offload="cpu")
+    prepared.directions.backend = "triton"
+    kernels = without_launches if find_spec("triton") else without_noise
 
     def loss(model: nn.Module) -> Tensor:
         found: Tensor = model(input_ids=ids, labels=ids).loss
@@ -97,26 +136,35 @@ def times(layers: int, repeats: int) -> list[float]:
         with torch.no_grad():
             loss(models[0])
 
-    runs: list[Callable[[], object]] = [
-        plain,
-        lambda: resident.step(lambda: loss(models[1])),
-        lambda: streamed.step(lambda: loss(models[2])),
-    ]
+    def step(zo: ZeroOrder) -> None:
+        with without_noise():
+            zo.step(lambda: loss(zo.model))
+
+    def with_kernels() -> None:
+        with kernels():
+            prepared.step(lambda: loss(prepared.model))
+
+    runs: list[Callable[[], object]] = [plain, lambda: step(resident), lambda: step(streamed), with_kernels]
     try:
         for run in runs * 3:  # the first steps look closely
             run()
         found = [[processor_time(run) for run in runs] for _ in range(repeats)]
     finally:
         streamed.close()
-    return [1e3 * min(column) / layers for column in zip(*found, strict=True)]
+    lowest = [1e3 * min(column) / layers for column in zip(*found, strict=True)]
+    return lowest if kernels is without_launches else [*lowest[:3], math.nan]
+
+
+def numbers_of(plain: float, resident: float, streamed: float, kernels: float) -> list[str]:
+    """The cells of a row, for two probes per step."""
+    numbers = plain, resident / 2 - plain, (streamed - resident) / 2, (kernels - resident) / 2, resident, streamed
+    return [f"{number:.3f}" for number in numbers]
 
 
 def row(layers: int, repeats: int) -> list[str]:
-    """A row of the table: two probes per step; "handing over" is what a streamed step takes beyond a resident one."""
-    with without_noise(), at_once():
-        plain, resident, streamed = times(layers, repeats)
-    numbers = plain, resident / 2 - plain, (streamed - resident) / 2, resident, streamed
-    return [str(layers), *(f"{number:.3f}" for number in numbers)]
+    """A row of the table; "handing over" and "kernels" are what such a step takes beyond a resident one."""
+    with at_once():
+        return [str(layers), *numbers_of(*times(layers, repeats))]
 
 
 #: Runs this very file among the packages of another checkout.
@@ -143,9 +191,8 @@ def beside(folder: str, layers: int, repeats: int, rounds: int) -> list[list[str
             found[name].append([float(cell) for cell in line.strip("| ").split(" | ")[1:]])
     rows = []
     for name, runs in found.items():
-        plain, _, _, resident, streamed = map(min, zip(*runs, strict=True))
-        numbers = plain, resident / 2 - plain, (streamed - resident) / 2, resident, streamed
-        rows.append([f"{layers}, {name}", *(f"{number:.3f}" for number in numbers)])
+        plain, _, _, kernels, resident, streamed = map(min, zip(*runs, strict=True))
+        rows.append([f"{layers}, {name}", *numbers_of(plain, resident, streamed, resident + 2 * kernels)])
     return rows
 
 

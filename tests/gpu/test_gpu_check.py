@@ -22,11 +22,13 @@ def test_dry_run(tmp_path: Path) -> None:
     run = subprocess.run([SCRIPT, tmp_path, "--dry-run"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     ended = (tmp_path / "summary").read_text().splitlines()
-    assert len(ended) == 12
+    assert len(ended) == 14
     assert all(line.endswith("right") for line in ended)
     said = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
     assert "zo step, streamed" in said["opt"]
     assert " passed" in said["races"]
+    assert "skipped" in said["tests-methods"]
+    assert "hooks and mode" in said["host"]
     for library in ("bitsandbytes", "torchao"):
         assert f"| {library} | zo step, resident |" in said["int4"] or f"{library} is not installed" in said["int4"]
 
@@ -36,7 +38,7 @@ def test_a_part_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None
     run = subprocess.run([SCRIPT, tmp_path, "--dry-run"], env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     ended = (tmp_path / "summary").read_text().splitlines()
-    assert len(ended) == 12
+    assert len(ended) == 14
     assert all(line.endswith("exit status 1") for line in ended)
 
 

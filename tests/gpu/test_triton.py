@@ -83,7 +83,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     one, rows = triton_backend._launch_one, triton_backend._launch_rows
     monkeypatch.setattr(triton_backend, "_launch_one", lambda v, work: (seen.append(1), one(v, work)))
-    monkeypatch.setattr(triton_backend, "_launch_rows", lambda v, n, count, p: (seen.append(count), rows(v, n, count, p)))
+    monkeypatch.setattr(
+        triton_backend, "_launch_rows", lambda v, n, count, p: (seen.append(count), rows(v, n, count, p))
+    )
     return seen
 
 
@@ -308,7 +310,9 @@ def test_a_layer_has_the_copies_of_its_tensors(case: str, monkeypatch: pytest.Mo
     ran: list[int] = []
     run = triton_backend.run
     monkeypatch.setattr(triton_backend, "run", lambda passes: (ran.append(len(passes)), run(passes)))
-    sources = [torch.cat([value[:1], value]).to(DEVICE)[1:] if "between" in case else value.to(DEVICE) for value in values]
+    sources = [
+        torch.cat([value[:1], value]).to(DEVICE)[1:] if "between" in case else value.to(DEVICE) for value in values
+    ]
     there = [torch.empty_like(source) for source in sources]
     add_all(along, sources, there)
     assert bool(ran) is (case != "all alike")

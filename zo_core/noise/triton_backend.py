@@ -339,7 +339,7 @@ _NO_LIMIT, _NO_ROUNDING = float_bits(math.inf), (0, 0)
 
 
 def _row(work: Work, count: int, bits: dict[float, int]) -> list[int]:
-    """A row of the table; see the columns of `triton_kernels`. ``bits`` keeps those of coefficients, mostly the same."""
+    """A row of the table; see the columns of `triton_kernels`. ``bits`` keeps those of coefficients."""
     direction: Direction
     theta, direction, change, _ = work.done
     momentum, scaling = change.momentum, direction.scaling
