@@ -90,10 +90,10 @@ def without_launches() -> Iterator[None]:
             target.copy_(source)
         return bool(add_alike(directions, sources, targets))
 
+    alike: dict[str, Any] = {} if add_alike is None else {"add_alike": leave_alike}  # another checkout may have none
     with (
         patch.object(changes, "fused_backend", lambda *_: triton_backend),
-        patch.multiple(triton_backend, add_kernel=Kernel(), table_kernel=Kernel(), _launch=leave),
-        patch.multiple(triton_backend, **({} if add_alike is None else {"add_alike": leave_alike})),
+        patch.multiple(triton_backend, add_kernel=Kernel(), table_kernel=Kernel(), _launch=leave, **alike),
     ):
         yield
 
