@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -74,13 +75,9 @@ class Pass(NamedTuple):
 def fused_backend(name: str, theta: Tensor) -> Any:
     """The module with the fused passes for ``theta``, or None for the eager ones."""
     if name == "triton" and theta.is_cuda:
-        from . import triton_backend
-
-        return triton_backend
+        return importlib.import_module(".triton_backend", __package__)
     if name == "compile" and theta.numel():
-        from . import compile_backend
-
-        return compile_backend
+        return importlib.import_module(".compile_backend", __package__)
     return None
 
 
