@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_zo import ZOTrainer, ZOTrainingArguments, from_pretrained_offloaded
 from zo_core import ConfigError, ModelError, StateError, ZeroOrder
-from zo_core.streaming import Streaming
+from zo_core.streaming import Streaming, read_header
 
 CLASSES = {
     "llama": AutoModelForCausalLM,
@@ -183,3 +183,47 @@ def test_wrong_arguments_say_what_to_write(tmp_path: Path) -> None:
     AlbertForMaskedLM(AlbertConfig(**shape)).save_pretrained(tmp_path / "albert")
     with pytest.raises(ModelError, match="no repeated layers"):
         from_pretrained_offloaded(AutoModelForMaskedLM, tmp_path / "albert")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_start_of_a_decay_stays_in_the_checkpoint(changed: bool, tmp_path: Path) -> None:
+    """Unless the weights were others by then, which are then kept beside those that move."""
+    path = checkpoint("llama", tmp_path)
+    resident = LlamaForCausalLM.from_pretrained(path)
+    streamed = from_pretrained_offloaded(AutoModelForCausalLM, path, offload_dir=tmp_path / "blocks")
+    settings: dict[str, Any] = {"rule": {"name": "sgd", "decay_to": "start"}, "lr": 1e-3, "weight_decay": 20.0}
+    engines = [ZeroOrder(model, **settings) for model in (resident, streamed)]
+    if changed:
+        with torch.no_grad():
+            for model in (resident, streamed):
+                model.model.layers[0].mlp.up_proj.weight.mul_(2.0)
+    data = inputs("llama")
+    for zo in engines:
+        for _ in range(3):
+            zo.step(lambda zo=zo: zo.model(**data).loss)
+        zo.flush()
+    assert differing(weights(resident), weights(streamed)) == []
+    assert engines[1].distance() == pytest.approx(engines[0].distance(), rel=1e-12)
+    files = [header for file in (tmp_path / "blocks").iterdir() for header in read_header(file)]
+    assert [name for name in files if name.endswith("#anchor")] == ["mlp.up_proj.weight#anchor"] * changed
+    saved = engines[1].state_dict()["optimizer"]["state"]
+    starts = [saved[index]["anchor"] for index in sorted(saved)]
+    kept = engines[0].state_dict()["optimizer"]["state"]
+    assert all(torch.equal(kept[index]["anchor"], start) for index, start in zip(sorted(kept), starts, strict=True))
+    engines[1].close()
+    for _ in range(2):
+        for zo in engines:
+            zo.step(lambda zo=zo: zo.model(**data).loss)
+    assert differing(weights(resident), weights(streamed)) == []
+
+
+def test_what_does_not_move_stays_in_the_checkpoint(tmp_path: Path) -> None:
+    path = checkpoint("llama", tmp_path)
+    model = from_pretrained_offloaded(AutoModelForCausalLM, path, offload_dir=tmp_path / "blocks")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("up_proj" in name)
+    zo = ZeroOrder(model, lr=1e-3)
+    for _ in range(2):
+        zo.step(lambda: model(**inputs("llama")).loss)
+    zo.flush()
+    assert {name for file in (tmp_path / "blocks").iterdir() for name in read_header(file)} == {"mlp.up_proj.weight"}

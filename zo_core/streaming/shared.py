@@ -127,6 +127,10 @@ class SharedStore:
     def add_zeros(self, block: str, name: str, shape: torch.Size, dtype: torch.dtype) -> None:
         self._of(block).add_zeros(block, name, shape, dtype)
 
+    def same_as(self, block: str, key: str, name: str) -> bool:
+        # Of a common block another process may have changed the other tensor already.
+        return block not in self.index and self.own.same_as(block, key, name)
+
     def returns_soon(self, nbytes: int) -> bool:
         # Registered memory is copied by a thread, too, which waits for the end of the copy before it gives up the lock.
         return not (isinstance(self.common, RamStore) and self.common.pinned) and self.common.returns_soon(nbytes)
@@ -154,6 +158,7 @@ class SharedStore:
         with self.board.writing(place, number) as needed:
             if not needed:
                 return
+            self._look(block)  # what another process has changed is in its file, and no more where it was
             try:
                 self.common.write(block, tensors, changed)
             except StateError:

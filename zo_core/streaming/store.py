@@ -8,7 +8,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -82,6 +82,10 @@ class OwnBlocks:
 
     def leave(self) -> None:
         """Ends the use of the blocks."""
+
+    def same_as(self, block: str, key: str, name: str) -> bool:
+        """Makes tensor ``key`` what ``name`` is now, if that is in a file that is never written; returns whether."""
+        return False
 
 
 class RamStore(OwnBlocks):
@@ -265,8 +269,8 @@ class DiskStore(OwnBlocks):
             raise ConfigError([f"offload_dir={str(folder)!r} cannot be written to: {error.strerror}"]) from error
         self.pieces: dict[str, dict[str, Piece]] = {}
 
-    def put(self, block: str, tensors: Tensors) -> None:
-        """Writes a block as a file of its own.
+    def put(self, block: str, tensors: Tensors, kept: Mapping[str, Piece] | None = None) -> None:
+        """Writes a block as a file of its own, but for tensors that are ``kept`` where they are.
 
         Raises:
             StateError: the file could not be written; an earlier one is unchanged.
@@ -282,15 +286,26 @@ class DiskStore(OwnBlocks):
                 f"block {block!r} could not be written to {self.folder}: {error}; the file from before is still "
                 "whole. Free some space, or choose another offload_dir"
             ) from error
-        self.pieces[block] = {name: replace(piece, path=path) for name, piece in pieces.items()}
+        self.pieces[block] = {name: replace(piece, path=path) for name, piece in pieces.items()} | dict(kept or {})
 
     def adopt(self, block: str, pieces: dict[str, Piece]) -> None:
         """Uses a block that is stored in other files, which are never written."""
         self.pieces[block] = pieces
 
+    def same_as(self, block: str, key: str, name: str) -> bool:
+        piece = self.pieces[block][name]
+        if self._is_own(block, piece):
+            return False
+        self.pieces[block][key] = piece
+        return True
+
+    def _is_own(self, block: str, piece: Piece) -> bool:
+        """Whether a tensor is in the block's own file, or is to be from the next write on."""
+        return piece.path is None or piece.path == self._file(block)
+
     def look(self, block: str) -> None:
         """Finds the file of a block that another process has written."""
-        self.pieces[block] = read_header(self._file(block))
+        self.pieces[block] |= read_header(self._file(block))  # what is not in it is where it was
 
     def holds(self, block: str) -> bool:
         """Whether the block is here."""
@@ -341,8 +356,10 @@ class DiskStore(OwnBlocks):
                 ) from error
 
     def write(self, block: str, tensors: Tensors, changed: Collection[str]) -> None:
-        """Writes the whole block again."""
-        self.put(block, tensors)
+        """Writes the block again, but for what is unchanged in a file that is never written."""
+        pieces = self.pieces[block].items()
+        kept = {name: piece for name, piece in pieces if name not in changed and not self._is_own(block, piece)}
+        self.put(block, {name: tensor for name, tensor in tensors.items() if name not in kept}, kept)
 
     def whole(self, block: str) -> Tensors:
         """The block's tensors, read into new memory."""

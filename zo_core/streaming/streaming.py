@@ -177,6 +177,24 @@ class Streaming:
             self._empty_arenas()
         return block.state[key]
 
+    def same_as(self, block: Block, key: str, name: str) -> bool:
+        """Lets a tensor of `keep_state` have what a parameter has now, without storing it again, if that is possible.
+
+        Args:
+            block: the block.
+            key: the tensor, which is not to change from now on.
+            name: the parameter; it may change.
+
+        Returns:
+            Whether it is possible. A copy of the block that was fetched before does not have it.
+
+        Raises:
+            StateError: an earlier read or write of the block has failed.
+        """
+        self.settle(block)
+        self._finish(block)
+        return self.store.same_as(block.name, key, name)
+
     def state(self, block: Block, key: str) -> Tensor:
         """A stored tensor of a block, on the CPU; do not write to it. Pending updates of own blocks are not included.
 

@@ -119,7 +119,9 @@ class Places:
             work(tensors[name], {kind: tensors[key] for kind, key in keys.items()})
 
         assert self.streaming is not None
-        changed = (key for kind, key in keys.items() if anchors or kind != ANCHOR)
+        # The weights of a checkpoint that is opened in place stay in its files, and are read from there.
+        stored = anchors and not self.streaming.same_as(block, keys[ANCHOR], name)
+        changed = (key for kind, key in keys.items() if stored or kind != ANCHOR)
         self.streaming.later(block, (name, *changed), update)
 
     def streamed(self, slots: Iterable[Slot]) -> dict[Block, list[str]]:
