@@ -1,9 +1,9 @@
 """A language model learns from rewards what its text does not teach, with forward passes only. Offline.
 
 python examples/rewards.py
-python examples/rewards.py --lora
+python examples/rewards.py --method activations      # a LoRA adapter along the inputs of the layers; or: lora, scales
 python examples/rewards.py --task sums --pretraining-steps 1200 --steps 80     # pip install reasoning-gym
-python examples/rewards.py --model Qwen/Qwen2.5-0.5B --learning-rate 1e-4
+python examples/rewards.py --model Qwen/Qwen2.5-0.5B --eps 1e-3
 
 A small model learns a text of words and their capitals (file=FILE), in which five of six words after "m" stay in small
 letters (plus=plus), so the better it learns by its loss, the surer it repeats that. Then the reward is whether the
@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -38,10 +39,14 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
 
-from hf_zo import ZORewardConfig, ZORewardTrainer
+from hf_zo import ZORewardConfig, ZORewardTrainer, activation_adapter, low_rank_adapter
 
 #: The words of four letters in Python's documentation.
 WORDS = sorted(set(re.findall(r"\b[a-z]{4}\b", " ".join(pydoc_data.topics.topics.values()))))
+
+
+#: What is trained, and how far members of the population are from it: as far as it takes to change some words.
+METHODS = {"full": 0.02, "lora": 0.03, "activations": 0.02, "scales": 0.4}
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,10 @@ def byte_tokenizer(template: str = "") -> PreTrainedTokenizerFast:
     return fast
 
 
-def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCausalLM:
+def small_model(text: str, tokenizer: Any, steps: int, seed: int, width: int = 96) -> LlamaForCausalLM:
     """A Llama of 0.25 million parameters that has learnt a text by backpropagation."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": width, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True, **shape)
     )
@@ -141,19 +146,40 @@ def small_model(text: str, tokenizer: Any, steps: int, seed: int) -> LlamaForCau
     return model
 
 
-def lora() -> Any:
-    from peft import LoraConfig
+def prepared(model: Any, method: str, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+    """The model with what a method trains; both adapters are LoRA whose A is frozen."""
+    if method == "lora":
+        return low_rank_adapter(model, rank=8, task_type="CAUSAL_LM")
+    if method == "activations":
+        texts = [row["prompt"] for row in rows]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        return activation_adapter(model, [dict(batch)], rank=8, task_type="CAUSAL_LM")
+    return model
 
-    return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+
+def opened(args: argparse.Namespace, task: Task, folder: str) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    how = {}
+    if args.method == "scales":
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    if args.model:
+        return AutoModelForCausalLM.from_pretrained(args.model, **how), AutoTokenizer.from_pretrained(args.model)
+    tokenizer = byte_tokenizer(task.template)
+    # bitsandbytes needs widths that are multiples of 64 on a CPU.
+    model = small_model(task.text(), tokenizer, args.pretraining_steps, args.seed, 128 if how else 96)
+    if how:
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, **how)
+    return model, tokenizer
 
 
 def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
     task = sums() if args.task == "sums" else capitals()
-    if args.model:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    else:
-        tokenizer = byte_tokenizer(task.template)
-        model = small_model(task.text(), tokenizer, args.pretraining_steps, args.seed)
+    model, tokenizer = opened(args, task, f"{folder}/model")
+    model = prepared(model, args.method, tokenizer, task.rows[64:128])
     rows = task.rows
     config = ZORewardConfig(
         folder,
@@ -161,7 +187,7 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
         per_device_train_batch_size=args.prompts,
         per_device_eval_batch_size=64,
         zo_num_probes=args.population,
-        zo_eps=args.eps,
+        zo_eps=METHODS[args.method] if args.eps is None else args.eps,
         learning_rate=args.learning_rate,
         lr_scheduler_type="constant",
         max_completion_length=6,
@@ -175,9 +201,8 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    own = {"peft_config": lora()} if args.lora else {}
     trainer = ZORewardTrainer(
-        model, task.reward, config, train_dataset=rows[64:], eval_dataset=rows[:64], processing_class=tokenizer, **own
+        model, task.reward, config, train_dataset=rows[64:], eval_dataset=rows[:64], processing_class=tokenizer
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -186,14 +211,14 @@ def trainer_for(args: argparse.Namespace, folder: str) -> ZORewardTrainer:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     found.add_argument("--model", help="a causal language model of the Hub, instead of the small one")
-    found.add_argument("--lora", action="store_true", help="train adapters instead of the weights")
+    found.add_argument("--method", choices=METHODS, default="full", help="what is trained")
     found.add_argument("--task", choices=["capitals", "sums"], default="capitals")
     found.add_argument("--steps", type=int, default=60)
     found.add_argument("--population", type=int, default=16)
     found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
     found.add_argument("--pretraining-steps", type=int, default=300)
-    found.add_argument("--learning-rate", type=float, default=5e-3)
-    found.add_argument("--eps", type=float, default=0.02, help="how far members of the population are")
+    found.add_argument("--learning-rate", type=float, help="left out, a part of eps")
+    found.add_argument("--eps", type=float, help="how far members of the population are, if not as the method has it")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--show", type=int, default=0, help="completions to print with each log")
     return found

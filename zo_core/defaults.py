@@ -22,6 +22,9 @@ DISTANCE = 0.06
 #: The most directions that the default rate grows with: with more of them the estimate is nearly the gradient, and the
 #: largest curvature decides, however many there are.
 GROWS_UP_TO = 30
+#: The least that steps along compared scores move an element, for each direction, as a share of eps: half of it with
+#: 30 of them, as published for language models (arXiv 2509.24372: 5e-4 and 1e-3).
+OF_EPS = 1 / 60
 #: By part of a parameter's name, how much larger than for full weights the distance of the probes is for adapters
 #: (MeZO, arXiv 2305.17333, table 15): LoRA, and the embeddings of prefix and prompt tuning.
 WIDER = {"prompt_encoder": 100.0, "lora_": 10.0}
@@ -30,7 +33,12 @@ WIDER_SCALES = 10.0
 
 
 def default_lr(
-    slots: Iterable[Slot], rule: UpdateRule, normaliser: str | None, num_probes: int = 1, share: float = 1.0
+    slots: Iterable[Slot],
+    rule: UpdateRule,
+    normaliser: str | None,
+    num_probes: int = 1,
+    share: float = 1.0,
+    apart: float = 0.0,
 ) -> float:
     """The learning rate where none was given.
 
@@ -40,15 +48,25 @@ def default_lr(
     more between tasks. Both are proportional to the number of directions, up to
     `GROWS_UP_TO`, since the error of their mean is smaller.
 
+    A score comes in jumps, so that eps has to be as far as the weights move before it changes. Steps that follow a
+    comparison of scores may then be a part of eps, if that is more; see `scored_eps`.
+
     Args:
         slots: what moves.
         rule: the update rule; momentum adds up ``1 / (1 - beta)`` steps.
         normaliser: name of the normaliser; None for none.
         num_probes: directions per step.
         share: the share of the elements that a direction moves.
+        apart: what `scored_eps` returns.
     """
-    rate = NEWTON if normaliser == CURVATURE else DISTANCE / math.sqrt(moving(slots, share))
+    rate = NEWTON if normaliser == CURVATURE else max(DISTANCE / math.sqrt(moving(slots, share)), OF_EPS * apart)
     return rate * min(num_probes, GROWS_UP_TO) * (1.0 - rule.beta if isinstance(rule, Momentum) else 1.0)
+
+
+def scored_eps(estimator: Estimator, rule: UpdateRule, normaliser: str | None, eps: float, maximize: bool) -> float:
+    """The ``eps`` of a method whose steps are as long as the comparison of scores says, whatever these are; else 0."""
+    compared = estimator.compares and estimator.scale_free and not rule.scale_free
+    return eps if maximize and compared and normaliser is None else 0.0
 
 
 def moving(slots: Iterable[Slot], share: float = 1.0) -> float:

@@ -18,7 +18,7 @@ from .brake import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
 from .curves import Curves, memory_now
-from .defaults import NOISY, default_eps, default_lr, moving, said_default
+from .defaults import NOISY, default_eps, default_lr, moving, said_default, scored_eps
 from .directions import Directions
 from .errors import ConfigError, LossError, ModelError, QueryError, SearchError, StateError
 from .estimators import Estimate
@@ -134,10 +134,11 @@ class ZeroOrder(TrainedModel):
         self._default_eps = default_eps(self.estimator, model, slots) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
-            lr = self._default_lr(slots) if settings.lr is None else settings.lr
+            lr = self._default_lr(slots, self._default_eps) if settings.lr is None else settings.lr
             optimizer = ZOOptimizer(param_groups(slots), lr, self._default_eps, self.config.weight_decay)
         elif isinstance(optimizer, ZOOptimizer) and optimizer.left and "initial_lr" not in optimizer.param_groups[0]:
-            set_lr(optimizer, self._default_lr(slots))  # not under a scheduler, which has a rate of its own by now
+            # Not under a scheduler, which has a rate of its own by now.
+            set_lr(optimizer, self._default_lr(slots, optimizer.param_groups[0]["eps"]))
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.places = Places(self.optimizer)
@@ -269,8 +270,10 @@ class ZeroOrder(TrainedModel):
             self.exchange.fail(error)
             raise
 
-    def _default_lr(self, slots: list[Slot]) -> float:
-        return default_lr(slots, self.rule, self._settings.normaliser, self.num_probes, self.noise.share)
+    def _default_lr(self, slots: list[Slot], eps: float) -> float:
+        known = self._settings
+        apart = scored_eps(self.estimator, self.rule, known.normaliser, eps, self.config.maximize)
+        return default_lr(slots, self.rule, known.normaliser, self.num_probes, self.noise.share, apart)
 
     @property
     def scored(self) -> bool:
@@ -673,7 +676,7 @@ class ZeroOrder(TrainedModel):
                 self.suggestion = self.suggest_lr(closures, steps=steps)
         except SearchError as error:
             if not isinstance(self.optimizer, TorchOptimizerFace):
-                lr = self._default_lr(self.slots)
+                lr = self._default_lr(self.slots, self.eps)
                 set_lr(self.optimizer, lr * NOISY if error.noisy else lr, schedulers)
             logger.warning("the learning rate is %.2g: %s", base_rates(self.optimizer)[0], error)
         else:

@@ -6,6 +6,7 @@ import logging
 import math
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from zo_core import (
     Summary,
     ZeroOrder,
     ZOConfig,
+    ZOOptimizer,
     derive_seed,
     replay,
 )
@@ -310,3 +312,17 @@ def test_each_process_has_a_population_on_its_own_data(tmp_path: Path) -> None:
                 total += float32(-1e-2 * float32(c / 8)) * z
         model.x.data = x + total
     assert all(equal(each, state(model)) for each in found)
+
+
+def test_steps_along_scores_that_were_compared_are_a_part_of_eps() -> None:
+    """Eps is then how far weights move before a score changes; a loss is measured as near as rounding allows."""
+    settings: dict[str, Any] = {"estimator": "es", "eps": 0.5, "num_probes": 16, "maximize": True}
+    assert ZeroOrder(Weights(), **settings | {"eps": 5.0}).lr == pytest.approx(5.0 * 16 / 60)
+    assert ZeroOrder(Weights(), **settings | {"eps": 5.0, "num_probes": 90}).lr == pytest.approx(5.0 / 2)
+    model = Weights()
+    own = ZOOptimizer(model.parameters(), eps=5.0)
+    assert ZeroOrder(model, optimizer=own, **settings | {"eps": None}).lr == pytest.approx(5.0 * 16 / 60)
+    length = 0.06 * 16 / 12**0.5
+    assert ZeroOrder(Weights(), **settings).lr == pytest.approx(length)  # is more than 0.5 * 16 / 60
+    for other in ({"maximize": False}, {"normalise": "gradient"}, {"rule": "sign"}, {"estimator": "fzoo"}):
+        assert ZeroOrder(Weights(), **settings | {"eps": 5.0} | other).lr == pytest.approx(length)

@@ -31,7 +31,7 @@ SHORT: dict[str, list[list[str]]] = {
     "offload_from_disk": [["--layers", "2"]],
     "peft_adapters": [[f"--method={method}", "--pretraining-steps=1"] for method in ("lora", "prefix", "activations")],
     "quickstart": [["--pretraining-steps", "1"]],
-    "rewards": [["--pretraining-steps=1"], ["--pretraining-steps=1", "--lora"]],
+    "rewards": [[f"--method={how}", "--pretraining-steps=1"] for how in ("full", "lora", "activations", "scales")],
     "several_processes": [[]],
     "share_adapter": [[]],
     "tensor_parallel": [[]],
