@@ -46,7 +46,7 @@ WORDS = sorted(set(re.findall(r"\b[a-z]{4}\b", " ".join(pydoc_data.topics.topics
 
 
 #: What is trained, and how far members of the population are from it: as far as it takes to change some words.
-METHODS = {"full": 0.02, "lora": 0.03, "activations": 0.02, "scales": 0.4}
+METHODS = {"full": 0.02, "lora": 0.04, "activations": 0.02, "scales": 0.4}
 
 
 @dataclass(frozen=True)
