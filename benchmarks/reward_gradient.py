@@ -98,9 +98,9 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=32)
     args = parser.parse_args()
-    task = example.sums() if args.task == "sums" else example.capitals()
     for lr in args.learning_rates:
         for seed in args.seeds:
+            task = example.sums() if args.task == "sums" else example.capitals()  # its text is drawn as it is read
             before, after = run(task, args, seed, lr)
             print(f"rate {lr:g}, seed {seed}: {before:.3f} before, {after:.3f} after", flush=True)
 
