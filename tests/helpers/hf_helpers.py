@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
 from zo_core import StepRecord, ZeroOrder, ZOOptimizer
-
-# accelerate collects garbage at every train(), which takes 0.3 s among all that was imported.
-gc.freeze()
-atexit.register(gc.unfreeze)
 
 Weights = dict[str, Tensor]
 Batch = dict[str, Any]

@@ -24,8 +24,9 @@ def apart(test: str, call: str, folder: Path, preloaded: str = "sys") -> None:
         preloaded: modules to import before, so that children of the process have them.
     """
     module = Path(test)
-    code = f"import sys; sys.path[:0] = ['.', 'tests/helpers', {str(module.parent)!r}]; import {preloaded}; "
-    code += f"import {module.stem}; from pathlib import Path; folder = Path(sys.argv[1]); {module.stem}.{call}"
+    code = f"import gc, sys; sys.path[:0] = ['.', 'tests/helpers', {str(module.parent)!r}]; import {preloaded}; "
+    code += f"import {module.stem}; from pathlib import Path; folder = Path(sys.argv[1]); "
+    code += f"gc.freeze(); {module.stem}.{call}; gc.unfreeze()"  # else each collection looks through what was imported
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -100,7 +100,7 @@ def fit(
     }
 
 
-def main(folder: Path, which: str) -> None:
+def main(folder: Path, *names: str) -> None:
     runs: dict[str, Any] = {
         "zo": lambda: fit(folder / "zo", "zo"),
         "zo_offload": lambda: fit(folder / "zo_offload", "zo_offload"),
@@ -109,9 +109,10 @@ def main(folder: Path, which: str) -> None:
         "points": lambda: fit(folder / "points", ZOStrategy({"ranks": "points"}), data=loader(shuffle=False)),
         "uneven": lambda: fit(folder / "uneven", "zo", data=DataLoader(Uneven(), batch_size=None)),
     }
-    found = runs[which]()
-    torch.save(found, folder / f"{which}{torch.distributed.get_rank()}.pt")
+    for which in names:
+        found = runs[which]()
+        torch.save(found, folder / f"{which}{torch.distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,16 +1,22 @@
-"""One long run in its own process: prints its anonymous memory, in MB, after every twentieth of its steps.
+"""Long runs, each in a process of its own: prints its anonymous memory, in MB, after every twentieth of its steps.
 
-python long_run.py '{"front": "bare", "noise": "rademacher", "rule": "sgd", "offload": null, "steps": 2000}'
+echo '{"front": "bare", "noise": "rademacher", "rule": "sgd", "offload": null, "steps": 2000}' | python long_run.py bare
+
+The argument is the front end of all runs. The process imports what it needs, and each line of its standard input is
+run by a child, which has it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import itertools
 import json
+import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,8 +138,8 @@ def lightning(model: Model, config: ZOConfig, rule: str, steps: int, after: Call
         trainer.fit(Module(), torch.utils.data.DataLoader(rows(model, 64), batch_size=8))
 
 
-def main() -> None:
-    asked = json.loads(sys.argv[1])
+def measured(asked: dict[str, Any]) -> list[float]:
+    """Memory in the course of one run."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Model(asked.get("size", "small"))
@@ -152,8 +158,26 @@ def main() -> None:
 
     fronts = {"bare": bare, "hf": hf, "lightning": lightning}
     fronts[asked["front"]](model, config, rule, asked["steps"], after)
-    print(json.dumps(seen))
+    return seen
+
+
+def main(front: str) -> None:
+    for module in {"hf": ["transformers", "hf_zo"], "lightning": ["lightning", "lightning_zo"]}.get(front, []):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # else each measurement looks through all that was imported
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                print(json.dumps(measured(json.loads(line))), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            print("null", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -186,20 +186,38 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+SAVING: dict[str, dict[str, Any]] = {"log alone": {}, "checkpoints": {"save_strategy": "steps", "save_steps": 2}}
+
+
+@pytest.fixture(scope="module", params=SAVING)
+def was_killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run that died after four steps and can be resumed, and how it saved."""
+    path, saving = tmp_path_factory.mktemp("killed"), SAVING[request.param]
+    killed(path, 4, **saving)
+    shutil.copytree(path, path / "resumed")
+    seedlog_trainer(path / "resumed", **saving).train(resume_from_checkpoint=True)
+    assert len(SeedLog.read(path / "resumed" / "out" / LOG).steps) == 8
+    shutil.rmtree(path / "resumed")
+    return path, saving
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("changes", [pytest.param(value, id=name) for name, value in CHANGED.items()])
-@pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 2}], ids=["log alone", "checkpoints"])
 def test_changed_arguments_are_an_error_that_names_both_sides(
-    changes: tuple[dict[str, Any], str], saving: dict[str, Any], tmp_path: Path
+    changes: tuple[dict[str, Any], str], was_killed: tuple[Path, dict[str, Any]]
 ) -> None:
-    killed(tmp_path, 4, **saving)
+    path, saving = was_killed
     given, words = changes
-    other = seedlog_trainer(tmp_path, **{**saving, **given})
+    before = contents(path)
     with pytest.raises(StateError, match=words):
-        other.train(resume_from_checkpoint=True)
+        seedlog_trainer(path, **{**saving, **given}).train(resume_from_checkpoint=True)
     if saving:
         with pytest.raises(StateError, match=words):
-            seedlog_trainer(tmp_path, **{**saving, **given}).train(str(tmp_path / "out" / "checkpoint-2"))
-    seedlog_trainer(tmp_path, **saving).train(resume_from_checkpoint=True)
+            seedlog_trainer(path, **{**saving, **given}).train(str(path / "out" / "checkpoint-2"))
+    assert contents(path) == before  # so that it can still be resumed
 
 
 def test_other_rates_and_another_model_than_those_of_the_log_are_errors_too(tmp_path: Path) -> None:

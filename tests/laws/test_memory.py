@@ -38,13 +38,40 @@ BOUND = 1.0
 LARGE_BOUND = 40.0
 
 
-def grown(**run: Any) -> float:
+class Runner:
+    """Processes in which long runs begin, one for each front end, with what it needs imported."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+
+    def __call__(self, **run: Any) -> list[float]:
+        """The memory that a process has in the course of a run, in MB."""
+        process = self.processes.get(run["front"])
+        if process is None:
+            environment = os.environ | {"PYTHONPATH": str(ROOT.parent), "PYTHONWARNINGS": "ignore"}
+            command = [sys.executable, str(ROOT / "helpers" / "long_run.py"), run["front"]]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+            self.processes[run["front"]] = process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps(run), file=process.stdin, flush=True)
+        lines = iter(process.stdout.readline, "")
+        seen: list[float] | None = next((json.loads(line) for line in lines if line[0] in "[n"), None)
+        assert seen is not None, "the run failed"
+        return seen
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    found = Runner()
+    yield found
+    for process in found.processes.values():
+        process.communicate()
+
+
+def grown(seen: list[float]) -> float:
     """How much larger the process is at the end of a run than after an eighth of it, in MB."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT.parent), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(ROOT / "helpers" / "long_run.py"), json.dumps(run)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-2000:]
-    seen = json.loads(result.stdout.splitlines()[-1])
     assert len(seen) >= 20
     return max(seen[-2:]) - max(seen[1:3])
 
@@ -65,8 +92,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
         pytest.param("lightning", "low_rank", "sgd", None, marks=pytest.mark.slow),
     ],
 )
-def test_a_long_run_takes_no_more_than_a_short_one(front: str, noise: str, rule: str, offload: str | None) -> None:
-    assert grown(front=front, noise=noise, rule=rule, offload=offload, steps=400) < BOUND
+def test_a_long_run_takes_no_more_than_a_short_one(
+    runner: Runner, front: str, noise: str, rule: str, offload: str | None
+) -> None:
+    assert grown(runner(front=front, noise=noise, rule=rule, offload=offload, steps=400)) < BOUND
 
 
 #: Every front end and place, each with several noises and rules, such that every two of these meet somewhere.
@@ -99,9 +128,9 @@ def runs() -> Iterator[tuple[str, str | None, str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("front", "offload", "noise", "rule"), list(runs()))
-def test_no_way_to_train_grows(front: str, offload: str | None, noise: str, rule: str) -> None:
+def test_no_way_to_train_grows(runner: Runner, front: str, offload: str | None, noise: str, rule: str) -> None:
     steps = 400 if offload == "disk" else 1000  # each block of a step waits for the disk
-    assert grown(front=front, noise=noise, rule=rule, offload=offload, steps=steps) < BOUND
+    assert grown(runner(front=front, noise=noise, rule=rule, offload=offload, steps=steps)) < BOUND
 
 
 @linux
@@ -115,10 +144,12 @@ def test_no_way_to_train_grows(front: str, offload: str | None, noise: str, rule
         ("low_rank", "sgd", None, 60),
     ],
 )
-def test_a_large_model_does_not_grow_either(noise: str, rule: str, offload: str | None, steps: int) -> None:
+def test_a_large_model_does_not_grow_either(
+    runner: Runner, noise: str, rule: str, offload: str | None, steps: int
+) -> None:
     """A direction has 12.6 MB of words or 200, so a cache that kept those of past steps would be full at once."""
     run = {"front": "bare", "noise": noise, "rule": rule, "offload": offload, "steps": steps, "size": "large"}
-    assert grown(**run) < LARGE_BOUND
+    assert grown(runner(**run)) < LARGE_BOUND
 
 
 #: A thread frees the last memory of its heap, several times; prints by how many MB the process is larger each time.

@@ -285,6 +285,7 @@ def test_the_config_is_checked_at_once() -> None:
 
 
 SCRIPT = """
+import os, sys
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningCLI
@@ -299,8 +300,11 @@ class Model(Wrapped):
     def __init__(self, name: str = "llama"):
         super().__init__(name)
 
-cli = LightningCLI(Model, Data, seed_everything_default=False)
-print(cli.trainer.strategy.config)
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    sys.argv = ["script.py", "fit", "--config", "run.yaml"]
+    cli = LightningCLI(Model, Data, seed_everything_default=False)
+    print(cli.trainer.strategy.config)
 """
 
 YAML = """
@@ -318,22 +322,25 @@ trainer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("yaml", "log"),
-    [
-        (YAML.replace("LOG", "run/steps.zo"), "run/steps.zo"),
-        (YAML.replace("LOG", "false"), None),
-        (YAML[: YAML.index("strategy")] + "strategy: zo_offload\n", "seedlog.zo"),
-    ],
-)
-def test_lightning_cli_configures_the_strategy_from_yaml(tmp_path: Path, yaml: str, log: str | None) -> None:
+def test_lightning_cli_configures_the_strategy_from_yaml(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
+    short = YAML[: YAML.index("strategy")] + "strategy: zo_offload\n"
+    runs = [  # what is written, the log, and what the strategy then has
+        (YAML.replace("LOG", "run/steps.zo"), ["run/steps.zo"], "eps=0.01"),
+        (YAML.replace("LOG", "false"), [], "eps=0.01"),
+        (short, ["seedlog.zo"], "offload='cpu'"),
+    ]
     (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "run.yaml").write_text(yaml)
+    folders = [tmp_path / str(index) for index in range(len(runs))]
+    for folder, (yaml, _, _) in zip(folders, runs, strict=True):
+        folder.mkdir()
+        (folder / "run.yaml").write_text(yaml)
     here = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here / 'helpers'}"}
-    command = [sys.executable, "script.py", "fit", "--config", "run.yaml"]
+    command = [sys.executable, "script.py", *map(str, folders)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert ("offload='cpu'" if "zo_offload" in yaml else "eps=0.01") in result.stdout
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.zo")] == ([] if log is None else [log])
+    configs = [line for line in result.stdout.splitlines() if line.startswith("ZOConfig(")]
+    for folder, config, (_, logs, setting) in zip(folders, configs, runs, strict=True):
+        assert setting in config
+        assert [str(path.relative_to(folder)) for path in folder.rglob("*.zo")] == logs
