@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 LOG = "seedlog.zo"
 #: A rate that is far too high for the tiny model: its loss goes from 4 to more than a thousand within ten steps.
 TOO_HIGH: dict[str, Any] = {"learning_rate": 0.3, "num_train_epochs": 11, "lr_scheduler_type": "constant"}
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 9}
+STREAMED = {"zo_offload": "cpu", "zo_rule": "momentum"}
 
 
 def final(trainer: Any) -> dict[str, torch.Tensor]:
@@ -67,8 +69,15 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 9}], ids=["log alone", "checkpoints"])
-@pytest.mark.parametrize("variant", [{}, {"zo_offload": "cpu", "zo_rule": "momentum"}], ids=["resident", "streamed"])
+@pytest.mark.parametrize(
+    ("variant", "saving"),
+    [
+        pytest.param({}, CHECKPOINTS, id="resident-checkpoints"),
+        pytest.param(STREAMED, {}, id="streamed-log alone"),
+        pytest.param({}, {}, id="resident-log alone", marks=pytest.mark.slow),
+        pytest.param(STREAMED, CHECKPOINTS, id="streamed-checkpoints", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_interrupted_goes_on_in_the_same_process(
     variant: dict[str, Any], saving: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -45,10 +45,10 @@ def open_arguments(path: Path, **changes: Any) -> ZOTrainingArguments:
     ("steps", "settings"),
     [
         (200, {}),
-        (60, {"zo_estimator": "fzoo"}),
-        (150, {"zo_rule": "momentum"}),
+        pytest.param(60, {"zo_estimator": "fzoo"}, marks=pytest.mark.slow),
+        pytest.param(150, {"zo_rule": "momentum"}, marks=pytest.mark.slow),
         (150, {"zo_noise": "low_rank"}),
-        (60, {"zo_num_probes": 4}),
+        pytest.param(60, {"zo_num_probes": 4}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

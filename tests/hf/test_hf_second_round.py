@@ -27,8 +27,15 @@ RUNS: dict[str, dict[str, Any]] = {
 PLACES: list[dict[str, Any]] = [{}, {"offload": "cpu"}, {"offload": "disk"}]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=["resident", "cpu", "disk"])
-@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        pytest.param(changes, place, id=f"{name}-{place.get('offload', 'resident')}", marks=slow)
+        for name, changes in RUNS.items()
+        for place in PLACES
+        for slow in [[pytest.mark.slow] if place.get("offload") == "disk" and name != "uneven accumulation" else []]
+    ],
+)
 def test_training_ends_with_the_weights_of_the_bare_loop(
     changes: dict[str, Any], place: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -92,7 +92,10 @@ def unnoticed(lives: tuple[Life, ...], folder: Path | None = None, **how: Any) -
     return sites, sites - noticed
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["begun by the caller", "begun by a thread"])
+@pytest.mark.parametrize(
+    "here",
+    [pytest.param(True, id="begun by the caller", marks=pytest.mark.slow), pytest.param(False, id="begun by a thread")],
+)
 def test_every_wait_and_every_event_is_missed_if_it_is_left_out(here: bool) -> None:
     sites, quiet = unnoticed((short, replaced, jumpy), here=here)
     assert len(sites) >= 11, sites  # or the checker does not see the code that it mutates

@@ -109,9 +109,17 @@ class Large(nn.Module):
         return (self.whole.float() ** 2).mean() + (self.turned.float() ** 4).mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("noise", [name for name in NOISES if name != "coordinates"])  # of few weights alone
-@pytest.mark.parametrize("rule", OWN_RULES)
+@pytest.mark.parametrize(
+    ("rule", "noise", "dtype"),
+    [
+        # Every two of rule, noise and type meet in the quick ones.
+        pytest.param(rule, noise, dtype, marks=[pytest.mark.slow] if (i + j + k) % 2 else [])
+        for i, rule in enumerate(OWN_RULES)
+        for j, noise in enumerate(name for name in NOISES if name != "coordinates")  # which is for few weights alone
+        for k, dtype in enumerate((torch.float32, torch.bfloat16))
+    ],
+    ids=str,
+)
 def test_a_slot_that_is_replayed_piece_by_piece_is_as_it_was_trained(
     rule: str, noise: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

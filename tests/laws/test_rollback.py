@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,28 @@ def test_the_normaliser_goes_back_with_the_weights(normalise: str, tmp_path: Pat
         assert again.normaliser == zo.normaliser
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("rule", OWN_RULES)
-@pytest.mark.parametrize("noise", list(NOISES))
+def llama_settings(noise: str, rule: str) -> dict[str, Any]:
+    return {"noise": low_rank(noise), "rule": rule, "weight_decay": 0.1, "steps": range(32)}
+
+
+@cache
+def resident_run(noise: str, rule: str) -> Any:
+    return train(None, tiny("llama"), "llama", **llama_settings(noise, rule))
+
+
+@pytest.mark.parametrize(
+    ("noise", "rule", "place"),
+    [
+        # On the disk each noise meets a rule, and each rule several noises; the other cells are slow.
+        pytest.param(noise, rule, place, marks=[pytest.mark.slow] if place == "disk" and (i + j) % 3 else [])
+        for i, noise in enumerate(NOISES)
+        for j, rule in enumerate(OWN_RULES)
+        for place in ("cpu", "disk")
+    ],
+)
 def test_streamed_runs_go_back_as_resident_ones_do(noise: str, rule: str, place: str, tmp_path: Path) -> None:
-    settings = {"noise": low_rank(noise), "rule": rule, "weight_decay": 0.1, "steps": range(32)}
-    _, resident, seen = train(None, tiny("llama"), "llama", **settings)
+    settings = llama_settings(noise, rule)
+    _, resident, seen = resident_run(noise, rule)
     streamed = tiny("llama")
     where = {"offload": place, **({"offload_dir": str(tmp_path / "blocks")} if place == "disk" else {})}
     zo, records, found = train(tmp_path / "log", streamed, "llama", **settings, **where)

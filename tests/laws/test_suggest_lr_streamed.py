@@ -21,6 +21,7 @@ from torch import nn
 from zo_core import ConfigError, StateError, ZeroOrder, suggest_lr
 
 ROOT = Path(__file__).parents[2]
+SLOW = ((2, "cpu"), (30, "disk"), (100, "cpu"))
 METHODS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "momentum": {"rule": "momentum"},
@@ -58,8 +59,10 @@ def test_streamed_is_as_resident(tmp_path: Path, offload: str, settings: dict[st
     assert differing(weights(plain.model), weights(tested.model)) == []
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
-@pytest.mark.parametrize("calls", [2, 30, 100])
+@pytest.mark.parametrize(
+    ("calls", "offload"),
+    [(2, "disk"), (30, "cpu"), (100, "disk"), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in SLOW)],
+)
 def test_an_interrupt_leaves_no_trace(tmp_path: Path, offload: str, calls: int) -> None:
     plain, tested = (engine(tmp_path, place, METHODS["momentum"]) for place in (None, offload))
     for zo in (plain, tested):
@@ -109,6 +112,7 @@ def test_a_model_that_is_streamed_for_the_test_alone() -> None:
     assert found.lr == suggest_lr(other, closures(other), forwards=200).lr
 
 
+@pytest.mark.slow
 def test_auto_with_a_streamed_model() -> None:
     models = [tiny("llama"), tiny("llama")]
     engines = [ZeroOrder(models[0], lr="auto"), ZeroOrder(models[1], lr="auto", offload="cpu")]

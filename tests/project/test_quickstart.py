@@ -24,6 +24,7 @@ Trainer        0.965   0.139     40     5 s    12.3 MiB    15 MiB    20 MiB
 """
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_and_both_trainers_learn() -> None:
     """In a small setting; CI checks what the whole run prints."""
     command = [sys.executable, ROOT / "examples" / "quickstart.py", "--steps", "25", "--pretraining-steps", "60"]
