@@ -4,8 +4,8 @@
     python examples/text_classification.py --model roberta-base --dataset sst2 --text sentence
 
 Offline, a small BERT over bytes first learns by backpropagation to distinguish English from Python source code, on one
-half of the topics and modules, and is then fine-tuned on shorter pieces of the others. Prints the accuracy before and
-after.
+half of the topics and modules, and is then fine-tuned on shorter pieces of the others: adapters along the activations
+move, and no learning rate is given. Prints the accuracy before and after.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification, PrinterCallb
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a clone works before it is installed
 
-from hf_zo import ZOTrainer, ZOTrainingArguments
+from hf_zo import ZOTrainer, ZOTrainingArguments, activation_adapter
 
 MODULES = [
     "argparse",
@@ -97,9 +97,10 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="zeroth-order steps, two forwards each")
+    parser.add_argument("--steps", type=int, default=500, help="zeroth-order steps, two forwards each")
     parser.add_argument("--pretraining-steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, help="default 3e-4 for the small encoder, 1e-6 with --model")
+    parser.add_argument("--all-weights", action="store_true", help="train these instead of adapters")
+    parser.add_argument("--learning-rate", type=float, help="by default, steps are normalised by the curvature")
     parser.add_argument("--model", help="an encoder on the Hub")
     parser.add_argument("--dataset", help="a data set on the Hub")
     parser.add_argument("--text", default="text", help="its column with the text")
@@ -114,10 +115,15 @@ def main() -> None:
             first_trainer.remove_callback(PrinterCallback)
             first_trainer.train()
             train, held_out = rows(1, 12, 3000), rows(1, 12, 4000)[3000:]
-        lr = args.learning_rate or (1e-6 if args.model else 3e-4)
+        if not args.all_weights:
+            columns = ("input_ids", "attention_mask")
+            rows_of = [train[index] for index in range(128)]
+            batch = {name: torch.tensor([row[name] for row in rows_of]) for name in columns}
+            model = activation_adapter(model, [batch], task_type="SEQ_CLS")
+        rate = {} if args.learning_rate is None else {"learning_rate": args.learning_rate}
         trainer = ZOTrainer(
             model=model,
-            args=settings(folder, ZOTrainingArguments, max_steps=args.steps, learning_rate=lr),
+            args=settings(folder, ZOTrainingArguments, max_steps=args.steps, **rate),
             train_dataset=train,
             eval_dataset=held_out,
             compute_metrics=accuracy,

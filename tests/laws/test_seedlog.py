@@ -333,9 +333,14 @@ def test_a_newer_format_and_a_missing_file_are_clear_errors(tmp_path: Path) -> N
 # The command line
 
 
-def test_show_says_what_the_run_was(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_says_what_the_run_was(
+    run: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert command.main(["show", str(run[0])]) == 0
-    text = capsys.readouterr().out
+    path, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join([path, *lines]).split())
     assert "steps 0 to 4" in text
     assert "estimator spsa, 1 directions, noise rademacher, rule sgd" in text
     assert "root mean square" in text

@@ -13,7 +13,9 @@ import argparse
 import itertools
 import math
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     log = SeedLog.read(options.log)
-    print("\n".join([*summary(log), "", *curve([entry.loss for entry in log.steps])]))
+    width = shutil.get_terminal_size().columns
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)
+    print("\n".join([*map(wrapper.fill, summary(log)), "", *curve([entry.loss for entry in log.steps])]))
     if options.plot is not None:
         _draw(log, options.plot)
     return 0 if log.corrupt is None else 1
