@@ -197,7 +197,7 @@ ADAMW = at(1e-3, rival_methods.adamw)
 
 def subspace(**settings: Any) -> Contender:
     """An experiment in random subspaces; the momentum's directions are normal."""
-    base = 1e-3 if settings.get("muon") else 1e-5
+    base = 1e-3 if settings.get("muon") or settings.get("even") else 1e-5
     start = at(base, partial(subspaces.Subspace, **settings))
     return Contender(start=start, forwards=2 * settings.get("count", 1))
 
@@ -221,6 +221,7 @@ RIVALS: dict[str, Contender] = {
 TRIED: dict[str, Contender] = {
     "subspace": subspace(),
     "subspace-4": subspace(rank=8, count=4),
+    "subspace-even": subspace(even=True),
     "zo-muon": subspace(muon=True),
     "zo-muon-4": subspace(rank=8, count=4, muon=True),
     "subzero": subspace(rank=8, both=True),

@@ -1,8 +1,9 @@
-"""What does a step of each method cost? Processor time and peak memory, each in a process of its own.
+"""What does a step of each method cost? Processor time and peak memory, each in processes of their own.
 
 A Llama of 24 million float32 weights, 4 rows of 128 tokens, one thread, no checkpointing. The time is that of the
 processor, which other programs on the machine disturb little; the peak is that which the kernel reports, above the
-weights. Backpropagation is one step of SGD.
+weights, in processes that return what they free (`return_what_is_freed`): the median of some, and their range.
+Backpropagation is one step of SGD.
 
     python -m benchmarks.method_costs --save
 """
@@ -10,10 +11,7 @@ weights. Backpropagation is one step of SGD.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zo_core import ZeroOrder
 
 from .int4_memory import status
+from .offload_memory import return_what_is_freed
 from .report import save
+from .rivals import alone
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 10}
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -39,10 +39,11 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def measure(name: str, steps: int) -> tuple[float, float, int]:
+def measure(name: str, steps: int, memory: bool) -> tuple[float, float, int]:
     """Seconds of a step, the peak above the weights in bytes, and the number of weights."""
+    if memory:
+        return_what_is_freed()
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_attention_heads=6, max_position_embeddings=128))
     ids = torch.randint(0, SHAPE["vocab_size"], (4, 128))
     settings = METHODS[name]
@@ -73,19 +74,18 @@ def measure(name: str, steps: int) -> tuple[float, float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="for the time")
+    parser.add_argument("--runs", type=int, default=3, help="for the memory")
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.one, args.steps)))
-        return
+    torch.set_num_threads(1)
     rows, unit, count = [], 0.0, 0
     for name in METHODS:
-        command = [sys.executable, "-m", "benchmarks.method_costs", "--one", name, "--steps", str(args.steps)]
-        seconds, peak, count = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        seconds, _, count = alone(measure, name, args.steps, False)
         unit = unit or seconds
-        rows.append([name, f"{seconds:.2f}", f"{seconds / unit:.2f}", f"{peak / 2**20:.0f}"])
+        peaks = sorted(alone(measure, name, 1, True)[1] / 2**20 for _ in range(args.runs))
+        shown = f"{statistics.median(peaks):.0f} ({peaks[0]:.0f} to {peaks[-1]:.0f})"
+        rows.append([name, f"{seconds:.2f}", f"{seconds / unit:.2f}", shown])
         print(rows[-1], flush=True)
     title = f"A step of a Llama of {count / 1e6:.0f} million float32 weights, 512 tokens, one thread"
     columns = ["method", "seconds", "in steps of spsa", "MiB above the weights"]

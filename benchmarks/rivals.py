@@ -1,7 +1,8 @@
 """What it costs to train one model in many ways, side by side, and what each way brings.
 
-Cost: a Llama of 54.9 M weights in float32, each way in a process of its own, forked after the imports. The memory is
-the peak of the process above the imports (RssAnon, sampled every 5 ms) and what is left of it between steps.
+Cost: a Llama of 54.9 M weights in float32, each way in processes of its own, forked after the imports. The memory is
+the peak of the process above the imports (RssAnon, sampled every 5 ms) and what is left of it between steps, where what
+is freed is returned (`return_what_is_freed`): medians of some processes, and the range of the peaks.
 Processor time is compared with that of a forward of the same model, in turns. GaLore and APOLLO need the packages
 galore-torch and apollo-torch; a way that cannot run says so.
 
@@ -23,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from . import rival_methods
 from .contenders import EVERY, TRIED, Contender, Trainer, activations, lora
 from .forwards_to_target import Outcome, best, known_from
-from .offload_memory import Peak, status
+from .offload_memory import Peak, return_what_is_freed, status
 from .report import save, saved
 from .rival_methods import Start, at
 from .step_overhead import llama_60m
@@ -162,11 +163,9 @@ def built() -> Any:
     return LlamaForCausalLM(llama_60m())
 
 
-def cost(name: str, rows: int, length: int, folder: Path, rounds: int) -> Cost:
-    """Memory of two steps, then seconds: medians of rounds in which a step and a forward of the plain model take turns.
-
-    The second step is the first that finds the optimizer's state.
-    """
+def memory(name: str, rows: int, length: int, folder: Path) -> Cost:
+    """Memory of two steps. The second is the first that finds the optimizer's state."""
+    return_what_is_freed()
     base = held()
     peak = Peak()
 
@@ -179,18 +178,21 @@ def cost(name: str, rows: int, length: int, folder: Path, rounds: int) -> Cost:
         trainer.step(trainer.task.data(step))
     peak.stop.set()
     peak.join()
-    found = Cost(peak.values["RssAnon"] * 2**20 - base, held() - base)
-    if not rounds:
-        return found
+    return Cost(peak.values["RssAnon"] * 2**20 - base, held() - base)
+
+
+def times_of(name: str, rows: int, length: int, folder: Path, rounds: int) -> Cost:
+    """Medians of rounds in which a step and a forward of the plain model take turns, after a step each."""
+    trainer = trainer_of(name, rows, length, folder, lambda: None)
     plain = Trainer(WAYS["forward alone"], task_of(built().eval(), rows, length), 0, 0)
     times: dict[Trainer, list[float]] = {trainer: [], plain: []}
-    for step in range(rounds):
+    for step in range(rounds + 1):
         for one, spent in times.items():
             batch = one.task.data(step)
             start = time.process_time()
             one.step(batch)
             spent.append(time.process_time() - start)
-    return replace(found, step=statistics.median(times[trainer]), forward=statistics.median(times[plain]))
+    return Cost(step=statistics.median(times[trainer][1:]), forward=statistics.median(times[plain][1:]))
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -233,8 +235,11 @@ def costs(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as path:
         weights = alone(written, Path(path))
         for name in args.ways:
-            found = alone(cost, name, args.rows, args.length, Path(path), args.rounds)
-            rows.append([name, *(cells(found, weights) if isinstance(found, Cost) else [found[:60], *[""] * 4])])
+            of = name, args.rows, args.length, Path(path)
+            found = [alone(memory, *of) for _ in range(args.runs)]
+            found += [alone(times_of, *of, args.rounds)] if args.rounds else []
+            failed = [one for one in found if isinstance(one, str)]
+            rows.append([name, *([failed[0][:60], *[""] * 4] if failed else cells(found, weights))])
             print(rows[-1], flush=True)
     tokens = args.rows * args.length
     columns = ["", "peak, MB", "between steps, MB", "bytes a weight", "processor s a step", "÷ a forward"]
@@ -249,9 +254,13 @@ def written(folder: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def cells(found: Cost, weights: int) -> list[str]:
-    sizes = [f"{found.peak / 1e6:.0f}", f"{found.rest / 1e6:.0f}", f"{found.rest / weights:.1f}"]
-    return [*sizes, f"{found.step:.2f}", f"{found.step / found.forward:.1f}"] if found.step > 0 else [*sizes, "", ""]
+def cells(found: list[Cost], weights: int) -> list[str]:
+    """Medians of the processes that measured memory, the range of their peaks, and the times of the one that did."""
+    peaks = sorted(one.peak / 1e6 for one in found if one.peak > 0)
+    rest = statistics.median(one.rest for one in found if one.peak > 0)
+    sizes = [f"{statistics.median(peaks):.0f} ({peaks[0]:.0f} to {peaks[-1]:.0f})", f"{rest / 1e6:.0f}"]
+    timed = [[f"{one.step:.2f}", f"{one.step / one.forward:.1f}"] for one in found if one.step > 0]
+    return [*sizes, f"{rest / weights:.1f}", *(timed[0] if timed else ["", ""])]
 
 
 def at_forwards(run: Outcome, forwards: float) -> float:
@@ -299,7 +308,7 @@ def plot(task: str) -> Path:
     cost_of, learnt = newest("rivals-cost-256tokens"), newest(f"rivals-learning-{task}")
     assert cost_of is not None
     assert learnt is not None
-    peaks = {row[0]: float(row[1]) for row in cost_of["rows"] if row[5]}
+    peaks = {row[0]: float(row[1].split()[0]) for row in cost_of["rows"] if row[5]}
     figure, axes = plt.subplots(figsize=(7, 4))
     for row in learnt["rows"][1:]:
         name, backward = SHOWN.get(row[0], ("", False))
@@ -322,6 +331,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3, help="processes that measure memory")
     parser.add_argument("--rounds", type=int, default=2, help="of timed steps; 0 measures memory alone")
     parser.add_argument("--learning", metavar="TASK", help="run nothing; the table of the saved curves of a task")
     parser.add_argument("--tried", action="store_true", help="with --learning: the experiments of docs/tried.md")

@@ -61,6 +61,7 @@ class Subspace:
         beta: decay of the momentum, which is projected to the bases of the next window.
         both: whether the left factor is kept as well, and r x r numbers are drawn (SubZero, arXiv 2410.08989).
         muon: whether the momentum is orthogonalised (ZO-Muon, arXiv 2602.17155).
+        even: whether it is only scaled, to the length that ``muon`` gives each weight.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class Subspace:
         beta: float = 0.9,
         both: bool = False,
         muon: bool = False,
+        even: bool = False,
     ):
         self.slots = [Slot(p.data) for p in moving(model)]
         self.rate, self.rank, self.count, self.refresh, self.beta = rate, rank, count, refresh, beta
-        self.both, self.muon, self.done = both, muon, 0
+        self.both, self.muon, self.even, self.done = both, muon, even, 0
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
@@ -128,9 +130,12 @@ class Subspace:
 
     def _moved(self, slot: Slot) -> Tensor:
         assert slot.momentum is not None
-        if not self.muon:
+        if not self.muon and not self.even:
             return slot.momentum
-        return orthogonal(slot.momentum) if slot.matrix else slot.momentum / (slot.momentum.norm() + 1e-12)
+        if self.muon and slot.matrix:
+            return orthogonal(slot.momentum)
+        length = math.sqrt(slot.momentum.shape[1]) if slot.matrix else 1.0
+        return slot.momentum * (length / (slot.momentum.norm() + 1e-12))
 
     def _at(self, before: list[Tensor], drawn: list[Tensor], scale: float, loss: Loss) -> float:
         for slot, start, z in zip(self.slots, before, drawn, strict=True):

@@ -14,6 +14,7 @@ from benchmarks import rivals
 from benchmarks.contenders import RIVALS, TRIED, Trainer
 from benchmarks.forwards_to_target import Outcome
 from benchmarks.rival_methods import Blockwise, PublishedMezo, in_backward
+from benchmarks.rivals import Cost
 from benchmarks.subspaces import Subspace, orthogonal
 from benchmarks.tasks import Task, cross_entropy
 
@@ -97,3 +98,18 @@ def test_losses_at_other_forwards_are_interpolated() -> None:
     run = Outcome(((0.0, 3.0), (10.0, 3.0), (20.0, 3.0), (30.0, 0.0)), 1.0)
     assert rivals.at_forwards(run, 25.0) == 2.5
     assert rivals.at_forwards(run, 99.0) == 2.0
+
+
+def test_a_scaled_step_has_the_length_of_an_orthogonal_one() -> None:
+    method = Subspace(nn.Linear(6, 5, bias=False), 0.1, 0, rank=2, even=True)
+    slot = method.slots[0]
+    slot.momentum = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    moved = method._moved(slot)
+    torch.testing.assert_close(moved.norm(), torch.tensor(math.sqrt(2.0)))
+    torch.testing.assert_close(moved / moved.norm(), slot.momentum / slot.momentum.norm())
+
+
+def test_memory_is_the_median_of_its_processes_and_time_that_of_the_one_that_measured_it() -> None:
+    found = [Cost(peak=peak, rest=4e6) for peak in (3e6, 9e6, 5e6)]
+    assert rivals.cells(found, 1_000_000) == ["5 (3 to 9)", "4", "4.0", "", ""]
+    assert rivals.cells([*found, Cost(step=1.0, forward=0.5)], 1_000_000)[3:] == ["1.00", "2.0"]
