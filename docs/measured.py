@@ -36,7 +36,7 @@ PARTS = {
     "Memory": ("shared-memory", "estimate", "memory-over-steps", "int4-memory", "hybrid-memory"),
     "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning", "hybrid-learning"),
     "Learning rates": ("first-run", "suggest-lr"),
-    "More from a forward": ("directions", "basis-energy", "forwards-to-target"),
+    "More from a forward": ("directions", "basis-energy", "forwards-to-target", "per-second"),
     "Beside other ways to train": ("rivals", "subspaces"),
     "Rewards": ("generation", "accuracy"),
     "Several processes": ("ranks",),
