@@ -79,11 +79,8 @@ class Backprop:
         Raises:
             ConfigError: a name finds nothing, or what the names find cannot be trained this way.
         """
-        paths, trained, tied = _paths(model), set[int](), {}
+        paths, trained, tied = _paths(model), named(model, self.names), {}
         problems = [_unknown(name, paths) for name in self.names if not _found(name, paths)]
-        for path, parameter in paths:
-            if any(_matches(name, path) for name in self.names):
-                trained.add(id(parameter))
         for path, parameter in paths:
             if id(parameter) in trained and not any(_matches(name, path) for name in self.names):
                 tied[path] = parameter
@@ -145,7 +142,7 @@ class Backprop:
         self,
         model: nn.Module,
         oracle: Measuring,
-        effective: Callable[[], AbstractContextManager[None]],
+        around: Callable[[], AbstractContextManager[None]],
         closures: Sequence[Callable[[], Any]],
         scaled: Sequence[Scale] | None,
     ) -> None:
@@ -154,7 +151,7 @@ class Backprop:
         Args:
             model: the module that is trained.
             oracle: measures the same closures; gives the modes that modules are in.
-            effective: a context in which weights include pending updates.
+            around: a context in which weights include pending updates, and no graph is kept of streamed layers.
             closures: one per micro-batch.
             scaled: for each of them, how its loss is scaled; it is called later. None is not at all.
 
@@ -168,7 +165,7 @@ class Backprop:
         # Autocast keeps casts of weights: those of a forward without gradients would stop this one's.
         torch.clear_autocast_cache()
         try:
-            with torch.inference_mode(False), torch.enable_grad(), modes, self._alone(model), effective():
+            with torch.inference_mode(False), torch.enable_grad(), modes, self._alone(model), around():
                 for index, closure in enumerate(closures):
                     self._fresh.append((self._gradients(closure, oracle.maximize), scaled[index] if scaled else _as_is))
                     if scaled is None:
@@ -305,6 +302,11 @@ class Backprop:
             mine = {id(weight) for weight in self.weights.values()}
             self.optimizer.state.update({t: held for t, held in before.optimizer.state.items() if id(t) in mine})
         self.max_norm = before.max_norm
+
+
+def named(model: nn.Module, names: Sequence[str]) -> set[int]:
+    """The ``id`` of all parameters, frozen ones included, that the setting ``backprop`` names."""
+    return {id(parameter) for path, parameter in _paths(model) if any(_matches(name, path) for name in names)}
 
 
 def _keyed(model: nn.Module, slots: Sequence[Slot]) -> list[Slot]:

@@ -341,11 +341,6 @@ class ZOConfig:
             problems.append(
                 "brake='rollback' reverts steps from their seeds, and those by backprop have none; write brake='warn'"
             )
-        if self.offload is not None:
-            problems.append(
-                f"offload={self.offload!r} and backprop do not work together yet: a streamed block is gone when its "
-                "gradient is due; leave out one of them"
-            )
         if self.lr == AUTO:
             problems.append(
                 "lr='auto' tries rates on weights that forward passes move, and backprop would move others meanwhile; "

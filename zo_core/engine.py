@@ -256,7 +256,7 @@ class ZeroOrder(TrainedModel):
             with self.hidden():
                 if self.backprop is not None:  # first: what the probes of a trainer record is that of the last ones
                     with self.curves.clock.timed("forwards", len(closures)):
-                        self.backprop.measure(self.model, self.oracle, self.effective, closures, scaled)
+                        self.backprop.measure(self.model, self.oracle, self.differentiated, closures, scaled)
                 if self.second is not None:
                     return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
                 return self._at(plan.to_measure, closures)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .backprop import Backprop
+from .beside_streamed import staying
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
 from .estimators import ESTIMATORS
@@ -177,7 +178,8 @@ def offload_model(
         config.offload_dir,
         config.blocks,
         {id(tensor) for slot in slots for tensor in slot.tensors},
-        {id(tensor) for slot in slots if slot.region or changes_often(noise, slot) for tensor in slot.tensors},
+        {id(tensor) for slot in slots if slot.region or changes_often(noise, slot) for tensor in slot.tensors}
+        | staying(model, config.backprop, config.blocks),
         device=device if config.device is None else torch.device(config.device),
         memory=parse_bytes(config.device_memory),
         state=_state_bytes(config, slots),

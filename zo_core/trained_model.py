@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from .backprop import Backprop
+from .beside_streamed import check_resident, ungraphed
 from .checkpoint import Continuity
 from .config import ZOConfig
 from .curves import Curves
 from .directions import Directions
-from .errors import ConfigError, StateError
+from .errors import StateError
 from .estimators import Estimator
 from .files import write_whole
 from .following import trainable
@@ -131,12 +132,12 @@ class TrainedModel(LiveSettings):
         if streaming is None and config.offload is None:
             return self._resident()
         check_streamable(config, self.rule)
-        if config.backprop is not None:
-            raise ConfigError(["backprop needs weights in memory, and this model is streamed; leave it out"])
         if streaming is None:
             streaming = offload_model(self.model, config, self.slots)
         if streaming is None:
             return self._resident()
+        if self.backprop is not None:
+            check_resident(self.backprop.names, self.backprop.weights, streaming)
         self.places.streaming = streaming
         parts = self.model, self.slots, self._perturbation, streaming
         return LockstepOracle(*parts, **self._how())
@@ -201,6 +202,12 @@ class TrainedModel(LiveSettings):
         outside of them.
         """
         return self.updaters.windows.effective()
+
+    @contextmanager
+    def differentiated(self) -> Iterator[None]:
+        """As `effective`, for a forward that records a graph, which is an error in a streamed layer."""
+        with ungraphed(self.streaming), self.effective():
+            yield
 
     def hidden(self) -> AbstractContextManager[None]:
         """A context in which parameters with pending updates show what is in memory, for the engine's own code."""

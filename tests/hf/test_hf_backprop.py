@@ -84,6 +84,25 @@ def test_a_resumed_run_is_the_whole_one(tmp_path: Path, caplog: pytest.LogCaptur
     assert not differing(weights(again.model), weights(whole.model))
 
 
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_streamed_is_resident(tmp_path: Path, tier: str) -> None:
+    def trained(offload: str | None, resume: str | None = None) -> Any:
+        folder = tmp_path / str(offload)
+        model, rows = tiny("llama", tied=False), texts()
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **SCHEDULE}
+        args = arguments(folder, gradient_accumulation_steps=2, **settings)
+        how = {"train_dataset": rows, "eval_dataset": rows[:4], "zo_config": CONFIG.replace(offload=offload)}
+        trainer = ZOTrainer(model=model, args=args, **how)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer.model), logged(trainer, "eval_loss"), logged(trainer, "grad_norm")
+
+    resident, streamed = trained(None), trained(tier)
+    assert not differing(streamed[0], resident[0])
+    assert streamed[1:] == resident[1:]
+    again = trained(tier, str(tmp_path / tier / "out" / "checkpoint-1"))
+    assert not differing(again[0], resident[0])
+
+
 def test_arguments_name_the_modules_and_fp16_is_refused(tmp_path: Path) -> None:
     args = arguments(tmp_path, ZOTrainingArguments, zo_backprop=["lm_head"], zo_backprop_lr=1e-3)
     assert args.to_zo_config() == ZOConfig(backprop=("lm_head",), backprop_lr=1e-3)

@@ -57,6 +57,15 @@ def test_beside_an_sgd_whose_decay_counts(tmp_path: Path) -> None:
     assert not differing(found, theirs)
 
 
+def test_streamed_is_resident(tmp_path: Path) -> None:
+    def run(offload: str | None) -> Any:
+        module = Wrapped(model=tiny("llama", tied=False), optimizer=scheduled)
+        settings = {**SETTINGS, "offload": offload}
+        return fitted(tmp_path, module, settings, data=loader(), accumulate_grad_batches=2)
+
+    assert not differing(run("disk"), run(None))
+
+
 def test_a_resumed_run_is_the_whole_one(tmp_path: Path) -> None:
     def run(folder: Path, steps: int, module: Wrapped, ckpt: str | None = None) -> Any:
         saving = ModelCheckpoint(folder, save_last=True, save_top_k=-1, every_n_train_steps=2)

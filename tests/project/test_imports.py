@@ -38,6 +38,7 @@ RANKS = {
     "exchange": 1,
     "ambient": 1,
     "backprop": 4,
+    "beside_streamed": 5,
     "digests": 0,
     "ranks": 2,
     "targets": 2,
