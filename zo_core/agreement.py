@@ -72,6 +72,9 @@ def _facts(engine: Running) -> dict[str, Any]:
         "directions": engine.num_probes,
         "parameter groups": groups,
         "trained tensors": [(slot.key, tuple(slot.shape), str(slot.tensor.dtype)) for slot in engine.slots],
+        "tensors under backprop": None
+        if engine.backprop is None
+        else [(name, tuple(weight.shape), str(weight.dtype)) for name, weight in engine.backprop.weights.items()],
         **engine.facts,
         "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
     }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, LossError, StateError
+from .exchange import Exchange
 from .forward_state import ForwardState
 from .modes import probe_modes, rng_state, set_rng_state
 from .registry import similar
@@ -65,7 +66,7 @@ class Backprop:
         self._homes: list[int] = []
         self._total: list[Tensor | None] = []
         self._fresh: list[tuple[list[Tensor | None], Scale]] = []
-        self._told = False
+        self._told = self._shared = False
 
     # Which weights
 
@@ -159,6 +160,7 @@ class Backprop:
             LossError: a closure returned something that has no gradient with respect to the named weights.
         """
         self._fold()
+        self._shared = False
         start = rng_state()
         oracle.state.begin()
         modes = probe_modes(model, dropout=oracle.dropout, keep=oracle.keep_mode)
@@ -214,6 +216,14 @@ class Backprop:
             pairs = zip(self._total, gradients, strict=True)
             # Not in place: autograd may return one tensor for two weights.
             self._total = [b if a is None else a if b is None else a + b for a, b in pairs]
+
+    def share(self, exchange: Exchange) -> None:
+        """Takes the mean of the gradients of all processes, unless it was taken."""
+        if not self._shared:
+            self._fold()
+            pairs = zip(exchange.mean(self._total), self.weights.values(), strict=True)
+            self._total = [None if mean is None else mean.to(weight.device) for mean, weight in pairs]
+            self._shared = True
 
     def unfit(self) -> str | None:
         """Why the step has to be skipped; None if its gradient is finite. Sets ``norm``."""

@@ -361,6 +361,8 @@ class ZeroOrder(TrainedModel):
         try:
             with self.curves.clock.timed("forwards"):
                 self._plan.gather(self.exchange)
+                if self.backprop is not None and not self._plan.failed:
+                    self.backprop.share(self.exchange)
                 if self.second is not None and self._plan.tried is None:
                     self.second.measure(self, self._plan)
                     self.curves.clock.forwards += len(self._plan.tried or ()) * len(self.second.kept)

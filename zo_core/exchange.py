@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from .records import Point, Probe
 
 #: For each process, the losses that it measured, by the index of the point.
@@ -53,6 +55,13 @@ class Exchange(Protocol):
         """The mean over the processes of each of a few numbers, the same on every process."""
         ...
 
+    def mean(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The mean over the processes of each of some tensors, the same bits on every process.
+
+        One that only some processes have counts as zero in the others.
+        """
+        ...
+
     def everywhere(self, own: Any) -> list[Any]:
         """What each process passes, a value that can be pickled, in the order of the ranks."""
         ...
@@ -86,6 +95,9 @@ class Alone:
 
     def average(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def mean(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return list(tensors)
 
     def everywhere(self, own: Any) -> list[Any]:
         return [own]

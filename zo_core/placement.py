@@ -14,9 +14,10 @@ from .beside_streamed import staying
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
 from .estimators import ESTIMATORS
-from .exchange import Alone, Exchange
+from .exchange import Exchange
 from .noise import NOISES
 from .optimizer import ZOOptimizer, check_optimizer
+from .ranks import Ranks
 from .rules import RULES, Torch, UpdateRule
 from .sizes import parse_bytes
 from .streaming import Streaming, offload
@@ -155,13 +156,16 @@ def backprop_of(config: ZOConfig, exchange: Exchange) -> Backprop | None:
     """What moves weights by backpropagation; None without the setting.
 
     Raises:
-        ConfigError: several processes train one model.
+        ConfigError: processes hold parts of one model.
     """
     if config.backprop is None:
         return None
-    if not isinstance(exchange, Alone):
+    if isinstance(exchange, Ranks) and exchange.units < exchange.size:
         raise ConfigError(
-            ["backprop takes one process, because processes exchange losses and no gradients; leave out one of them"]
+            [
+                "backprop differentiates whole weights, and several processes hold the parts of one model here; leave "
+                "out backprop, or load the whole model in every process"
+            ]
         )
     return Backprop(config.backprop, config.backprop_lr, config.weight_decay)
 

@@ -1,4 +1,7 @@
-"""Several processes that train one model: they exchange losses, 8 bytes a point, and never weights or gradients."""
+"""Several processes that train one model: they exchange losses, 8 bytes a point, and no weights.
+
+Gradients travel only under ``backprop``, those of the weights that it names.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -22,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Rank 0 says what there is to say; the others only say errors.
 LOGGERS = ("zo_core", "hf_zo", "lightning_zo")
-#: What is exchanged next, as every process says before it: a failure, the losses of a step, or numbers to average.
-FAILURE, LOSSES, NUMBERS = range(3)
+#: What is exchanged next, as every process says before it: a failure, losses of a step, numbers or tensors to average.
+FAILURE, LOSSES, NUMBERS, TENSORS = range(4)
 #: Seconds that the survivors give each other to answer after an exchange has failed.
 ROLL_CALL = 5
 
@@ -112,6 +116,9 @@ class Ranks:
         rows = self._of_units(self._whole.run(lambda: self._numbers(NUMBERS, len(values), own)))
         return [math.fsum(column) / self.units for column in zip(*rows, strict=True)]
 
+    def mean(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return self._whole.run(lambda: self._mean(tensors))
+
     def _of_units(self, rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
         """One row for each unit, whose processes have computed the same numbers.
 
@@ -157,6 +164,25 @@ class Ranks:
     def _numbers(self, kind: int, number: int, own: Tensor) -> list[list[float]]:
         self._enter(kind, number)
         return [row.tolist() for row in self._gathered(own)]
+
+    def _mean(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        self._enter(TENSORS, len(tensors))
+        kinds = self._objects([None if each is None else (each.shape, each.dtype) for each in tensors])
+        found: list[Tensor | None] = []
+        for own, *theirs in zip(tensors, *kinds, strict=True):
+            kind = next((each for each in theirs if each is not None), None)
+            found.append(own if kind is None else self._mean_of(own, *kind))
+        return found
+
+    def _mean_of(self, own: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """One tensor of the mean, or with "points", where all have computed the same one, that of rank 0."""
+        mine = torch.zeros(shape) if own is None else own.to("cpu", torch.float32).contiguous()
+        sum_, turns = torch.zeros_like(mine), range(1 if self.same_data else self.size)
+        for rank in turns:  # one after another, in an order that no topology changes
+            theirs = mine.clone() if rank == self.rank else torch.empty_like(mine)
+            self._try(partial(dist.broadcast, theirs, src=rank, group=self.group))
+            sum_ += theirs
+        return (sum_ / len(turns)).to(dtype)
 
     def _values(self, own: Any) -> list[Any]:
         self._enter(NUMBERS, 0)

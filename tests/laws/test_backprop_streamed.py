@@ -1,4 +1,4 @@
-"""Laws: layers that are streamed learn beside layers under backprop as resident ones do, and no graph runs through them."""
+"""Laws: streamed layers learn beside those under backprop as resident ones do, and no graph runs through them."""
 
 from __future__ import annotations
 
