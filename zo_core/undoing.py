@@ -45,14 +45,15 @@ def braked(engine: Reverting, loss: float | None, losses: Sequence[float]) -> Ro
     if alarm is None:
         return None
     if braking.mode == "warn":
-        back = "" if engine.backprop is not None else f"; {said({'brake': 'rollback'})} goes back and halves it"
+        lowers = "halves it" if braking.share(alarm) == 0.5 else "takes a quarter of it"
+        back = "" if engine.backprop is not None else f"; {said({'brake': 'rollback'})} goes back and {lowers}"
         braking.warn(step, alarm, f"take a lower learning rate{back}")
         return None
     if not engine.rule.undoable:
         braking.warn(step, alarm, f"the updates of the rule {engine.rule.name!r} cannot be reverted: take a lower rate")
         return None
     goal = max(engine.exchange.everywhere(braking.goal(alarm)))  # only one process writes a log, whose start limits it
-    rollback = Rollback(goal, engine.optimizer.factor / 2)
+    rollback = Rollback(goal, engine.optimizer.factor * braking.share(alarm))
     logger.warning(
         "%s; the weights %s, and from here on the learning rate is %.4g of what is set",
         alarm.said(step),

@@ -14,7 +14,7 @@ from typing import Any
 from ..records import Probe
 from ..rules import RULES, UpdateRule
 from .statistic import Alarm, Brake, in_float32
-from .trust import Trust
+from .trust import TooLong, Trust
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +179,21 @@ class Braking:
         logged = in_float32(loss)
         alarm = self.brake.see(step, logged) or self.trust.see(step, logged, self._best(step))
         if alarm is None:
-            self.history.drop_before(self.brake.earliest())
+            self.history.drop_before(self.brake.earliest() if self.brake.learnt else self.brake.start)
         else:
             self.restart(step + 1)
         return alarm
 
     def _best(self, step: int) -> int:
+        """The first step with the best weights, for steps that are too long for the noise.
+
+        The lowest of many noisy means is low by chance, so the best block counts once the loss has clearly fallen, and
+        until then the beginning does.
+        """
         block = self.brake.goal()
-        return step if block is None else block.middle
+        if block is None:
+            return step
+        return block.middle if self.brake.learnt else self.brake.start
 
     def restart(self, step: int) -> None:
         """Begins the tests again at a step, after an alarm; the best blocks are kept."""
@@ -196,6 +203,13 @@ class Braking:
     def goal(self, alarm: Alarm) -> int:
         """The step to go back to, given an alarm."""
         return max(alarm.step, self.history.floor, self.logged_from)
+
+    def share(self, alarm: Alarm) -> float:
+        """What learning rates are multiplied by, given an alarm.
+
+        Steps with which nothing was learnt are likely to be much too long for the noise.
+        """
+        return 0.25 if isinstance(alarm, TooLong) and alarm.step == self.brake.start else 0.5
 
     def noted(self, losses: Sequence[float]) -> None:
         """Warns if the losses of all probes have agreed for many steps; takes the losses of a step."""

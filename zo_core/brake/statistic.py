@@ -27,6 +27,8 @@ from ..noise.direction import FLOAT32_MAX, float32
 CHUNK = 16
 #: Normal deviate above which a block is worse than the best one.
 LIMIT = 6.5
+#: Normal deviate below minus which a block is clearly below the first one of its length.
+LEARNT = 4.0
 #: The same for the comparison with the first losses, as they are and as logarithms; there are few of these tests. The
 #: logarithm of a single loss, which may be near 0 by chance, has a limit of its own.
 START_LIMIT, LOG_LIMIT, ONE_LOG_LIMIT = 5.0, 6.0, 8.0
@@ -138,12 +140,18 @@ class Brake:
     """The test; `see` takes the loss of each step.
 
     Attributes:
+        start: the step at which the statistics began.
         best: for each length the block with the smallest mean; the index is the logarithm of the number of chunks.
+        firsts: for each length the first block.
+        learnt: whether a block has been clearly below the first one.
         first: the step at which the statistics began, or began again.
     """
 
     def __init__(self, first: int = 0):
+        self.start = first
         self.best: list[Block] = []
+        self.firsts: list[Block] = []
+        self.learnt = False
         self.restart(first)
 
     def restart(self, first: int) -> None:
@@ -205,8 +213,10 @@ class Brake:
                 return self._alarm(block.mean, f"mean of {block.count} losses")
             if level == len(self.best):
                 self.best.append(block)
+                self.firsts.append(block)
             elif block.mean < self.best[level].mean:
                 self.best[level] = block
+                self.learnt = self.learnt or deviate(block, self.firsts[level]) < -LEARNT
             half = self.halves.pop(level, None)
             if half is None:
                 self.halves[level] = block
@@ -267,7 +277,10 @@ class Brake:
     def saved(self) -> dict[str, Any]:
         """The state as plain values."""
         return {
+            "start": self.start,
             "best": [asdict(block) for block in self.best],
+            "firsts": [asdict(block) for block in self.firsts],
+            "learnt": self.learnt,
             "first": self.first,
             "chunk": [list(one) for one in self.chunk],
             "halves": {level: asdict(block) for level, block in self.halves.items()},
@@ -279,7 +292,9 @@ class Brake:
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `saved` returned."""
         self.restart(saved["first"])
+        self.start, self.learnt = saved["start"], saved["learnt"]
         self.best = [Block(**block) for block in saved["best"]]
+        self.firsts = [Block(**block) for block in saved["firsts"]]
         self.chunk = [(step, loss) for step, loss in saved["chunk"]]
         self.halves = {level: Block(**block) for level, block in saved["halves"].items()}
         self.infinite = saved["infinite"]
