@@ -293,6 +293,10 @@ LAYERS: dict[str, tuple[list[Tensor], list[Direction]]] = {
     "nothing in one": one_of([2048, 0, 1040], 0),
     "two dtypes": ([weights(torch.float32, 64), *one_of([16, 32], 0)[0]], one_of([64, 16, 32], 0)[1]),
     "an address between": one_of([32, 16, 32], 0),
+    "columns first": (
+        [weights(torch.bfloat16, 512).view(16, 32).t(), *one_of([16, 32], 0)[0]],
+        one_of([512, 16, 32], 0)[1],
+    ),
     "a scaling": one_of([16, 32, 48], 1, scaling=SCALINGS[1]),
     "a part": one_of([16, 32, 48], 1, part=Part(torch.Size([4, 32]), (1, 0), (1, 32))),
     "stochastic rounding": one_of([16, 32, 48], 1, rounding_seed=7),

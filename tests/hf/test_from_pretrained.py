@@ -43,9 +43,9 @@ def mixtral() -> nn.Module:
     )
 
 
-def checkpoint(name: str, path: Path, **how: Any) -> Path:
+def checkpoint(name: str, path: Path, layers: int = 2, **how: Any) -> Path:
     torch.manual_seed(0)
-    (mixtral() if name == "mixtral" else tiny(name)).save_pretrained(path / "checkpoint", **how)
+    (mixtral() if name == "mixtral" else tiny(name, layers=layers)).save_pretrained(path / "checkpoint", **how)
     return path / "checkpoint"
 
 
@@ -227,3 +227,16 @@ def test_what_does_not_move_stays_in_the_checkpoint(tmp_path: Path) -> None:
         zo.step(lambda: model(**inputs("llama")).loss)
     zo.flush()
     assert {name for file in (tmp_path / "blocks").iterdir() for name in read_header(file)} == {"mlp.up_proj.weight"}
+
+
+def test_a_checkpoint_that_is_written_over_is_a_clear_error(tmp_path: Path) -> None:
+    """The start of a decay, and weights that do not move, would be other ones from there on."""
+    path = checkpoint("llama", tmp_path, layers=5)  # more than are in memory at a time
+    model = from_pretrained_offloaded(AutoModelForCausalLM, path, offload_dir=tmp_path / "blocks")
+    zo = ZeroOrder(model, rule={"name": "sgd", "decay_to": "start"}, lr=1e-3, weight_decay=0.5)
+    zo.step(lambda: model(**inputs("llama")).loss)
+    model.save_pretrained(tmp_path / "elsewhere")
+    zo.step(lambda: model(**inputs("llama")).loss)
+    model.save_pretrained(path)
+    with pytest.raises(StateError, match="save to another folder"):
+        zo.step(lambda: model(**inputs("llama")).loss)

@@ -101,7 +101,7 @@ def fused(one: Pass) -> bool:
 
 
 def add_all(directions: Sequence[Any], thetas: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """``out = round(theta + s)`` of several tensors of one device, as `Direction.add_to` does each.
+    """``out = round(theta + s)`` of several tensors of one kind of device, as `Direction.add_to` does each.
 
     Args:
         directions: a `Direction` for each tensor.
@@ -110,12 +110,12 @@ def add_all(directions: Sequence[Any], thetas: Sequence[Tensor], outs: Sequence[
     """
     backend = fused_backend(directions[0].backend, thetas[0])
     if backend is not None and directions[0].backend == "triton":
+        flush()
         if backend.add_alike(directions, thetas, outs):
             return
         pairs = zip(thetas, directions, outs, strict=True)
         passes = [Pass(theta, direction, ADDITION, out) for theta, direction, out in pairs]
         if all(one.direction.part is None and backend.supports(one) for one in passes):
-            flush()
             backend.run(passes)
             return
     with together(apart=True):

@@ -134,26 +134,29 @@ def add_alike(directions: Sequence[Direction], sources: Sequence[Tensor], target
 
     Args:
         directions: of each tensor.
-        sources: contiguous weights, none of which shares memory with another one, or with a target.
-        targets: contiguous, of the same shapes.
+        sources: weights, none of which shares memory with another one, or with a target.
+        targets: of the same shapes.
 
     Returns:
-        Whether it was done. It was not if the tensors are of several kinds, or their places not multiples of 16.
+        Whether it was done. It was not if the tensors are of several kinds or not contiguous, or if their places are
+        not multiples of 16.
     """
-    first, dtype = directions[0], sources[0].dtype
+    first, dtype, device = directions[0], sources[0].dtype, sources[0].device
     noise, terms = first.noise, first.terms
     if type(first) is not Direction or len(terms) != 1 or not supports(Pass(sources[0], first, ADDITION, targets[0])):
         return False
-    for direction, source in zip(directions, sources, strict=True):
+    for direction, source, target in zip(directions, sources, targets, strict=True):
         one = direction.noise is noise and direction.terms == terms and type(direction) is Direction
         odd = direction.scaling or direction.part or direction.rounding_seed is not None or direction.offset is not None
-        if not one or odd or source.dtype != dtype:
+        if not one or odd or source.dtype != dtype or source.device != device:
+            return False
+        if not (source.is_contiguous() and target.is_contiguous()):  # a model may get another memory format at any time
             return False
     here, there = [source.data_ptr() for source in sources], [target.data_ptr() for target in targets]
     counts = tuple([source.numel() for source in sources])
     if reduce(or_, (*here, *there, *counts)) % 16 or not all(counts):
         return False
-    variant = Variant(sources[0].device, dtype, type(noise) is Gaussian, 1, ADD, WEIGHTS, False, 0, True)
+    variant = Variant(device, dtype, type(noise) is Gaussian, 1, ADD, WEIGHTS, False, 0, True)
     if variant in _failed:
         return False
     ((seed, c),) = terms

@@ -35,6 +35,9 @@ Pending = list[tuple[tuple[str, ...], Callable[[Tensors], None]]]
 PORTABLE = 1
 
 
+#: What tells a file from what it was: device, inode, size and time of the last change.
+Stamp = tuple[int, int, int, int]
+
 #: Bytes that a CPU copies in the time that another thread needs to begin.
 SOON_BYTES = 256 << 10
 
@@ -268,6 +271,8 @@ class DiskStore(OwnBlocks):
         except OSError as error:
             raise ConfigError([f"offload_dir={str(folder)!r} cannot be written to: {error.strerror}"]) from error
         self.pieces: dict[str, dict[str, Piece]] = {}
+        #: The files of adopted blocks, as they were.
+        self._adopted: dict[Path, Stamp] = {}
 
     def put(self, block: str, tensors: Tensors, kept: Mapping[str, Piece] | None = None) -> None:
         """Writes a block as a file of its own, but for tensors that are ``kept`` where they are.
@@ -291,6 +296,17 @@ class DiskStore(OwnBlocks):
     def adopt(self, block: str, pieces: dict[str, Piece]) -> None:
         """Uses a block that is stored in other files, which are never written."""
         self.pieces[block] = pieces
+        for piece in pieces.values():
+            if piece.path is not None and not self._is_own(block, piece):
+                self._adopted.setdefault(piece.path, _stamp(os.stat(piece.path)))
+
+    def _check(self, path: Path, now: os.stat_result) -> None:
+        """Raises `StateError` if an adopted file is not what it was."""
+        if self._adopted.get(path, _stamp(now)) != _stamp(now):
+            raise StateError(
+                f"{path} has changed since the model was opened from it, and the run still reads weights from it; save "
+                "to another folder than the one that was opened, and begin again from the last checkpoint"
+            )
 
     def same_as(self, block: str, key: str, name: str) -> bool:
         piece = self.pieces[block][name]
@@ -336,7 +352,7 @@ class DiskStore(OwnBlocks):
         """Reads a block's values into tensors of the same names and shapes.
 
         Raises:
-            StateError: a file is missing or damaged.
+            StateError: a file is missing or damaged, or one that is not this store's has changed.
         """
         paths: dict[Path, list[str]] = {}
         for name, tensor in into.items():
@@ -348,6 +364,7 @@ class DiskStore(OwnBlocks):
         for path, names in paths.items():
             try:
                 with open(path, "rb", buffering=0) as file:
+                    self._check(path, os.fstat(file.fileno()))
                     for name in names:
                         _fill(file.fileno(), into[name], self.pieces[block][name].begin)
             except (OSError, ValueError) as error:
@@ -374,9 +391,14 @@ class DiskStore(OwnBlocks):
             if piece.path is None:
                 tensors[name] = torch.zeros((), dtype=piece.dtype).expand(piece.shape)
             else:
+                self._check(piece.path, os.stat(piece.path))
                 with safe_open(piece.path, "pt") as file:
                     tensors[name] = file.get_tensor(piece.key)
         return tensors
+
+
+def _stamp(found: os.stat_result) -> Stamp:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _fill(descriptor: int, tensor: Tensor, offset: int) -> None:
