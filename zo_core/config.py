@@ -172,7 +172,7 @@ class ZOConfig:
         default="auto",
         metadata={
             "help": "What to do when the loss has risen clearly above the best it had, or does not fall because steps "
-            'are too long for the noise: "rollback" goes back to the best step, halves the learning rate and goes on; '
+            'are too long for the noise: "rollback" goes back to the best step, lowers the learning rate and goes on; '
             '"warn" says so; None does nothing. "auto" is "rollback" in the trainers, and "warn" in a bare loop and '
             "with backprop."
         },
