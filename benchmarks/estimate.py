@@ -33,15 +33,23 @@ from .report import save
 
 @dataclass(frozen=True)
 class Case:
-    """One run: where the layers are, the rule, and the directions per step."""
+    """One run: where the layers are, the rule, the directions per step, and how many last layers have gradients."""
 
     place: str
     rule: str = "sgd"
     num_probes: int = 1
+    gradients: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.place}, {self.rule}, {self.num_probes} probe{'s' * (self.num_probes > 1)}"
+        hybrid = f", backprop in {self.gradients} layers" if self.gradients else ""
+        return f"{self.place}, {self.rule}, {self.num_probes} probe{'s' * (self.num_probes > 1)}{hybrid}"
+
+    def config(self, layers: int) -> ZOConfig:
+        """The settings for a model of so many layers."""
+        last = [f"model.layers.{index}" for index in range(layers - self.gradients, layers)]
+        names = ("model.norm", *last) if self.gradients else None
+        return ZOConfig(rule=self.rule, num_probes=self.num_probes, backprop=names, backprop_lr=1e-6)
 
 
 CASES = (
@@ -50,6 +58,8 @@ CASES = (
     Case("from disk"),
     Case("from disk", "momentum"),
     Case("from disk", "sgd", 2),
+    Case("resident", gradients=2),
+    Case("from disk", gradients=2),
 )
 
 
@@ -72,21 +82,30 @@ def write_checkpoint(folder: Path, hidden: int, layers: int, vocabulary: int) ->
 
 def predicted(folder: Path, case: Case, tokens: int) -> dict[str, int]:
     """Parts of the memory that the estimate names, in bytes."""
-    config = ZOConfig(rule=case.rule, num_probes=case.num_probes)
+    model = skeleton(str(folder), torch.float32)
+    config = case.config(model.config.num_hidden_layers)
     work = Workload(batch_size=1, length=tokens, device="cpu", config=config)
-    rows = {row.name: row for row in estimate(skeleton(str(folder), torch.float32), work)}
+    rows = {row.name: row for row in estimate(model, work)}
     row = rows[f"all weights, {case.place}"]
     return {**row.parts, "writing": row.host}
 
 
 def run(folder: Path, case: Case, tokens: int, steps: int) -> int:
     """Peak of RssAnon above the imports, in bytes, of a run in this process."""
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer  # noqa: F401 (loaded before the base is read)
+    from transformers import (  # loaded before the base is read
+        AutoConfig,
+        AutoModelForCausalLM,
+        LlamaForCausalLM,  # noqa: F401
+        Trainer,  # noqa: F401
+    )
 
     from hf_zo import from_pretrained_offloaded
 
     small = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    ZeroOrder(small, lr=0.0).step(lambda: small(torch.ones(64, 64)).mean())
+    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    streamed = [f"model.layers.{index}" for index in range(layers - case.gradients)]
+    names = ("1",) if case.gradients else ()
+    ZeroOrder(small, lr=0.0, backprop=names).step(lambda: small(torch.ones(64, 64)).mean())
     peak = Peak()
     base = status()
     peak.start()
@@ -94,9 +113,9 @@ def run(folder: Path, case: Case, tokens: int, steps: int) -> int:
         if case.place == "resident":
             model = AutoModelForCausalLM.from_pretrained(folder)
         else:
-            model = from_pretrained_offloaded(AutoModelForCausalLM, folder, offload_dir=blocks)
+            model = from_pretrained_offloaded(AutoModelForCausalLM, folder, offload_dir=blocks, blocks=streamed)
         model.config.use_cache = False
-        zo = ZeroOrder(model, lr=LEARNING[case.rule], rule=case.rule, num_probes=case.num_probes)
+        zo = ZeroOrder(model, case.config(layers), lr=LEARNING[case.rule])
         ids = torch.randint(0, 4096, (1, tokens), generator=torch.Generator().manual_seed(0))
         inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
         for _ in range(steps):
@@ -110,7 +129,7 @@ def run(folder: Path, case: Case, tokens: int, steps: int) -> int:
 def measured(folder: Path, case: Case, tokens: int, steps: int, keep: bool) -> int:
     """`run` in a process of its own; ``keep`` lets glibc keep freed memory, as it does by default."""
     command = [sys.executable, "-m", "benchmarks.estimate", "--run", str(folder), case.place, case.rule]
-    command += [str(case.num_probes), "--tokens", str(tokens), "--steps", str(steps)]
+    command += [str(case.num_probes), str(case.gradients), "--tokens", str(tokens), "--steps", str(steps)]
     root = Path(__file__).parent.parent
     environment = dict(os.environ) if keep else os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=environment)
@@ -126,11 +145,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--places", nargs="+", choices=["resident", "from disk"], default=["resident", "from disk"])
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        folder, place, rule, probes = args.run
-        print(run(Path(folder), Case(place, rule, int(probes)), args.tokens, args.steps))
+        folder, place, rule, probes, gradients = args.run
+        print(run(Path(folder), Case(place, rule, int(probes), int(gradients)), args.tokens, args.steps))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)

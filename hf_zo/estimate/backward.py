@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zo_core.modes import eval_mode
 
 from .trace import FusedAttention, Trace, attended
 
@@ -62,7 +65,7 @@ def kept_by_backpropagation(model: nn.Module, batches: list[dict[str, Tensor]], 
             parameter.register_post_accumulate_grad_hook(_drop)
     for inputs in batches:
         try:
-            peak, after = _run(model, inputs, backward=True)
+            peak, after = _run(model, inputs, Tensor.backward)
             break
         except Exception:  # a forward that needs values, which do not exist, may raise any error
             continue
@@ -72,7 +75,7 @@ def kept_by_backpropagation(model: nn.Module, batches: list[dict[str, Tensor]], 
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[operator]
         getattr(model, "enable_input_require_grads", lambda: None)()
-        _, less = _run(model, inputs, backward=False)
+        _, less = _run(model, inputs)
     except Exception:
         return Kept(peak, None)
     # The backward pass computes one layer again at a time; before that, it has the logits and their gradient.
@@ -80,14 +83,48 @@ def kept_by_backpropagation(model: nn.Module, batches: list[dict[str, Tensor]], 
     return Kept(peak, max(peak - saved, less + saved // max(layers, 1)))
 
 
-def _run(model: nn.Module, inputs: dict[str, Tensor], *, backward: bool) -> tuple[int, int]:
+def peak_of_gradients(model: nn.Module, weights: Sequence[Tensor], batches: list[dict[str, Tensor]]) -> int | None:
+    """Bytes that a forward and the gradients of some weights take at their peak, these gradients included.
+
+    Args:
+        model: on the meta device; unchanged.
+        weights: no other weight requires a gradient meanwhile.
+        batches: inputs with labels; the first that the model takes is used.
+
+    Returns:
+        None if the model cannot run without values.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    own = {id(weight) for weight in weights}
+
+    def differentiate(loss: Tensor) -> object:
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in own)
+        for inputs in batches:
+            try:
+                with eval_mode(model):
+                    return _run(model, inputs, differentiate)[0]
+            except Exception:  # as above
+                continue
+        return None
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def _run(
+    model: nn.Module, inputs: dict[str, Tensor], backward: Callable[[Tensor], object] | None = None
+) -> tuple[int, int]:
     """Returns the peak, and what is alive after the forward."""
     trace = Trace([*model.parameters(), *model.buffers()])
     with torch.enable_grad(), FusedAttention(_Fused.apply), trace:
         loss = model(**inputs).loss
         after = sum(trace.live.values())
-        if backward:
-            loss.backward()
+        if backward is not None:
+            backward(loss)
     return trace.segments[-1].peak, after
 
 

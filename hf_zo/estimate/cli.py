@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             estimator=args.estimator,
             num_probes=args.num_probes,
             rule=args.rule,
+            backprop=args.backprop,
             blocks=tuple(args.blocks) if args.blocks else None,
             offload=None if args.device_memory is None else "auto",
             device_memory=args.device_memory,
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--estimator", default="spsa", help=ZOConfig.help_for("estimator"))
     parser.add_argument("--num-probes", type=int, help=ZOConfig.help_for("num_probes"))
     parser.add_argument("--rule", default="auto", help=ZOConfig.help_for("rule"))
+    parser.add_argument("--backprop", nargs="+", help=ZOConfig.help_for("backprop"))
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--lora-targets", default=",".join(LORA_TARGETS), help="names of the layers with adapters")
     parser.add_argument("--link", type=_rate, help="bytes per second between host and device, for example 25G")

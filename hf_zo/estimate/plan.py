@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_core import ConfigError, ModelError, Slot, ZOConfig
+from zo_core.backprop import Backprop
+from zo_core.beside_streamed import staying
 from zo_core.cache import HEAP_BYTES
 from zo_core.noise import noise_bytes
 from zo_core.sizes import parse_bytes
@@ -25,7 +27,7 @@ from zo_core.streaming import (
 )
 from zo_core.targets import slot_keys
 
-from .backward import kept_by_backpropagation
+from .backward import kept_by_backpropagation, peak_of_gradients
 from .rates import Rates
 from .trace import Segment, formula, run_probe, together
 from .variants import LORA_TARGETS, Int4Linear, with_int4, with_lora
@@ -49,7 +51,7 @@ class Workload:
         batch_size: sequences per batch.
         length: tokens per sequence.
         device: "cuda" or "cpu", which treat scratch memory differently.
-        config: settings; the estimator, number of probes, rule, blocks and device_memory are used.
+        config: settings; the estimator, number of probes, rule, backprop, blocks and device_memory are used.
         rates: rates of the machine, for the time of a step.
         lora_rank: rank of the adapters.
         lora_targets: names of the layers that have adapters.
@@ -124,10 +126,11 @@ def estimate(model: nn.Module, work: Workload) -> list[Row]:
     Returns:
         For each of all weights, int4 scales, LoRA, and LoRA on int4: one row each for resident, streamed from
         host memory and streamed from disk. Then backpropagation, without and with checkpointing. Ways that the model
-        does not allow are left out.
+        does not allow are left out, with ``backprop`` also those in which it names no weight that moves.
 
     Raises:
-        ConfigError: ``lora_targets`` is not the default, and the model has no such layers or no linear ones.
+        ConfigError: ``lora_targets`` is not the default, and the model has no such layers or no linear ones; or
+            ``backprop`` does not fit the model.
     """
     active = _active_parameters(model)
     rank = work.lora_rank
@@ -142,9 +145,16 @@ def estimate(model: nn.Module, work: Workload) -> list[Row]:
         except ConfigError:
             if work.lora_targets != LORA_TARGETS:
                 raise
-    exact = work.config.resolve().estimator.differentiates  # which int4 layers do not allow
-    able = {name: variant for name, variant in ways.items() if not (exact and "int4" in name)}
-    rows = [row for name, variant in able.items() for row in _streamed_or_not(name, variant, work, active)]
+    exact = work.config.resolve().estimator.differentiates or work.config.backprop  # which int4 layers do not allow
+    rows = []
+    for name, variant in ways.items():
+        if exact and "int4" in name:
+            continue
+        try:
+            rows += _streamed_or_not(name, variant, work, active)
+        except ConfigError:  # adapters that backprop does not name
+            if variant is model:
+                raise
     return rows + _backpropagation(model, ways.get(f"LoRA {rank}"), ways.get(f"LoRA {rank}, int4"), work)
 
 
@@ -160,10 +170,17 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def _streamed_or_not(name: str, model: nn.Module, work: Workload, active: int) -> list[Row]:
-    slots = slots_of(model)
+    config, slots = work.config, slots_of(model)
+    differentiated = Backprop(config.backprop or (), config.backprop_lr, config.weight_decay)
+    if config.backprop is not None:
+        slots = differentiated.rest(model, slots)
     moving = {id(slot.tensor) for slot in slots}
     try:
-        blocks = plan_blocks(model, work.config.blocks, moving)
+        stays = staying(model, config.backprop, config.blocks)
+    except ConfigError:  # backprop has weights in all layers
+        stays = set(map(id, model.parameters()))
+    try:
+        blocks = plan_blocks(model, config.blocks, moving, stays)
     except ModelError:
         blocks = []
     if work.config.device_memory is not None and blocks:
@@ -171,7 +188,38 @@ def _streamed_or_not(name: str, model: nn.Module, work: Workload, active: int) -
         blocks = beyond(blocks, resident_bytes(model, blocks), memory, torch.device(work.device))
     segments, traced = _segments(model, slots, blocks, work)
     places = PLACES if blocks and not work.config.resolve().estimator.differentiates else (None,)
-    return [_row(name, place, model, slots, blocks, segments, traced, work, active) for place in places]
+    weights = list(differentiated.weights.values())
+    gradients = _gradients(model, weights, work)
+    return [_row(name, place, model, slots, blocks, segments, traced, work, active, gradients) for place in places]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What ``backprop`` takes, in bytes; everything is 0 without it.
+
+    Attributes:
+        kept: the gradients, which are there while the probes run.
+        moments: those of AdamW.
+        peak: of the forward and the backward, gradients included; while the weights move, if that is more.
+        multiplied: number of weights that multiply tokens twice more in the backward.
+    """
+
+    kept: int = 0
+    moments: int = 0
+    peak: int = 0
+    multiplied: int = 0
+
+
+def _gradients(model: nn.Module, weights: list[nn.Parameter], work: Workload) -> Gradients:
+    if not weights:
+        return Gradients()
+    sizes = list(map(_size, weights))
+    peak = peak_of_gradients(model, weights, _inputs(type(model).__name__, _ids(work)))
+    # AdamW makes two temporary tensors of each weight, on CUDA of all weights at a time.
+    update = sum(sizes) + 2 * (max(sizes) if work.device == "cpu" else sum(sizes))
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    multiplied = sum(weight.numel() for weight in weights if weight.dim() > 1 and id(weight) not in looked_up)
+    return Gradients(sum(sizes), 2 * sum(sizes), max(peak or 0, update), multiplied)
 
 
 def _row(
@@ -184,6 +232,7 @@ def _row(
     traced: bool,
     work: Workload,
     active: int,
+    gradients: Gradients,
 ) -> Row:
     settings = work.config.resolve()
     points = len(settings.estimator.points((0,) * settings.num_probes, 1.0))
@@ -212,14 +261,21 @@ def _row(
         "arena": min(slots_there, len(blocks)) * max((block.arena_bytes for block in blocks), default=0),
         "copies": scratch.copies,
         "activations": scratch.activations * (2 if settings.estimator.differentiates else 1),  # with derivatives
+        "gradients, AdamW": gradients.kept + gradients.moments,
         "noise": noise if on_cpu else 0,
     }
+    # Gradients come before the probes, whose copies a CPU keeps from the step before.
+    before = gradients.peak - gradients.kept - (0 if on_cpu else scratch.copies)
+    parts["activations"] = max(parts["activations"], before)
     # If all blocks fit into the arena, they stay there; otherwise each is evicted before it is needed again.
-    read = (2 if again else 1) * sum(sizes) if len(blocks) > slots_there else 0
+    sweeps = 1 + bool(again) + bool(work.config.backprop)
+    read = sweeps * sum(sizes) if len(blocks) > slots_there else 0
     written = sum(block.nbytes for block in trained)
     # On CUDA files are read and written a tensor at a time, on a CPU directly from and to the arena.
     transit = 0 if on_cpu else max((s.numel() * d.itemsize for b in blocks for s, d in b.specs.values()), default=0)
     beside = max((block.nbytes for block in trained), default=0)  # the new file, until it replaces the old one
+    forwards = points + again + bool(work.config.backprop)
+    operations = 2.0 * work.tokens * (active * forwards + 2 * gradients.multiplied)
     row = Row(
         name=f"{name}, {'resident' if place is None else 'from ' + ('host' if place == 'cpu' else place)}",
         device=sum(parts.values()),
@@ -227,8 +283,8 @@ def _row(
         disk=sum(sizes) + beside if place == "disk" else 0,
         read=read,
         written=written,
-        forwards=points + again,
-        seconds=_seconds(place, read, written, 2.0 * active * work.tokens * (points + again), work.rates),
+        forwards=forwards,
+        seconds=_seconds(place, read, written, operations, work.rates),
         parts=parts,
         traced=traced,
     )

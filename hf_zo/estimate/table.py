@@ -35,6 +35,9 @@ def _notes(rows: Sequence[Row], work: Workload) -> list[str]:
         notes.append("freed memory is on top, unless MALLOC_MMAP_THRESHOLD_=65536 is set.")
     else:
         notes.append("A CUDA context and the workspaces of libraries come on top of 'device'.")
+    if work.config.backprop:
+        notes.append(f"Backprop in {', '.join(work.config.backprop)} is included"[:79] + ",")
+        notes.append("in float32 or bfloat16 as the weights are: a forward more, gradients, AdamW.")
     notes.append("Backprop is 16 bytes per trained parameter, the frozen weights, and activations.")
     if not all(row.traced for row in rows):
         notes.append("This model's forward does not run without values: activations are a formula, and")

@@ -16,11 +16,11 @@ from models import FAMILIES, batch, closure, tiny
 from torch import nn
 
 from hf_zo.estimate import Rates, Row, Workload, as_bars, as_json, as_table, estimate, measure_rates, skeleton
-from hf_zo.estimate.backward import kept_by_backpropagation
+from hf_zo.estimate.backward import kept_by_backpropagation, peak_of_gradients
 from hf_zo.estimate.cli import main
 from hf_zo.estimate.trace import Segment, together
 from hf_zo.estimate.variants import Int4Linear
-from zo_core import ZeroOrder, ZOConfig
+from zo_core import ConfigError, ZeroOrder, ZOConfig
 from zo_core.cache import HEAP_BYTES
 from zo_core.streaming import plan_blocks, repeated_layers
 
@@ -126,6 +126,60 @@ def test_exact_slopes_take_activations_twice_and_have_no_row_where_they_cannot_b
     }
     one, other = (found["all weights, resident"].parts for found in (plain, exact))
     assert other == {**one, "activations": 2 * one["activations"]}
+
+
+def test_backprop_in_the_last_layers_is_counted() -> None:
+    """Streamed bytes are those of a step, and gradients and moments those of the named weights."""
+    names = ("lm_head", "model.norm", "model.layers.3")
+    model = tiny("llama", tied=False, layers=4)
+    zo = ZeroOrder(model, lr=1e-3, offload="cpu", backprop=names)
+    assert zo.streaming is not None and zo.backprop is not None
+    for _ in range(3):
+        read, written = zo.streaming.bytes_read, zo.streaming.bytes_written
+        zo.step(closure("llama", model))
+    with torch.device("meta"):
+        meta = type(model)(model.config).eval()
+    meta.config.use_cache = False
+    found = rows(meta, backprop=names)
+    row, resident = found["all weights, from host"], found["all weights, resident"]
+    assert not any("int4" in name or "LoRA" in name for name in found if not name.startswith("backprop"))
+    size = sum(weight.numel() * weight.element_size() for weight in zo.backprop.weights.values())
+    assert row.parts["gradients, AdamW"] == resident.parts["gradients, AdamW"] == 3 * size
+    assert row.parts["copies"] == pool_bytes(zo)
+    assert (row.read, row.written) == (zo.streaming.bytes_read - read, zo.streaming.bytes_written - written)
+    blocks = [tensor for tensors in zo.streaming.store.blocks.values() for tensor in tensors.values()]
+    assert row.parts["weights"] == resident.parts["weights"] - sum(t.numel() * t.element_size() for t in blocks)
+    assert row.forwards == rows(meta)["all weights, from host"].forwards + 1  # type: ignore[operator]
+    assert all(parameter.requires_grad for parameter in meta.parameters())
+    with pytest.raises(ConfigError, match="'heads' is no module"):
+        rows(meta, backprop=("heads",))
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_graph_of_the_last_layers_is_what_autograd_saves(last: int) -> None:
+    names = ("lm_head", "model.norm", *(f"model.layers.{index}" for index in range(4 - last, 4)))
+    model = tiny("llama", tied=False, layers=4)
+    zo = ZeroOrder(model, lr=1e-3, backprop=names)
+    assert zo.backprop is not None
+    weights = list(zo.backprop.weights.values())
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with zo.backprop._alone(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.eval()(**batch("llama")).loss
+    size = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in own)
+    del loss
+    meta = on_meta("llama", tied=False)
+    with torch.device("meta"):
+        meta = type(meta)(model.config).eval()
+    theirs = [meta.get_parameter(name) for name in zo.backprop.weights]
+    peak = peak_of_gradients(meta, theirs, [{key: value.to("meta") for key, value in batch("llama").items()}])
+    assert peak is not None
+    assert size <= peak <= 2 * size + sum(weight.nbytes for weight in weights)
 
 
 def test_logits_are_counted() -> None:
