@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 
-MARK = re.compile(r"<!-- (table|from) ([\w.\- ]+?) -->")
+MARK = re.compile(r" *<!-- (table|from) ([\w.\- ]+?) -->")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 #: Rows of a result that the page of all results shows.
 SHOWN = 30
@@ -96,16 +96,19 @@ def current(text: str, found: dict[str, dict[str, Any]], name: str) -> tuple[str
             continue
         begin = at + 1
         end = begin
-        while end < len(lines) and lines[end].startswith("|"):
+        while end < len(lines) and lines[end].lstrip().startswith("|"):
             end += 1
         missing = [stem for stem in mark[2].split() if stem not in found]
         if missing or end - begin < 3:
             problems.append(f"{name}:{at}: " + (f"there is no result {missing}" if missing else "no table follows"))
         elif mark[1] == "table":
-            lines[begin + 2 : end] = [row(cells) for cells in found[mark[2]]["rows"]]
+            if lines[begin].count("|") - 1 != len(found[mark[2]]["columns"]):
+                problems.append(f"{name}:{at}: the header has another number of columns than {mark[2]}")
+            indent = lines[begin][: lines[begin].index("|")]
+            lines[begin + 2 : end] = [indent + row(cells) for cells in found[mark[2]]["rows"]]
         else:
             known = {n for stem in mark[2].split() for n in NUMBER.findall(json.dumps(found[stem], ensure_ascii=False))}
-            cells = [cell for line in lines[begin + 2 : end] for cell in line.strip("|").split("|")[1:]]
+            cells = [cell for line in lines[begin + 2 : end] for cell in line.strip().strip("|").split("|")[1:]]
             numbers = [number for cell in cells for number in NUMBER.findall(cell)]
             wrong = [n for n in numbers if n not in known and n.replace(",", "") not in known]
             problems += [f"{name}:{at}: not in {mark[2]}: {', '.join(wrong)}"] if wrong else []

@@ -52,6 +52,20 @@ def test_a_mark_without_a_result_or_a_table_is_a_problem(measured: ModuleType) -
         assert measured.current(text, RESULT, "page")[1]
 
 
+def test_tables_in_lists_are_indented_and_count_as_well(measured: ModuleType) -> None:
+    for kind, given, wanted in (("table", "1.00", ("1.25", False)), ("from", "1.26", ("1.26", True))):
+        text = f"<!-- {kind} speed-cpu -->\n\n" + TABLE.format("{}", "1250")
+        page = "\n".join(f"  {line}" if line else "" for line in text.splitlines()) + "\n"
+        new, problems = measured.current(page.format(given), RESULT, "page")
+        assert (new, bool(problems)) == (page.format(wanted[0]), wanted[1])
+
+
+def test_a_header_with_another_number_of_columns_than_its_result_is_a_problem(measured: ModuleType) -> None:
+    text = "<!-- table speed-cpu -->\n\n" + TABLE.format("1.25", "1250")
+    problem = "page:1: the header has another number of columns than speed-cpu"
+    assert measured.current(text.replace("| | s |", "| s |"), RESULT, "page")[1] == [problem]
+
+
 def test_every_result_is_on_the_page_and_only_the_newest_one_of_a_name_is_kept(measured: ModuleType) -> None:
     found = measured.results()
     assert {path.name for path in measured.RESULTS.glob("*.json")} == {one["file"] for one in found.values()}
