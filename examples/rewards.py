@@ -1,7 +1,8 @@
 """A language model learns from rewards what its text does not teach, with forward passes only. Offline.
 
 python examples/rewards.py
-python examples/rewards.py --method activations      # a LoRA adapter along the inputs of the layers; or: lora, scales
+python examples/rewards.py --method activations      # a LoRA adapter along the inputs of the layers; or: lora
+python examples/rewards.py --method scales           # pip install 'zo-trainer[hf,int4]'
 python examples/rewards.py --task sums --pretraining-steps 1200 --steps 80     # pip install reasoning-gym
 python examples/rewards.py --model Qwen/Qwen2.5-0.5B --eps 1e-3
 
@@ -15,6 +16,7 @@ reward is that package's own score. With --model (network needed), a model of th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import pydoc_data.topics
 import random
 import re
@@ -161,6 +163,8 @@ def opened(args: argparse.Namespace, task: Task, folder: str) -> tuple[Any, Any]
     """The model and its tokenizer."""
     how = {}
     if args.method == "scales":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise SystemExit("--method scales needs: pip install bitsandbytes")
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -217,8 +221,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--population", type=int, default=16)
     found.add_argument("--prompts", type=int, default=32, help="prompts per step, the same for the whole population")
     found.add_argument("--pretraining-steps", type=int, default=300)
-    found.add_argument("--learning-rate", type=float, help="left out, a part of eps")
-    found.add_argument("--eps", type=float, help="how far members of the population are, if not as the method has it")
+    found.add_argument("--learning-rate", type=float, help="by default a part of eps")
+    far = "distance of the members of the population from the weights; by default that of the method"
+    found.add_argument("--eps", type=float, help=far)
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--show", type=int, default=0, help="completions to print with each log")
     return found

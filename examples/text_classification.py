@@ -99,12 +99,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500, help="zeroth-order steps, two forwards each")
     parser.add_argument("--pretraining-steps", type=int, default=60)
-    parser.add_argument("--all-weights", action="store_true", help="train these instead of adapters")
+    parser.add_argument("--all-weights", action="store_true", help="train all weights instead of adapters")
     parser.add_argument("--learning-rate", type=float, help="by default, steps are normalised by the curvature")
     parser.add_argument("--model", help="an encoder on the Hub")
     parser.add_argument("--dataset", help="a data set on the Hub")
     parser.add_argument("--text", default="text", help="its column with the text")
     args = parser.parse_args()
+    if bool(args.model) != bool(args.dataset):
+        parser.error("--model and --dataset go together")
     with tempfile.TemporaryDirectory() as folder:
         if args.model:
             model, train, held_out = from_hub(args.model, args.dataset, args.text)
@@ -115,7 +117,9 @@ def main() -> None:
             first_trainer.remove_callback(PrinterCallback)
             first_trainer.train()
             others = rows(1, 48, 4000)
-            train, held_out = others[:-800], others[-800:]
+            train = others[:-800]
+            seen = {tuple(row["input_ids"]) for row in train}  # lines of dashes come more than once
+            held_out = [row for row in others[-800:] if tuple(row["input_ids"]) not in seen]
         if not args.all_weights:
             columns = ("input_ids", "attention_mask")
             rows_of = [train[index] for index in range(128)]

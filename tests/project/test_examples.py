@@ -35,7 +35,7 @@ SHORT: dict[str, list[list[str]]] = {
     "several_processes": [[]],
     "share_adapter": [[]],
     "tensor_parallel": [[]],
-    "text_classification": [["--pretraining-steps", "1"]],
+    "text_classification": [["--pretraining-steps", "1"], ["--pretraining-steps", "1", "--all-weights"]],
     "trl_sft": [[]],
 }
 
