@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
 def no_waiting_for_the_disk() -> Iterator[None]:
     """Only after the machine has lost its power could a test see whether the disk had a file by then."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None)
         yield
 
 

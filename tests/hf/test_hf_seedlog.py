@@ -212,11 +212,13 @@ def test_changed_arguments_are_an_error_that_names_both_sides(
     path, saving = was_killed
     given, words = changes
     before = contents(path)
+    other = seedlog_trainer(path, **{**saving, **given})
     with pytest.raises(StateError, match=words):
-        seedlog_trainer(path, **{**saving, **given}).train(resume_from_checkpoint=True)
+        other.train(resume_from_checkpoint=True)
     if saving:
+        other = seedlog_trainer(path, **{**saving, **given})
         with pytest.raises(StateError, match=words):
-            seedlog_trainer(path, **{**saving, **given}).train(str(path / "out" / "checkpoint-2"))
+            other.train(str(path / "out" / "checkpoint-2"))
     assert contents(path) == before  # so that it can still be resumed
 
 
