@@ -133,7 +133,8 @@ def test_backprop_in_the_last_layers_is_counted() -> None:
     names = ("lm_head", "model.norm", "model.layers.3")
     model = tiny("llama", tied=False, layers=4)
     zo = ZeroOrder(model, lr=1e-3, offload="cpu", backprop=names)
-    assert zo.streaming is not None and zo.backprop is not None
+    assert zo.streaming is not None
+    assert zo.backprop is not None
     for _ in range(3):
         read, written = zo.streaming.bytes_read, zo.streaming.bytes_written
         zo.step(closure("llama", model))

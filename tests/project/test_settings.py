@@ -60,7 +60,7 @@ def test_help_shows_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_options_of_zo_estimate_that_are_settings_have_their_text() -> None:
     options = {action.dest: action.help for action in _parser()._actions if action.dest in SETTINGS}
-    assert options.keys() == OTHER_MEANING | {"estimator", "num_probes", "rule", "blocks", "device_memory"}
+    assert options.keys() == OTHER_MEANING | {"estimator", "num_probes", "rule", "blocks", "device_memory", "backprop"}
     for name in options.keys() - OTHER_MEANING:
         assert options[name] == ZOConfig.help_for(name)
 
