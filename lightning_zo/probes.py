@@ -17,7 +17,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from zo_core.probing import each_copy, upcast
+from zo_core.probing import each_copy, measured_again, upcast
 
 #: The run of the current probe. Those of a streamed model take turns, each in a thread with its own context variables.
 _current: ContextVar[Run] = ContextVar("zo_probe")
@@ -86,6 +86,8 @@ class Probes:
             The loss for the engine; 0.0 if there was none, which changes no difference of losses.
         """
         run = Run()
+        if measured_again():
+            del self.runs[-1:]
         self.runs.append(run)  # here, in the order of the probes: if they take turns, they may end in another order
         token = _current.set(run)
         try:

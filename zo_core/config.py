@@ -72,8 +72,9 @@ class ZOConfig:
         default=False,
         metadata={
             "help": "Compute the layers before the first one that moves once for several probes: frozen early layers, "
-            'or noise "one_block", "coordinates" or "sampled". All numbers have the same bits. It takes memory '
-            "for the result of each of these layers."
+            'or noise "one_block", "coordinates" or "sampled". All numbers have the same bits, unless layers depend on '
+            "something that cannot be seen; that is only found by checks, which grow rarer. It takes memory for the "
+            "result of each call of these layers."
         },
     )
     estimator: str | dict[str, Any] | Estimator = field(

@@ -4,6 +4,7 @@ from .function_mode import upcast
 from .functional import realisation
 from .materialise import Materialised, is_compiled
 from .resident import ResidentOracle, as_scalar
+from .reuse import measured_again
 from .scratch import ScratchPool
 from .stacked import each_copy
 from .stacked_oracle import StackedOracle, difference
@@ -17,6 +18,7 @@ __all__ = [
     "difference",
     "each_copy",
     "is_compiled",
+    "measured_again",
     "realisation",
     "upcast",
 ]

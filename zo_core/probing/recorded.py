@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import _get_current_function_mode_stack
 
 from ..dispatch import watchers
@@ -48,7 +49,7 @@ class Record:
     """
 
     def __init__(self, layer: nn.Module, arguments: Any, moving: Collection[int]):
-        self.layer, self.moving = layer, moving
+        self.layer, self.moving, self.arguments = layer, moving, arguments
         self.leaves: list[Any] = []
         self.form = spread(arguments, self.leaves)
         self.versions = _versions(self.leaves)
@@ -63,7 +64,10 @@ class Record:
             Unfit: the call has changed its arguments or the layer, or has not returned new tensors.
         """
         name = type(self.layer).__name__
-        if _versions(self.leaves) != self.versions:
+        leaves: list[Any] = []
+        form, self.arguments = spread(self.arguments, leaves), None
+        kept = form == self.form and all(a is b for a, b in zip(self.leaves, leaves, strict=True))
+        if not kept or _versions(self.leaves) != self.versions:
             raise Unfit(f"{name} writes into its arguments")
         if not same(self.around, surroundings(self.layer, self.moving)):
             raise Unfit(f"{name} changes its attributes, or settings of torch")
@@ -104,6 +108,8 @@ def surroundings(layer: nn.Module, moving: Collection[int]) -> list[Any]:
     Raises:
         Unfit: somebody looks at what happens within the layer.
     """
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        raise Unfit("a hook of all modules is registered")
     casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES]
     modes = [type(m) for m in _get_current_function_mode_stack() if not isinstance(m, (ProbeMode, FunctionalMode))]
     found: list[Any] = [casts, torch.get_default_dtype(), modes, len(watchers())]

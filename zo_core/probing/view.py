@@ -63,6 +63,7 @@ class ProbeView:
     Attributes:
         looks: what it has seen of layers that no probe had seen before.
         outside: slots of layers that got their values outside of their layer's forward.
+        taken: slots that got values since somebody has last put an empty set here.
     """
 
     def __init__(self, owner: Owner, point: Point, original: Callable[[Slot], Tensor]):
@@ -73,6 +74,7 @@ class ProbeView:
         self.frames = [Frame()]
         self.looks: dict[Layer, Look] = {}
         self.outside: set[Slot] = set()
+        self.taken: set[Slot] = set()
         self.look: Look | None = None
 
     def mode(self) -> TorchFunctionMode:
@@ -155,6 +157,7 @@ class ProbeView:
     def materialise(self, slot: Slot) -> None:
         """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
         self.given = True
+        self.taken.add(slot)
         with torch.DisableTorchFunction():
             original = self.original(slot)
             if self.look is not None:
@@ -173,6 +176,7 @@ class ProbeView:
     def materialise_layer(self, layer: Layer) -> None:
         """As `materialise`, for all slots that a layer has for itself."""
         self.given = True
+        self.taken.update(layer.own)
         owner, point = self.owner, self.point
         with torch.DisableTorchFunction():
             own = layer.own

@@ -21,7 +21,7 @@ from ..modes import modes, probe_modes, rng_state, same_rng, set_modes, set_rng_
 from ..noise import Direction
 from ..probing.materialise import Materialised
 from ..probing.resident import ASTRAY, Closure, as_loss, finite
-from ..probing.reuse import Reuse
+from ..probing.reuse import CHANGES, Reuse
 from ..probing.view import Originals, ProbeView
 from ..probing.waiting import is_waiting, outcomes
 from ..records import Point
@@ -138,24 +138,31 @@ class LockstepOracle:
     def _sharing_sweep(
         self, points: Sequence[Point], closures: Sequence[Closure], back: Callable[[], None]
     ) -> list[Tensor]:
-        """A settled sweep in which probes share layers; a second one if layers were skipped for the first time."""
+        """A settled sweep in which probes share layers; a second one now and then, to check that it is the same."""
+        reuse, changes = self.reuse, self.state.shared or self.state.beside_changed
+        if reuse is not None and changes:
+            reuse.tell(CHANGES)
         # A forward that changes the model, or what is beside it, must happen as a whole in every probe.
-        if self.reuse is None or not self._checked or self.state.shared or self.state.beside_changed:
+        if reuse is None or not self._checked or changes:
             return self._settled_sweep(points, closures, back)
-        found: Sequence[Tensor | None] = [None] * len(points) * len(closures)
-        with self.reuse.among(points, len(closures)):
-            run = self.reuse.run
+        found: list[Tensor] | None = None
+        with reuse.among(points, len(closures)):
+            run = reuse.run
             try:
-                found = losses = self._settled_sweep(points, closures, back)
+                found = self._settled_sweep(points, closures, back)
             except Exception:
-                if run is None or run.skipped <= self.reuse.trusted:
+                if run is None or not run.skipped:
                     raise
-        if run is None or run.skipped <= self.reuse.trusted:
-            return losses
+        changes = self.state.shared or self.state.beside_changed
+        if run is None or (found is not None and not changes and not reuse.due(run.skipped)):
+            assert found is not None, "an error was raised"
+            return found
         after = rng_state()
         back()
         losses = self._settled_sweep(points, closures, back)
-        self.reuse.judge(run.skipped, found, losses, same_random=same_rng(after, rng_state()))
+        if not changes:
+            judged = [None] * len(losses) if found is None else found
+            reuse.judge(run.skipped, judged, losses, same_random=same_rng(after, rng_state()))
         return losses
 
     def _settled_sweep(
