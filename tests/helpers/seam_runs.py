@@ -37,10 +37,6 @@ def resident(_: Path) -> None:
     step("mlp")
 
 
-def reused(_: Path) -> None:
-    step("llama", noise="one_block", reuse=True)
-
-
 def streamed(_: Path) -> None:
     zo = step("llama", offload="cpu")
     for parameter in zo.model.parameters():  # whoever reads streamed weights gets them

@@ -224,15 +224,6 @@ SEAMS = [
         )
     ),
     # torch
-    *(
-        Seam(
-            f"torch.nn.modules.module:{name}",
-            "zo_core/probing/recorded.py",
-            "a hook of all modules sees the forwards of each probe, so none is left out",
-            runs.reused,
-        )
-        for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
-    ),
     Seam(
         "torch.distributed.distributed_c10d:_get_default_store",
         "zo_core/ranks.py",
