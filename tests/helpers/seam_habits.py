@@ -160,6 +160,15 @@ def _accelerate_logs(_: Path) -> bool:
 
 
 HABITS = [
+    *(
+        Habit(
+            f"torch.nn.modules.module:{name}",
+            "zo_core/probing/recorded.py",
+            "a hook of all modules sees the forwards of each probe, so none is left out",
+            runs.global_hooks,
+        )
+        for name in ("_global_forward_hooks", "_global_forward_pre_hooks")
+    ),
     Habit("torch:nn.Module.hooks", "zo_core/forward_state.py", "hooks of a forward's own", _hooks_are_counted),
     Habit("torch:Tensor._version", "zo_core/forward_state.py", "counts writes in place, not through .data", _versions),
     *(

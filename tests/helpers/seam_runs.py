@@ -37,6 +37,18 @@ def resident(_: Path) -> None:
     step("mlp")
 
 
+def global_hooks(_: Path) -> bool:
+    module = torch.nn.modules.module
+    handles = [
+        register(lambda *_: None)
+        for register in (module.register_module_forward_hook, module.register_module_forward_pre_hook)
+    ]
+    found = [bool(module._global_forward_hooks), bool(module._global_forward_pre_hooks)]
+    for handle in handles:
+        handle.remove()
+    return all(found) and not (module._global_forward_hooks or module._global_forward_pre_hooks)
+
+
 def streamed(_: Path) -> None:
     zo = step("llama", offload="cpu")
     for parameter in zo.model.parameters():  # whoever reads streamed weights gets them
