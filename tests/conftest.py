@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import random
 import threading
@@ -16,6 +17,7 @@ import torch
 from hypothesis import settings
 
 from zo_core.cache import clear_caches
+from zo_core.ranks import LOGGERS
 
 # Examples are the same in every run, so that a failure is a change of the code; nothing depends on the clock.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -46,8 +48,10 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def known_start() -> Iterator[None]:
-    """Every test starts from the same state of the global generators, on one thread."""
+    """Every test starts from the same state of the global generators, on one thread, and with loggers that speak."""
     threads = torch.get_num_threads()
+    for name in LOGGERS:  # an example or a process of several may have made them quiet
+        logging.getLogger(name).setLevel(logging.NOTSET)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)

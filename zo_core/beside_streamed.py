@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .backprop import named
 from .errors import ConfigError
@@ -58,23 +61,29 @@ def check_resident(names: Sequence[str], weights: dict[str, nn.Parameter], strea
 
 @contextmanager
 def ungraphed(streaming: Streaming | None) -> Iterator[None]:
-    """A context in which it is an error if autograd keeps something within a streamed layer."""
+    """A context in which it is an error if a streamed layer becomes a part of an autograd graph.
+
+    Hooks of autograd's saved tensors would not do: a closure may have its own, as checkpointing has, and only the
+    innermost ones are called.
+    """
     if streaming is None:
         yield
         return
-
-    def keep(tensor: Tensor) -> Tensor:
-        inside = next(iter(streaming.pinned), None)
-        if inside is not None:
-            raise ConfigError(
-                [
-                    f"backprop differentiates through the layer {inside.name!r}, which is streamed and gone when its "
-                    "gradient is due, because it comes after weights that backprop names, or uses one of them (a head "
-                    "that is tied to the embedding does); name the last layers without a gap and untie the head, or "
-                    "leave out offload"
-                ]
-            )
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    handles = [block.module.register_forward_hook(partial(_refuse, block.name)) for block in streaming.blocks]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse(name: str, layer: nn.Module, arguments: Any, result: Any) -> None:
+    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ConfigError(
+            [
+                f"backprop differentiates through the layer {name!r}, which is streamed and gone when its gradient is "
+                "due, because it comes after weights that backprop names, or uses one of them (a head that is tied to "
+                "the embedding does); name the last layers without a gap and untie the head, or leave out offload"
+            ]
+        )

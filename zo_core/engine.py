@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import agree
+from .backprop import Backprop
 from .brake import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
 from .config import AUTO, ZOConfig
@@ -255,8 +256,7 @@ class ZeroOrder(TrainedModel):
             plan = self._plan
             with self.hidden():
                 if self.backprop is not None:  # first: what the probes of a trainer record is that of the last ones
-                    with self.curves.clock.timed("forwards", len(closures)):
-                        self.backprop.measure(self.model, self.oracle, self.differentiated, closures, scaled)
+                    self._differentiate(self.backprop, plan, closures, scaled)
                 if self.second is not None:
                     return self.second.first(self.oracle, closures, scaled, partial(self._at, plan.to_measure))
                 return self._at(plan.to_measure, closures)
@@ -268,6 +268,24 @@ class ZeroOrder(TrainedModel):
         except BaseException as error:
             self.discard()
             self.exchange.fail(error)
+            raise
+
+    def _differentiate(
+        self,
+        backprop: Backprop,
+        plan: StepPlan,
+        closures: Sequence[Callable[[], Any]],
+        scaled: Sequence[Callable[[Tensor], Tensor]] | None,
+    ) -> None:
+        """Measures the gradients of the named weights; if a query fails, the first step's checks have to wait."""
+        try:
+            with self.curves.clock.timed("forwards", len(closures)):
+                backprop.measure(self.model, self.oracle, self.differentiated, closures, scaled)
+        except QueryError:
+            if self.first_steps is not None and not self.first_steps.looked:
+                self.first_steps.looked = plan.looks_again = True
+                if self.exchange.same_data:  # the other processes compare their losses now
+                    check_same(None, self.exchange, self.slots, self.eps)
             raise
 
     def _default_lr(self, slots: list[Slot], eps: float) -> float:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 LOGGERS = ("zo_core", "hf_zo", "lightning_zo")
 #: What is exchanged next, as every process says before it: a failure, losses of a step, numbers or tensors to average.
 FAILURE, LOSSES, NUMBERS, TENSORS = range(4)
+#: Shape and dtype of a tensor; None if there is none.
+Kind = tuple[torch.Size, torch.dtype] | None
 #: Seconds that the survivors give each other to answer after an exchange has failed.
 ROLL_CALL = 5
 
@@ -117,7 +119,11 @@ class Ranks:
         return [math.fsum(column) / self.units for column in zip(*rows, strict=True)]
 
     def mean(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return self._whole.run(lambda: self._mean(tensors))
+        # Copied by this thread, whose streams have computed them, and before the exchange begins: an error is then one
+        # that all processes hear of.
+        own = [None if each is None else each.to("cpu", _summed_in(each.dtype)).contiguous() for each in tensors]
+        kinds = [None if each is None else (each.shape, each.dtype) for each in tensors]
+        return self._whole.run(lambda: self._mean(own, kinds))
 
     def _of_units(self, rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
         """One row for each unit, whose processes have computed the same numbers.
@@ -165,18 +171,17 @@ class Ranks:
         self._enter(kind, number)
         return [row.tolist() for row in self._gathered(own)]
 
-    def _mean(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _mean(self, tensors: Sequence[Tensor | None], kinds: Sequence[Kind]) -> list[Tensor | None]:
         self._enter(TENSORS, len(tensors))
-        kinds = self._objects([None if each is None else (each.shape, each.dtype) for each in tensors])
         found: list[Tensor | None] = []
-        for own, *theirs in zip(tensors, *kinds, strict=True):
+        for own, *theirs in zip(tensors, *self._objects(kinds), strict=True):
             kind = next((each for each in theirs if each is not None), None)
             found.append(own if kind is None else self._mean_of(own, *kind))
         return found
 
     def _mean_of(self, own: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """One tensor of the mean, or with "points", where all have computed the same one, that of rank 0."""
-        mine = torch.zeros(shape) if own is None else own.to("cpu", torch.float32).contiguous()
+        mine = torch.zeros(shape, dtype=_summed_in(dtype), device="cpu") if own is None else own
         sum_, turns = torch.zeros_like(mine), range(1 if self.same_data else self.size)
         for rank in turns:  # one after another, in an order that no topology changes
             theirs = mine.clone() if rank == self.rank else torch.empty_like(mine)
@@ -258,3 +263,8 @@ def _shown(row: Sequence[float]) -> str:
 
 def _said(header: Sequence[int]) -> str:
     return f"step {header[1]}" if header[0] == LOSSES else "an exchange between steps"
+
+
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of several processes are added."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

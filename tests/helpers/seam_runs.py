@@ -56,6 +56,11 @@ def streamed(_: Path) -> None:
     zo.close()
 
 
+def beside_streamed(_: Path) -> None:
+    model = tiny("llama", tied=False, layers=3)
+    ZeroOrder(model, lr=1e-3, offload="cpu", backprop=("lm_head",)).step(closure("llama", model))
+
+
 def waiting(_: Path) -> None:
     model = tiny("mlp")
 

@@ -324,6 +324,13 @@ SEAMS = [
         runs.estimate,
         ours="hf_zo.estimate.trace",
     ),
+    Seam(
+        "torch.utils._pytree:tree_leaves",
+        "zo_core/beside_streamed.py",
+        "the tensors that a streamed layer returns",
+        runs.beside_streamed,
+        ours="zo_core.beside_streamed",
+    ),
     # bitsandbytes, torchao
     Seam(
         "bitsandbytes.nn:Linear4bit.support_avx512bf16_for_cpu",

@@ -136,6 +136,28 @@ def test_a_step_that_one_process_skips_moves_neither_part_in_any(tmp_path: Path,
     assert not equal(first[1], first[2])
 
 
+@pytest.mark.parametrize("mode", ["points", "data"])
+def test_a_query_that_fails_in_the_first_step_skips_it_in_all_processes(tmp_path: Path, mode: str) -> None:
+    """The first step compares losses between processes, and one whose gradient fails has to answer, too."""
+
+    def work(rank: int) -> tuple[list[str | None], State]:
+        model = model_of()
+        zo = ZeroOrder(model, **{**HOW, "ranks": mode, "num_probes": 2})
+
+        def measured(step: int) -> Tensor:
+            if rank == 1 and step == 0:
+                raise QueryError("no answer")
+            return loss(model, 0, step)
+
+        return [zo.step(lambda step=step: measured(step)).skipped for step in range(3)], state(model)  # type: ignore[misc]
+
+    first, second = together(work, tmp_path)
+    for skipped, _ in (first, second):
+        assert skipped[0] is not None
+        assert skipped[1:] == [None, None]
+    assert equal(first[1], second[1])
+
+
 def test_an_exception_of_one_process_ends_the_step_of_the_others(tmp_path: Path) -> None:
     def work(rank: int) -> State:
         model = model_of()

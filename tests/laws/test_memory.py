@@ -380,7 +380,6 @@ PLAIN = {
     "_compiled": 1 << 17,
     "_malloc_trim": 300,
     "_class_of": 4000,
-    "_watched": 8000,
     "triton_works": 300,
 }
 
