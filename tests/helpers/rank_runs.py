@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from processes import together
 from torch import Tensor, nn
 
+from zo_core import ZeroOrder
+
 State = dict[str, Tensor]
 
 
@@ -41,3 +43,10 @@ def equal(a: State, b: State) -> bool:
 def both(tmp_path: Path, work: Callable[[int], Any], **how: Any) -> tuple[Any, Any]:
     first, second = together(work, tmp_path, **how)
     return first, second
+
+
+def accumulate(zo: ZeroOrder, model: nn.Module, step: int) -> None:
+    """A step of one process on the batches of two, with half of each loss."""
+    for rank in range(2):
+        zo.measure(lambda rank=rank: loss(model, rank, step) / 2)  # type: ignore[misc]
+    zo.optimizer.step()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import closure, tiny
 from processes import Raised, together
-from rank_runs import State, equal, loss, model_of, state
+from rank_runs import State, accumulate, equal, loss, model_of, state
 from torch import Tensor, nn
 
 from zo_core import QueryError, RanksError, ZeroOrder, ZOConfig
@@ -41,9 +41,7 @@ def test_data_is_one_process_that_accumulates(tmp_path: Path) -> None:
     assert zo.backprop is not None
     zo.backprop.bound(0.05)
     for step in range(STEPS):
-        for rank in range(2):
-            zo.measure(lambda step=step, rank=rank: loss(model, rank, step) / 2)  # type: ignore[misc]
-        zo.optimizer.step()
+        accumulate(zo, model, step)
         assert all(equal(each[step], state(model)) for each in found)
 
 

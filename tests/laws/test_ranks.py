@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import closure, tiny
 from processes import together
-from rank_runs import State, both, equal, loss, model_of, state
+from rank_runs import State, accumulate, both, equal, loss, model_of, state
 from torch import Tensor
 
 from zo_core import ConfigError, RanksError, StateError, ZeroOrder
@@ -78,9 +78,7 @@ def test_data_is_one_process_that_accumulates(tmp_path: Path) -> None:
     model = model_of()
     zo = ZeroOrder(model, lr=1e-2, num_probes=2)
     for step in range(STEPS):
-        for rank in range(2):
-            zo.measure(lambda step=step, rank=rank: loss(model, rank, step) / 2)  # type: ignore[misc]
-        zo.optimizer.step()
+        accumulate(zo, model, step)
         assert all(equal(each[step], state(model)) for each in found)
 
 
