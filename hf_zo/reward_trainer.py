@@ -131,10 +131,12 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             conversational prompts the completions are conversations, too. A sequence classifier, or the name of one,
             is a reward model.
         args: a `ZORewardConfig`; None makes one.
-        train_dataset, eval_dataset: rows with a column ``prompt`` of texts or conversations.
+        train_dataset: rows with a column ``prompt`` of texts or conversations.
+        eval_dataset: rows of the same kind, whose rewards evaluations report.
         processing_class: the tokenizer; None loads that of the model's name.
         reward_processing_classes: the tokenizers of reward models.
-        callbacks, optimizers: as for `Trainer`.
+        callbacks: as for `Trainer`.
+        optimizers: as for `Trainer`.
         peft_config: adapters to train instead of the weights.
         zo_config: a `ZOConfig` in place of the ``zo_*`` fields of ``args``, with its own defaults: write
             ``ZOConfig(estimator="es", noise="low_rank", ...)``.

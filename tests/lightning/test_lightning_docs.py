@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from textwrap import dedent
 
 import lightning
 import pytest
@@ -21,9 +20,9 @@ pytestmark = QUIET
 def test_the_fabric_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text(encoding="utf-8")
-    match = re.search(r"(    fabric = .*?\n)\n*$", text, re.DOTALL)
+    match = re.search(r"```python\n(fabric = .*?\n)```", text, re.DOTALL)
     assert match is not None
-    code = dedent(match[1]).replace('accelerator="cuda"', 'accelerator="cpu"')
+    code = match[1].replace('accelerator="cuda"', 'accelerator="cpu"')
     assert len(code.splitlines()) == 10
     theirs = {"lightning": lightning, "zo_core": zo_core, "model": tiny("llama"), "loader": loader()}
     exec(compile(code, "lightning.md", "exec"), theirs)
