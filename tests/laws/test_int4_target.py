@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +188,10 @@ class GptqLinear(nn.Module):
 
 def test_the_documented_target_for_another_scheme_works(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).parents[2] / "docs" / "int4.md").read_text()
-    code = text[text.index("    from dataclasses import dataclass\n    from zo_core import TARGETS, ModelError") :]
-    code = code[: code.index("\n`Scales` defines the settings")]
+    code = text[text.index("from dataclasses import dataclass\nfrom zo_core import TARGETS, ModelError") :]
+    code = code[: code.index("```")]
     monkeypatch.setattr(TARGETS, "_classes", dict(TARGETS._classes))
-    exec(textwrap.dedent(code), {"__name__": "documented"})
+    exec(code, {"__name__": "documented"})
     model = nn.Sequential(GptqLinear(), nn.Tanh(), nn.Linear(16, 2))
     zo = ZeroOrder(model, target="gptq_scales", lr=1e-2, eps=1e-2, noise="gaussian")
     assert ([slot.key for slot in zo.slots], zo.clip) == (["scales"], 100.0)
