@@ -38,7 +38,7 @@ def check_arguments(args: TrainingArguments, *, is_model_parallel: bool) -> None
         if getattr(args, name, False):
             setattr(args, name, False)
             if name == "gradient_checkpointing" and not default(args, name):
-                logger.warning("%s=True has no use here, nothing is kept for a backward pass; it is off", name)
+                logger.warning("%s=True has no use without a backward pass, and is switched off", name)
     if args.torch_compile:
         logger.warning(
             "torch_compile=True: each probe copies all trained weights at once instead of layer by layer, which takes "
@@ -56,7 +56,7 @@ def check_processes(args: TrainingArguments, ranks: str | None) -> None:
     if started > 1 and args.world_size == 1 and ranks is not None:
         raise ConfigError(
             [
-                f"WORLD_SIZE={started}: as many processes were started, and Trainer takes each for the only one, as "
+                f"WORLD_SIZE={started}: so many processes were started, but Trainer takes each for the only one, as "
                 "it does on machines without GPUs; write use_cpu=True, or zo_ranks=None to train a model in each"
             ]
         )

@@ -163,9 +163,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
     ):
         args = ZORewardConfig() if args is None else args
         if not isinstance(args, ZORewardConfig):
-            raise ConfigError(
-                [f"args is a {type(args).__name__}; write ZORewardConfig, which has the same names for what it shares"]
-            )
+            raise ConfigError([f"args is a {type(args).__name__}; pass a ZORewardConfig, which has the same names"])
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for each in (train_dataset, *evaluated):
             _check_rows(each)
@@ -245,8 +243,8 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             assert losses is not None
             if zo.streaming is not None or (self.zo_config.ranks == "points" and self.accelerator.num_processes > 1):
                 raise LossError(
-                    "reward functions returned None for a prompt's completions by some members of the population and "
-                    "not by others, who are not all at hand with a streamed model or ranks='points'; return a number"
+                    "reward functions returned None for a prompt in some members of the population, and numbers in "
+                    "others; with a streamed model or ranks='points' members cannot be compared then. Return a number"
                 )
             filled = [losses[0].new_tensor(-score) for score in compared(members)]
             self._zo_waiting[-1] = waiting, filled

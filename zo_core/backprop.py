@@ -95,7 +95,7 @@ class Backprop:
             self._told = True
             logger.warning(
                 "backprop also differentiates through %s, which is the same weight as one that it names: activations "
-                "are kept from the first use of it on",
+                "are kept from the first use of it on; untie the two, or name other layers",
                 next(iter(tied)),
             )
         names = {id(parameter): path for path, parameter in reversed(paths)}

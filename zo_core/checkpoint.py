@@ -246,7 +246,7 @@ def check_state(state: Any, engine: Run | None, own: str | None, extra: Collecti
     mark = state.get(MARK)
     if mark is not None:
         if not isinstance(mark, Mapping) or not isinstance(mark.get("version"), int):
-            raise StateError(f"this checkpoint is damaged: its mark is {mark!r}")
+            raise StateError(f"this checkpoint is damaged: its mark is {mark!r}; take an earlier one")
         if mark["version"] > VERSION:
             raise StateError(
                 f"this checkpoint was written by a newer version (its mark has version {mark['version']}, and this one "

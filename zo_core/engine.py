@@ -591,7 +591,9 @@ class ZeroOrder(TrainedModel):
             StateError: only one of the engine and the step has a normaliser, or the engine has ``backprop``.
         """
         if self.backprop is not None:
-            raise StateError("a step with backprop cannot be repeated from its probes: its gradients are not in them")
+            raise StateError(
+                "a step with backprop cannot be repeated: probes have no gradients; continue from a checkpoint"
+            )
         if probes and (normaliser is None) != (self.normaliser is None):
             raise StateError(
                 f"normaliser={normaliser!r} does not fit an engine whose normaliser is {self.normaliser}; "

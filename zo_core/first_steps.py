@@ -41,8 +41,8 @@ class FirstSteps:
         oracle.state.rewind()
         if not oracle.realisation.used:
             logger.warning(
-                "the closure ran without any of the trained weights, so nothing will be learnt: it has to compute the "
-                "loss with the model that is trained (or with what wraps it), and to do so each time that it is called"
+                "the closure ran without any of the trained weights, so nothing will be learnt; it has to call the "
+                "model that is trained (or what wraps it) each time"
             )
         return point, loss
 

@@ -96,7 +96,7 @@ def _gradients(engine: Running, closure: Callable[[], Any]) -> list[Tensor | Non
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise LossError(
                 "check() compares with autograd, and this closure returns a number that autograd knows nothing of; "
-                "there is no gradient to compare with"
+                "there is no gradient to compare with; return the loss as a tensor"
             )
         return list(torch.autograd.grad(loss, tensors, allow_unused=True))
 

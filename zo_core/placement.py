@@ -141,8 +141,8 @@ def slots_of(optimizer: torch.optim.Optimizer, slots: list[Slot], target: str, *
         if other is not None and not any(id(tensor) in held for tensor in slot.leads):
             raise ModelError(
                 f"the optimizer holds a parameter of shape {list(other.shape)} that shows the memory of {slot.key!r}, "
-                f"of shape {list(slot.tensor.shape)}, in another order, and does not hold that one, by which the slot "
-                "moves; give it both"
+                f"of shape {list(slot.tensor.shape)}, in another order, but not {slot.key!r} itself, by whose elements "
+                "this memory moves; give it both"
             )
     if not chosen:
         raise ModelError(

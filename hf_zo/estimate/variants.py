@@ -72,7 +72,7 @@ def with_int4(model: nn.Module) -> nn.Module:
         if isinstance(m, nn.Linear) and m is not head and id(m.weight) not in embeddings
     ]
     if not names:
-        raise ConfigError(["the model has no linear layer that could be int4"])
+        raise ConfigError(["the model has no linear layer (nn.Linear, apart from the head) that could be int4"])
     for name in names:
         _replace(model, name, Int4Linear(_linear(model, name)))
     return model

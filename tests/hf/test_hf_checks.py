@@ -46,7 +46,7 @@ WARNINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "checkpointing": (
         {CHECKPOINTING: True},
-        "gradient_checkpointing=True has no use here, nothing is kept for a backward pass; it is off",
+        "gradient_checkpointing=True has no use without a backward pass, and is switched off",
     ),
     "gradient clipping": (
         {"max_grad_norm": 0.5},

@@ -56,7 +56,9 @@ def test_at_most_a_tenth_of_the_run(steps: int) -> None:
 
 def test_a_run_has_to_be_long_enough_for_a_search() -> None:
     model, calls = tiny("mlp"), []
-    with pytest.raises(SearchError, match=r"^511 forwards, a tenth of what 2559 steps take, are too few .* takes 512;"):
+    with pytest.raises(
+        SearchError, match=r"^511 forwards, a tenth of what 2559 steps take, are too few .* takes 512\);"
+    ):
         suggest_lr(model, counted(closure("mlp", model), calls), steps=2_559)
     assert not calls
     assert suggest_lr(model, counted(closure("mlp", model), calls), steps=2_559, forwards=128).forwards <= 128

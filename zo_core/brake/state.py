@@ -218,8 +218,8 @@ class Braking:
         if self.agreeing >= AGREEING and self.agreeing & (self.agreeing - 1) == 0:
             logger.warning(
                 "the losses of all probes have agreed exactly for %d steps (%.7g in the last one): no direction "
-                "changes the loss, so nothing is learnt. The model has collapsed or is saturated, which too high a "
-                "learning rate does, or the loss does not depend on the weights that move",
+                "changes the loss, so nothing is learnt. Either the model has collapsed or is saturated (begin again "
+                "with a lower rate), or the loss does not depend on the weights that move",
                 self.agreeing,
                 losses[0],
             )

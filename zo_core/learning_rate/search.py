@@ -109,9 +109,9 @@ def range_test(
     if forwards is None and steps is not None and SHARE * steps * points < FORWARDS:
         raise SearchError(
             [
-                f"{int(SHARE * steps * points)} forwards, a tenth of what {steps} steps take, are too few to search a "
-                f"learning rate that is better than the default, which takes {FORWARDS}; leave the learning rate out, "
-                "or pass forwards= to suggest_lr"
+                f"{int(SHARE * steps * points)} forwards, a tenth of what {steps} steps take, are too few to find a "
+                f"learning rate that is better than the default (a search takes {FORWARDS}); leave the learning rate "
+                "out, or pass forwards= to suggest_lr"
             ]
         )
     budget, least = forwards or FORWARDS, max(LEAST, LEAST_STEPS * points)

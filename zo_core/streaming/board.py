@@ -174,7 +174,9 @@ class Board:
             if self._try(kind, BLOCKS + block):
                 break
         else:
-            raise RanksError(f"another process of this host has been copying a layer for {PATIENCE:.0f} s")
+            raise RanksError(
+                f"another process of this host has copied one layer for {PATIENCE:.0f} s; see what it prints"
+            )
         try:
             writer = self.numbers[self.blocks + block]
             if writer:
