@@ -56,7 +56,7 @@ fi
 part versions 60 $python -c "
 import accelerate, lightning, torch, transformers
 for package in (torch, transformers, accelerate, lightning): print(package.__name__, package.__version__)" &
-part tests-kernels 150 bash -c 'tests "$@"' tests -n $many tests/gpu/test_triton.py &
+part tests-kernels 150 bash -c 'tests "$@"' tests -n $many tests/gpu/test_triton.py tests/gpu/test_triton_together.py &
 part tests-offload 150 bash -c 'tests "$@"' tests -n $few tests/gpu/test_offload_cuda.py tests/gpu/test_shared_blocks_cuda.py &
 part tests-methods 90 bash -c 'tests "$@"' tests -n $((few / 2)) tests/gpu/test_methods_cuda.py &
 part races 60 bash -c 'tests "$@"' tests -n $few "${races[@]}" &

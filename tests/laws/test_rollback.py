@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from traces import same_bits, weights
 
-from zo_core import NOISES, RULES, ConfigError, SeedLog, SeedLogWriter, StateError, ZeroOrder, ZOOptimizer, replay
-from zo_core.brake.state import AGREEING, KEPT, KEPT_BYTES, Done, History
+from zo_core import NOISES, RULES, SeedLog, SeedLogWriter, StateError, ZeroOrder, ZOOptimizer, replay
 from zo_core.noise import Passes
 from zo_core.noise.direction import Scaling
 from zo_core.noise.hashing import BATCH_WORDS
-from zo_core.records import Probe, Rollback, StepRecord
-from zo_core.rules import Sgd
+from zo_core.records import Rollback, StepRecord
 
 STEPS = 60
 #: Steps whose losses are far above all others; the brake goes back at the third one of each three.
@@ -315,122 +310,6 @@ def test_an_engine_that_lacks_the_updates_says_so() -> None:
     zo.repeat((), 1.0, rollback=Rollback(8, 0.5))
     with pytest.raises(StateError, match=r"went back to step 8, and the updates are known from step 30 on"):
         zo.optimizer.step()
-
-
-# What is said
-
-
-@pytest.mark.parametrize("mode", ["auto", "warn"])
-def test_a_bare_loop_says_so_and_goes_on(mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    _, records, _ = train(None, tiny("mlp"), "mlp", brake=mode)
-    _, others, _ = train(None, tiny("mlp"), "mlp", brake=None)
-    assert rollbacks(records) == {}
-    assert [record.probes for record in records] == [record.probes for record in others]
-    lines = [line for line in caplog.messages if "the loss has risen" in line]
-    assert len(lines) == 2
-    assert "step 26: the loss has risen to 5" in lines[0]
-    assert "around step 8" in lines[0]
-    assert "brake='rollback' goes back" in lines[0]
-
-
-def test_a_rollback_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    train(None, tiny("mlp"), "mlp", range(30))
-    (line,) = [line for line in caplog.messages if "the loss has risen" in line]
-    assert "step 26" in line
-    assert "go back to those before step 8, and from here on the learning rate is 0.5 of what is set" in line
-
-
-def test_a_torch_optimizer_is_only_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny("mlp")
-    zo = ZeroOrder(model, optimizer=torch.optim.SGD(model.parameters(), lr=LR), brake="rollback")
-    _, records, _ = train(None, model, "mlp", zo=zo)
-    assert rollbacks(records) == {}
-    assert zo.optimizer.factor == 1.0
-    assert "the updates of the rule 'torch' cannot be reverted" in caplog.text
-
-
-@pytest.mark.parametrize("mode", ["rollback", "warn", None])
-def test_losses_that_always_agree_are_said(mode: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    model = tiny("mlp")
-    zo = ZeroOrder(model, lr=LR, brake=mode)
-    for _ in range(2 * AGREEING + 1):
-        zo.step(lambda: model.head.weight.sum() * 0.0 + 38_000.0)
-    lines = [line for line in caplog.messages if "have agreed exactly for" in line]
-    assert [line.split()[9] for line in lines] == ([] if mode is None else ["32", "64"])
-
-
-def test_trials_of_learning_rates_do_not_touch_the_brake() -> None:
-    model = tiny("mlp")
-    zo = ZeroOrder(model, lr=LR, brake="rollback")
-    for step in range(20):
-        zo.step(closure("mlp", model, step))
-    before = zo.braking.saved()
-    zo.optimizer.factor = 0.25
-    with contextlib.suppress(ConfigError):  # whether or not a rate lowers the loss by now
-        zo.suggest_lr([closure("mlp", model)])
-    assert zo.braking.saved() == before
-    assert zo.optimizer.factor == 0.25
-
-
-def test_a_snapshot_restores_the_brake() -> None:
-    model = tiny("mlp")
-    zo, _, _ = train(None, model, "mlp", range(24))
-    before, snapshot = zo.braking.saved(), zo.snapshot()
-    for step in range(24, 30):
-        zo.step(brake_closure("mlp", model, step))
-    assert zo.optimizer.factor == 0.5
-    snapshot.restore()
-    assert (zo.braking.saved(), zo.optimizer.factor) == (before, 1.0)
-
-
-def test_a_brake_that_is_none_of_these_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="brake='yes' is not known; write one of 'auto', 'rollback', 'warn', None"):
-        ZeroOrder(tiny("mlp"), brake="yes")
-
-
-# The updates that are kept
-
-
-def done(step: int, rule: Any = Sgd()) -> Done:  # noqa: B008
-    return Done(
-        step,
-        (Probe(step, 0.5), Probe(step + 1, -0.25)),
-        (0.1, 0.2),
-        (1.0, 2.0),
-        (0.0, 0.5),
-        rule,
-        (0.1 * step, step) if step % 2 else None,
-    )
-
-
-def test_the_history_gives_back_what_was_done_and_is_bounded() -> None:
-    history = History()
-    for step in range(KEPT + 10):
-        history.add(done(step), seed=7)
-    assert (len(history.packed), history.floor) == (KEPT, 10)
-    other = History()
-    other.load(history.saved())
-    assert other.saved() == history.saved()
-    wide = Done(0, tuple(Probe(i, 0.5) for i in range(KEPT_BYTES // 8)), (0.1,), (1.0,), (0.0,), RULES.resolve("sgd"))
-    for step in range(5):
-        history.add(replace(wide, step=step), seed=7)
-    assert (len(history.packed), history.floor) == (1, 4)
-    history.load(other.saved())
-    assert other.pop(KEPT + 7, lambda seed, step, i: step + i) == [done(step) for step in range(KEPT + 7, KEPT + 10)]
-    history.drop_before(KEPT)
-    assert (len(history.packed), history.floor) == (10, KEPT)
-
-
-def test_the_history_of_a_momentum_that_cycles_keeps_only_what_is_needed() -> None:
-    history = History()
-    for step in range(100):
-        history.add(done(step, RULES.resolve({"name": "momentum", "beta": step / 1000})), seed=step)
-    history.drop_before(90)
-    assert len(history.frames) == 10
-    (last,) = history.pop(99, lambda seed, step, i: seed + i)
-    assert last.rule.beta == 0.099
-    assert [probe.seed for probe in last.probes] == [99, 100]
 
 
 # Quantisation scales, and slots of many pieces
