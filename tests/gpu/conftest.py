@@ -12,7 +12,9 @@ from zo_core.noise import changes
 @pytest.fixture
 def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels do the passes with backend "triton", on the CPU too, and none of them is replaced by the eager pass."""
-    from triton_passes import INTERPRETED, triton_backend
+    from triton_passes import INTERPRETED
+
+    from zo_core.noise import triton_backend
 
     triton_backend._failed.clear()
     if INTERPRETED:
@@ -27,7 +29,7 @@ def in_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of passes in every launch."""
-    from triton_passes import triton_backend
+    from zo_core.noise import triton_backend
 
     seen: list[int] = []
     one, rows = triton_backend._launch_one, triton_backend._launch_rows
