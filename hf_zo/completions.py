@@ -22,7 +22,8 @@ class Answer:
 
     Attributes:
         prompt: a text or a conversation.
-        completions: texts, or conversations of one message.
+        completions: texts, or conversations of one message, which is parsed where the tokenizer has a
+            ``response_template``.
         ids: the tokens of each, up to its end.
         ended: whether each ended by itself, before the longest length.
         rewards: for each completion one reward per reward function.
@@ -93,7 +94,11 @@ class Completer:
         answers = []
         for index, prompt in enumerate(prompts):
             own = range(index * times, (index + 1) * times)
-            said = [texts[i] if isinstance(prompt, str) else [_message(texts[i])] for i in own]
+            if isinstance(prompt, str):
+                said: list[Any] = [texts[i] for i in own]
+            else:
+                asked = inputs["input_ids"][index][inputs["attention_mask"][index].bool()].tolist()
+                said = [[self._message(rows[i][0], texts[i], asked)] for i in own]
             answers.append(Answer(prompt, said, [rows[i][0] for i in own], [rows[i][1] for i in own]))
         return answers
 
@@ -104,9 +109,17 @@ class Completer:
                 return ids[: position + 1], True
         return ids, False
 
-
-def _message(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+    def _message(self, ids: list[int], text: str, asked: list[int]) -> dict[str, Any]:
+        """A completion as a message; its text, where the tokenizer parses none or cannot parse this one."""
+        plain = {"role": "assistant", "content": text}
+        if getattr(self.tokenizer, "response_template", None) is None:
+            return plain
+        try:
+            parsed = self.tokenizer.parse_response(ids, prefix=asked)
+        except (ValueError, TypeError):
+            return plain
+        content = parsed.get("content") or ""  # a model that was cut off while it reasoned has said nothing
+        return {**parsed, "content": content.removesuffix(self.tokenizer.eos_token or "")}
 
 
 def numbers(answers: Sequence[Answer], names: Sequence[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from zo_core import ConfigError
 
 from .arguments import ZOTrainingArguments
+from .grpo_names import refused
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ZORewardConfig(ZOTrainingArguments):
     ``zo_num_probes * per_device_train_batch_size * num_generations`` completions.
 
     Raises:
-        ConfigError: settings cannot work; all of them are listed.
+        ConfigError: settings cannot work, or are only of ``GRPOConfig``; all of them are listed.
     """
 
     zo_estimator: str = field(
@@ -45,6 +46,10 @@ class ZORewardConfig(ZOTrainingArguments):
             "help": "Arguments of from_pretrained for the model and for reward models that are given by their names; "
             "tokenizers that are loaded with these take its revision."
         },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether models and tokenizers that are given by their names may bring code of their own."},
     )
     max_completion_length: int = field(default=512, metadata={"help": "Most tokens of a completion."})
     num_generations: int = field(
@@ -88,6 +93,12 @@ class ZORewardConfig(ZOTrainingArguments):
         default=5, metadata={"help": "How many completions to log each time; None is all of the step."}
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        problems = refused(kwargs, cls.__dataclass_fields__)
+        if problems:
+            raise ConfigError(problems)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
@@ -101,10 +112,15 @@ class ZORewardConfig(ZOTrainingArguments):
         counts = {"max_completion_length": self.max_completion_length, "num_generations": self.num_generations}
         if self.num_generations_eval is not None:
             counts["num_generations_eval"] = self.num_generations_eval
-        problems += [f"{name}={count!r} must be at least 1" for name, count in counts.items() if count < 1]
-        if self.temperature < 0:
+        problems += [
+            f"{name}={count!r} must be a number, at least 1"
+            for name, count in counts.items()
+            if not isinstance(count, int) or count < 1
+        ]
+        if not isinstance(self.temperature, (int, float)) or self.temperature < 0:
             problems.append(f"temperature={self.temperature!r} must be at least 0; 0 takes the most probable tokens")
-        problems += self._generation_problems()
+        else:
+            problems += self._generation_problems()
         if self.remove_unused_columns:
             problems.append("remove_unused_columns=True would keep columns from the reward functions; leave it out")
         if problems:

@@ -138,7 +138,8 @@ class RewardModel:
     Args:
         model: the classifier, or its name.
         tokenizer: its tokenizer; None loads that of the model's name.
-        init: arguments of ``from_pretrained`` for a model given by its name; its tokenizer has the same ``revision``.
+        init: arguments of ``from_pretrained`` for a model given by its name; its tokenizer has the same ``revision``
+            and ``trust_remote_code``.
         template: further arguments of ``apply_chat_template``.
     """
 
@@ -151,15 +152,15 @@ class RewardModel:
     ):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        revision: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
         self.template = template or {}
         if isinstance(model, str):
-            revision = revision_of(init)
+            shared = shared_of(init)
             model = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, **(init or {}))
         self.model = model.eval().requires_grad_(False)
         path = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
         self.__name__ = path.split("/")[-1]
-        self.tokenizer = AutoTokenizer.from_pretrained(path, **revision) if tokenizer is None else tokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **shared) if tokenizer is None else tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -176,9 +177,9 @@ class RewardModel:
             return list(self.model(**inputs).logits[:, 0].float().tolist())
 
 
-def revision_of(init: dict[str, Any] | None) -> dict[str, Any]:
-    """The argument of ``from_pretrained`` that a model and its tokenizer share."""
-    return {name: value for name, value in (init or {}).items() if name == "revision"}
+def shared_of(init: dict[str, Any] | None) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that a model and its tokenizer share."""
+    return {name: value for name, value in (init or {}).items() if name in ("revision", "trust_remote_code")}
 
 
 def _name(function: Any) -> str:

@@ -17,10 +17,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from zo_core import ConfigError, LossError, LowRank, ZeroOrder, ZOConfig
 
 from .completions import Answer, Completer, compared, means, numbers, score, unanswered, without_spread
+from .grpo_names import refused
 from .loss_calls import LossCall
 from .mixin import ZOTrainerMixin
 from .reward_config import ZORewardConfig
-from .reward_functions import NAMED, RewardFunctions, revision_of
+from .reward_functions import NAMED, RewardFunctions, shared_of
 
 logger = logging.getLogger("hf_zo")
 
@@ -137,7 +138,11 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         reward_processing_classes: the tokenizers of reward models.
         callbacks: as for `Trainer`.
         optimizers: as for `Trainer`.
+        quantization_config: how a model that is given by its name is quantised as it is loaded.
         peft_config: adapters to train instead of the weights.
+        tools: of ``GRPOTrainer``, and not supported; leave it out.
+        rollout_func: as ``tools``.
+        environment_factory: as ``tools``.
         zo_config: a `ZOConfig` in place of the ``zo_*`` fields of ``args``, with its own defaults: write
             ``ZOConfig(estimator="es", noise="low_rank", ...)``.
 
@@ -158,29 +163,47 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         reward_processing_classes: Any = None,
         callbacks: Any = None,
         optimizers: Any = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         zo_config: ZOConfig | None = None,
     ):
+        absent = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        problems = refused({name: value for name, value in absent.items() if value})
         args = ZORewardConfig() if args is None else args
         if not isinstance(args, ZORewardConfig):
             raise ConfigError([f"args is a {type(args).__name__}; pass a ZORewardConfig, which has the same names"])
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for each in (train_dataset, *evaluated):
             _check_rows(each)
-        init: Any = args.model_init_kwargs or {}
+        init: Any = {**(args.model_init_kwargs or {})}  # type: ignore[dict-item]
         template: Any = args.chat_template_kwargs
         if init and not _named(model, reward_funcs):
-            raise ConfigError(["model_init_kwargs is for a model given by its name; leave it out, or pass the name"])
-        revision = revision_of(init) if isinstance(model, str) else {}
+            problems.append("model_init_kwargs is for a model given by its name; leave it out, or pass the name")
+        if quantization_config is not None and (not isinstance(model, str) or "quantization_config" in init):
+            problems.append(
+                "quantization_config is for a model given by its name, and not in model_init_kwargs, too; leave it out "
+                "of one, or load the model with it"
+            )
+        if peft_config is not None and hasattr(model, "peft_config"):
+            problems.append("peft_config: the model has adapters already; leave it out to train these")
+        if problems:
+            raise ConfigError(problems)
+        if args.trust_remote_code:
+            init.setdefault("trust_remote_code", True)
+        shared = shared_of(init) if isinstance(model, str) else {}
         if zo_config is not None and zo_config.estimator == "spsa":
             logger.warning(
                 "zo_config has estimator='spsa', which is the default of ZOConfig and not that of ZORewardConfig; "
                 "write ZOConfig(estimator='es', noise='low_rank', ...) for evolution strategies"
             )
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **init)
+            how = {} if quantization_config is None else {"quantization_config": quantization_config}
+            model = AutoModelForCausalLM.from_pretrained(model, **init, **how)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path, **revision)
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path, **shared)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -204,6 +227,12 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             zo_config=zo_config,
         )
         self.model_accepts_loss_kwargs = False  # the score of a step is the mean over its micro-batches
+
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """Like `Trainer.create_model_card`; ``dataset_name`` is what TRL calls its ``dataset``."""
+        if dataset_name is not None:
+            kwargs.setdefault("dataset", dataset_name)
+        super().create_model_card(*args, **kwargs)
 
     def _resolve_config(self, config: ZOConfig | None) -> ZOConfig:
         return super()._resolve_config(config).replace(maximize=True)

@@ -24,7 +24,8 @@ def reward_trainer(
     path: Path, tokenizer: Any, rewards: Any = words, cls: type[Any] = ZORewardTrainer, **own: Any
 ) -> Any:
     """A trainer of two steps; keywords that are not arguments of the trainer are training arguments."""
-    names = ("model", "peft_config", "callbacks", "train_dataset", "eval_dataset", "zo_config")
+    names = ("model", "peft_config", "quantization_config", "callbacks", "train_dataset", "eval_dataset", "zo_config")
+    names += ("tools", "rollout_func", "environment_factory")
     given = {name: own.pop(name) for name in names if name in own}
     given = {"model": tiny("llama", tied=False), "train_dataset": PROMPTS, **given}
     settings = {"max_completion_length": 6, "zo_num_probes": 4, "zo_eps": 0.05, "learning_rate": 0.02, **own}

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from hf_helpers import CHECKPOINTING, arguments
 from models import tiny
 from reward_helpers import PROMPTS, reward_trainer, words
 from trl import GRPOConfig, GRPOTrainer
+from trl.chat_template_utils import parse_response
+
+from hf_zo import ZORewardConfig, ZORewardTrainer
+from hf_zo.completions import Completer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
 
@@ -46,6 +53,17 @@ def judges(conversations: bool) -> tuple[Judge, list[Any]]:
         return [None if index % 2 else 0.5 for index in range(len(prompts))]
 
     return watched, [watched, later, sometimes]
+
+
+#: As TRL and tokenizers have it: what a message is made of, by the text between its marks.
+TEMPLATED = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "w9",
+    "fields": {
+        "reasoning_content": {"open": "w1", "close": "w2", "content": "text"},
+        "content": {"close": "</s>", "content": "text"},
+    },
+}
 
 
 def of_rewards(logs: list[dict[str, float]]) -> set[str]:
@@ -90,3 +108,52 @@ def test_a_function_sees_and_logs_the_same_under_both_trainers(
     assert kind(mine) == kind(theirs)
     assert wanted <= logged
     assert {f"rewards/{name}/mean" for name in ("watched", "later", "sometimes")} <= wanted
+
+
+def test_a_response_is_parsed_as_the_tokenizer_says(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    monkeypatch.setattr(tokenizer, "response_template", TEMPLATED)
+    prompts = [[{"role": "user", "content": "w5 w6"}], [{"role": "user", "content": "w5"}]]
+    said = ["w1 w7 w2 w8 </s>", "w1 w7 </s>"]  # the second was cut off while it reasoned
+    complete = Completer(tokenizer, ZORewardConfig("out", use_cpu=True))
+
+    class Says(torch.nn.Module):
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            rows = tokenizer(said, return_tensors="pt", padding=True)["input_ids"]
+            return torch.cat([input_ids, rows], 1)
+
+    messages = [each.completions[0][0] for each in complete(Says(), prompts, 1, 0, 0)]
+    for ids, mine, prompt in zip(said, messages, prompts, strict=True):
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        asked_ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        assert mine == parse_response(tokenizer, tokenizer(ids)["input_ids"], prefix=asked_ids)
+    assert messages[0]["reasoning_content"].strip() == "w7"
+    assert messages[0]["content"].strip() == "w8"
+    assert messages[1]["content"] == ""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("not a response")
+
+    monkeypatch.setattr(tokenizer, "parse_response", broken)
+    assert complete(Says(), prompts, 1, 0, 0)[1].completions == [[{"role": "assistant", "content": "w1 w7"}]]
+
+
+@pytest.mark.slow
+def test_the_script_of_trl_runs_with_two_names_changed(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trl
+    from trl.scripts import grpo
+
+    tiny("llama", tied=False).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)), encoding="utf-8")
+    monkeypatch.setattr(trl, "GRPOTrainer", ZORewardTrainer)
+    monkeypatch.setattr(trl, "GRPOConfig", ZORewardConfig)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    line = f"--model_name_or_path {tmp_path}/model --dtype float32 --dataset_name {tmp_path}/rows --use_peft"
+    line += f" --reward_funcs reward_helpers.words --output_dir {tmp_path}/out --use_cpu --max_steps 1"
+    line += " --max_completion_length 4 --zo_num_probes 2 --zo_eps 0.05 --report_to none"
+    grpo.main(*grpo.make_parser().parse_args_and_config(line.split(), fail_with_unknown_args=False))
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

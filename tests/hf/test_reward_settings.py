@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import pytest
 import torch
 import transformers
 from models import tiny
+from peft import LoraConfig, get_peft_model
 from reward_helpers import reward_trainer, words
 from transformers import BatchEncoding
+from trl import GRPOConfig, GRPOTrainer
 
 from hf_zo import ZORewardConfig, ZORewardTrainer
 from hf_zo.completions import Completer
+from hf_zo.grpo_names import INSTEAD
 from zo_core import ConfigError, ZOConfig
 
 
@@ -79,6 +84,55 @@ def test_an_end_token_of_generation_kwargs_cuts_completions(tokenizer: Any, end:
     assert Completer(tokenizer, ZORewardConfig("out", use_cpu=True), [3])._until_end([4, 3, 7]) == ([4, 3], True)
 
 
+def test_every_argument_that_only_grpo_has_says_what_to_write_instead() -> None:
+    own = ZORewardConfig.__dataclass_fields__
+    theirs = {each.name for each in fields(GRPOConfig)} | set(inspect.signature(GRPOTrainer.__init__).parameters)
+    ours = {*own, *inspect.signature(ZORewardTrainer.__init__).parameters, *INSTEAD}
+    assert theirs <= ours
+    assert not set(INSTEAD) & set(own)
+    with pytest.raises(ConfigError, match=r"(?s)beta=0.04: .*decay_to.*scale_rewards=False: .*'shaping': 'center'"):
+        ZORewardConfig("out", use_cpu=True, beta=0.04, scale_rewards=False)
+
+
+def test_an_argument_that_a_subclass_has_of_its_own_is_no_mistake() -> None:
+    @dataclass
+    class Mine(ZORewardConfig):
+        beta: float = 0.1
+
+    assert Mine("out", use_cpu=True, beta=0.2).beta == 0.2
+    with pytest.raises(ConfigError, match=r"epsilon=0\.1: there is no loss of tokens"):
+        Mine("out", use_cpu=True, epsilon=0.1)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"tools": [len]}, "tools=.*not supported"),
+        ({"rollout_func": len}, "rollout_func=.*generation_kwargs"),
+        ({"environment_factory": len}, "environment_factory=.*not supported"),
+        ({"quantization_config": object()}, "quantization_config is for a model given by its name"),
+    ],
+)
+def test_an_argument_of_the_trainer_that_cannot_work_is_named(
+    own: dict[str, Any], said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        reward_trainer(tmp_path, tokenizer, **own)
+
+
+def test_adapters_are_not_added_to_adapters(tmp_path: Path, tokenizer: Any) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM")
+    adapted = get_peft_model(tiny("llama", tied=False), config)
+    with pytest.raises(ConfigError, match="peft_config: the model has adapters already"):
+        reward_trainer(tmp_path, tokenizer, model=adapted, peft_config=config)
+
+
+def test_a_model_card_has_the_name_of_the_data_set(tmp_path: Path, tokenizer: Any) -> None:
+    trainer = reward_trainer(tmp_path, tokenizer)
+    trainer.create_model_card(model_name="mine", dataset_name="someone/rows")
+    assert "someone/rows" in Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
+
+
 def test_a_config_with_its_own_defaults_is_noticed(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -100,6 +154,23 @@ def test_a_name_is_loaded_with_the_given_arguments(tmp_path: Path, tokenizer: An
     tiny("llama", tied=False).save_pretrained(tmp_path / "model")
     given = {"model": str(tmp_path / "model"), "model_init_kwargs": '{"dtype": "bfloat16"}'}
     assert reward_trainer(tmp_path, tokenizer, **given).model.dtype == torch.bfloat16
+
+
+def test_a_name_is_loaded_as_grpo_scripts_ask_for_it(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def loaded(name: str, **given: Any) -> Any:
+        asked.update(given)
+        return tiny("llama", tied=False)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    reward_trainer(tmp_path, tokenizer, model="someone/model", quantization_config="how", trust_remote_code=True)
+    assert asked == {"quantization_config": "how", "trust_remote_code": True}
+    own = {"model_init_kwargs": {"quantization_config": "how"}, "quantization_config": "how"}
+    with pytest.raises(ConfigError, match="quantization_config is for a model given by its name, and not in"):
+        reward_trainer(tmp_path, tokenizer, model="someone/model", **own)
 
 
 def test_a_reward_model_has_the_arguments_of_its_name(

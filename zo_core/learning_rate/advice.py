@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 
 from ..config import AUTO
+from ..defaults import OF_EPS, scored_eps
 from ..normaliser import Curvature
 from ..optimizer import number
 from ..running import Running
@@ -22,6 +24,8 @@ HIGH = (3e-1, 6e-2, 3e-3, 2e-3, 1e-6)
 HIGH_ADAPTERS = 1e-2
 #: Distance of a step with the best rate, if the method normalises it.
 STEP = 0.1, 4.0
+#: The largest rate of steps along compared scores, as a multiple of the default: that of examples/black_box.py.
+SCORED = 50.0
 #: For steps that are normalised by the curvature.
 NEWTON = 0.05, 1.0
 #: For scales that move by fractions of themselves.
@@ -44,6 +48,7 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
       1e-2 for two million elements, hence the wider range where few of the weights move.
     * Steps of a normalised length: the best rates of FZOO with 8 directions, 4e-3 to 6e-2 for 9,610 to 35,000 elements
       and 5e-5 for 1.3 billion (arXiv 2506.09034), are a distance ``lr * sqrt(elements / directions)`` of 0.3 to 2.3.
+      Where scores are compared, eps says how far weights may move: the published rate (arXiv 2509.24372) is the least.
     * Steps that are normalised by the curvature: 0.25 to 0.5 for 650 to 830,000 elements; no unit is left in the rate.
     * Relative scales of nf4: 1e-1 for a model of 246,240 weights, and 1.2 for 13,824 scales. A move by lr * g of a
       weight's own size w corresponds to an absolute rate of lr * w²: MeZO's 1e-6 on weights of 0.02 to 2.5e-3.
@@ -63,11 +68,19 @@ def useful_rates(engine: Running) -> tuple[float, float] | None:
         low, high = NEWTON
     elif engine.normaliser is not None or engine.estimator.scale_free:
         low, high = (distance / math.sqrt(directions * moved) for distance in STEP)
+        named = None if engine.normaliser is None else engine.normaliser.name
+        eps = number(_groups(engine)[0], "eps", 0.0)
+        least = OF_EPS * scored_eps(engine.estimator, engine.rule, named, eps, engine.config.maximize)
+        low, high = max(low, least), max(high, SCORED * least)
     elif engine.estimator.name == "spsa":
         low, high = SCALES if scalings else _plain(moved, sum(p.numel() for p in engine.model.parameters()))
     else:
         return None
     return low * factor, high * factor
+
+
+def _groups(engine: Running) -> list[dict[str, Any]]:
+    return getattr(engine.optimizer, "inner", engine.optimizer).param_groups
 
 
 def _plain(moved: int, total: int) -> tuple[float, float]:
@@ -78,8 +91,7 @@ def _plain(moved: int, total: int) -> tuple[float, float]:
 
 def lr_advice(engine: Running) -> str | None:
     """One line if the learning rate that the user has chosen is far from all that work, else None."""
-    groups = getattr(engine.optimizer, "inner", engine.optimizer).param_groups
-    lr = max(number(group, "initial_lr", number(group, "lr", 0.0)) for group in groups)
+    lr = max(number(group, "initial_lr", number(group, "lr", 0.0)) for group in _groups(engine))
     range_ = useful_rates(engine)
     if range_ is None or lr == 0.0 or engine.config.lr == AUTO or engine.step_count:
         return None
