@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from collections.abc import Callable
@@ -52,6 +53,18 @@ def test_a_closure_that_uses_another_model(settings: dict[str, Any], caplog: pyt
     first, second = said(caplog)
     assert "ran without any of the trained weights" in first
     assert "agree exactly" in second
+
+
+@EVERYWHERE
+def test_a_closure_that_waits_before_it_uses_the_model_is_left_in_peace(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def waits(model: nn.Module) -> Tensor:
+        await asyncio.sleep(0)
+        return closure("llama", model)()
+
+    trained(waits, **settings)
+    assert not said(caplog)
 
 
 def test_a_closure_that_returns_a_constant(caplog: pytest.LogCaptureFixture) -> None:

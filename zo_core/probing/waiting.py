@@ -51,9 +51,8 @@ class Waiting:
     def __await__(self) -> Generator[Any, Any, Any]:
         error: BaseException | None = None
         while True:
-            try:
-                other = self._continue(error)
-            except StopIteration as end:
+            other, end = self._continue(error)
+            if end is not None:
                 return end.value
             error = None
             try:
@@ -64,20 +63,20 @@ class Waiting:
             except BaseException as raised:  # of what it has waited for, or that it was cancelled
                 error = raised
 
-    def _continue(self, error: BaseException | None) -> Any:
-        """Runs to where the coroutine waits next; returns what it waits for."""
+    def _continue(self, error: BaseException | None) -> tuple[Any, StopIteration | None]:
+        """Runs to where the coroutine waits next; returns what it waits for, or its end."""
         set_rng_state(self.random)
-        with self.perturbed():
+        other, ended = None, None
+        with self.perturbed():  # its end is no error of what ran with these weights
             before = _surroundings(self.model)
             try:
                 other = self.coroutine.send(None) if error is None else self.coroutine.throw(error)
-            except StopIteration:
-                self._check(before)
-                raise
+            except StopIteration as end:
+                ended = end
             finally:
                 self.random = rng_state()
             self._check(before)
-        return other
+        return other, ended
 
     def _check(self, before: object) -> None:
         """Raises `StateError` if others would see, while this one waits, what it has changed."""
