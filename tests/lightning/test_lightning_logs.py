@@ -130,25 +130,3 @@ def test_layers_that_are_unfrozen_do_not_begin_a_new_window(tmp_path: Path) -> N
     run.fit(Wrapped(), loader())
     assert numbers(run)[5]["zo_loss_mean"] == pytest.approx(sum(keep.records) / 6, rel=1e-6)
     assert len(keep.records) == 6
-
-
-def test_the_loss_that_lightning_gets_is_that_without_reuse(tmp_path: Path) -> None:
-    class Sees(L.Callback):
-        def __init__(self) -> None:
-            self.losses: list[float] = []
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.losses.append(float(outputs["loss"]))
-
-    def losses(reuse: bool) -> list[float]:
-        module, seen = Wrapped(optimizer=sgd(1e-2)), Sees()
-        module.model.requires_grad_(False)
-        list(module.model.model.layers)[-1].requires_grad_(True)
-        module.model.config.use_cache = False
-        settings: dict[str, Any] = {"reuse": reuse, "eps": 0.1, "noise": "rademacher"}
-        run = trainer(tmp_path, settings, callbacks=[seen], max_steps=5)
-        run.fit(module, loader())
-        assert not reuse or run.strategy.zo.oracle.reuse.trusted
-        return seen.losses
-
-    assert losses(True) == losses(False)

@@ -69,7 +69,6 @@ class Reuse:
 
     Attributes:
         off: why nothing is reused any more; empty if it is.
-        trusted: layers that were skipped in a probe that had the same loss without, at the last check.
         run: the probes that are being measured; None between steps, and where the first layer moves in all of them.
 
     Raises:
@@ -84,7 +83,6 @@ class Reuse:
         self.realisation, self.state = realisation, state
         self.slots = {layer: _slots_in(layer, realisation.slots) for layer in layers}
         self.off = ""
-        self.trusted: set[nn.Module] = set()
         self.run: Run | None = None
         self._told: set[str] = set()
         self._times: Counter[frozenset[nn.Module]] = Counter()
@@ -166,7 +164,7 @@ class Reuse:
             again = measure()
         finally:
             _again.reset(token)
-        self.judge(probe.skipped, [value], [again], same_random=same_rng(after, rng_state()))
+        self.judge([value], [again], same_random=same_rng(after, rng_state()))
         return again
 
     def due(self, skipped: set[nn.Module]) -> bool:
@@ -174,22 +172,17 @@ class Reuse:
         times = self._times[frozenset(skipped)] = self._times[frozenset(skipped)] + 1
         return bool(skipped) and times & (times - 1) == 0
 
-    def judge(self, skipped: set[nn.Module], found: Sequence[Any], again: Sequence[Any], *, same_random: bool) -> None:
-        """Decides from losses with and without skipped layers whether to trust these layers from now on.
+    def judge(self, found: Sequence[Any], again: Sequence[Any], *, same_random: bool) -> None:
+        """Reuses nothing any more if it has made a difference.
 
         Args:
-            skipped: the layers.
-            found: the losses with them skipped; None for an error.
+            found: losses with layers skipped; None for an error.
             again: the losses when each probe computes all layers.
             same_random: whether both left the same states of the random generators.
         """
         pairs = list(zip(found, again, strict=True))
-        if same_random and all(isinstance(one, Tensor) and same_bits(one, other) for one, other in pairs):
-            if all(other.isfinite() for other in again):
-                self.trusted |= skipped
-            return
-        self.trusted -= skipped
-        self.stop("a probe that got results of layers from another one has another loss, or other random numbers")
+        if not same_random or not all(isinstance(one, Tensor) and same_bits(one, other) for one, other in pairs):
+            self.stop("a probe that got results of layers from another one has another loss, or other random numbers")
 
     def stop(self, why: str) -> None:
         """Reuses nothing any more, and says so."""

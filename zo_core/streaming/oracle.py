@@ -162,7 +162,7 @@ class LockstepOracle:
         losses = self._settled_sweep(points, closures, back)
         if not changes:
             judged = [None] * len(losses) if found is None else found
-            reuse.judge(run.skipped, judged, losses, same_random=same_rng(after, rng_state()))
+            reuse.judge(judged, losses, same_random=same_rng(after, rng_state()))
         return losses
 
     def _settled_sweep(
