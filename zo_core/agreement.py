@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .backprop import Backprop
 from .digests import digest
 from .errors import ConfigError, StateError
 from .exchange import Alone
@@ -72,11 +73,29 @@ def _facts(engine: Running) -> dict[str, Any]:
         "directions": engine.num_probes,
         "parameter groups": groups,
         "trained tensors": [(slot.key, tuple(slot.shape), str(slot.tensor.dtype)) for slot in engine.slots],
-        "tensors under backprop": None
-        if engine.backprop is None
-        else [(name, tuple(weight.shape), str(weight.dtype)) for name, weight in engine.backprop.weights.items()],
+        **({"tensors under backprop": None} if engine.backprop is None else _under(engine.backprop)),
         **engine.facts,
         "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
+    }
+
+
+def _under(backprop: Backprop) -> dict[str, Any]:
+    """What has to be the same of the part that backpropagation moves: weights, settings, and what AdamW keeps."""
+    assert backprop.optimizer is not None, "the engine calls begin() first"
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in backprop.optimizer.param_groups
+    ]
+    kept = {
+        name: {key: digest(value) for key, value in backprop.optimizer.state.get(weight, {}).items()}
+        for name, weight in backprop.weights.items()
+    }
+    return {
+        "tensors under backprop": [
+            (n, tuple(weight.shape), str(weight.dtype)) for n, weight in backprop.weights.items()
+        ],
+        "max_norm of backprop": backprop.max_norm,
+        "AdamW of backprop": groups,
+        **{f"AdamW's moments of {name}": moments for name, moments in kept.items()},
     }
 
 

@@ -18,6 +18,12 @@ from hf_zo import ZOTrainer, ZOTrainingArguments, activation_adapter
 from zo_core import RanksError
 
 STEPS = 6
+BACKPROP: dict[str, Any] = {
+    "zo_backprop": ["lm_head", "model.layers.1"],
+    "zo_backprop_lr": 1e-2,
+    "max_grad_norm": 0.5,
+    "adam_beta2": 0.9,
+}
 
 
 class Ordered(ZOTrainer):
@@ -137,10 +143,15 @@ def main(folder: Path) -> None:
         "normalised": train(folder / "normalised", learning_rate=None, zo_num_probes=2),
         "streamed": train(folder / "streamed", zo_offload="cpu"),
         "adapter": train(folder / "adapter", "data", make=partial(adapted, int(os.environ["RANK"]))),
+        "backprop": train(folder / "backprop", "data", **BACKPROP),
+        "whole backprop": train(folder / "whole backprop", **BACKPROP),
         "streamed adapter": train(folder / "streamed adapter", "data", make=adapted, zo_offload="cpu"),
     }
     with suppress(Interrupted):
         train(folder / "resumed", callbacks=[Interrupt()])
+    with suppress(Interrupted):
+        train(folder / "resumed backprop", callbacks=[Interrupt()], **BACKPROP)
+    found["resumed backprop"] = train(folder / "resumed backprop", resume=True, **BACKPROP)
     found["resumed"] = train(folder / "resumed", resume=True)
     found["momentum"] = train(folder / "momentum", zo_rule="momentum")
     found["continued"] = continued(folder / "continued")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_zo import ZOStrategy
 
 STEPS = 8
+BACKPROP = {"backprop": ("last", "layers.2"), "backprop_lr": 1e-2}
 
 
 class Interrupted(Exception):
@@ -76,12 +77,19 @@ def loader(*, shuffle: bool) -> DataLoader[Any]:
 
 
 def fit(
-    folder: Path, strategy: Any, *callbacks: Callback, resume: str | None = None, data: Any = None
+    folder: Path,
+    strategy: Any,
+    *callbacks: Callback,
+    resume: str | None = None,
+    data: Any = None,
+    devices: int = 2,
+    clip: float | None = None,
 ) -> dict[str, Any]:
     run = Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=2,
+        devices=devices,
+        gradient_clip_val=clip,
         max_steps=STEPS,
         default_root_dir=folder,
         logger=False,
@@ -100,6 +108,12 @@ def fit(
     }
 
 
+def alike(folder: Path, devices: int = 2, **settings: Any) -> dict[str, Any]:
+    """A run with backprop whose batches are the same in one process and in two."""
+    strategy = ZOStrategy({**BACKPROP, **settings})
+    return fit(folder, strategy, data=loader(shuffle=False), devices=devices, clip=0.5)
+
+
 def main(folder: Path, *names: str) -> None:
     runs: dict[str, Any] = {
         "zo": lambda: fit(folder / "zo", "zo"),
@@ -107,6 +121,10 @@ def main(folder: Path, *names: str) -> None:
         "interrupted": lambda: fit(folder / "resumed", "zo", Interrupt()),
         "resumed": lambda: fit(folder / "resumed", "zo", resume="last"),
         "points": lambda: fit(folder / "points", ZOStrategy({"ranks": "points"}), data=loader(shuffle=False)),
+        "backprop": lambda: fit(folder / "backprop", ZOStrategy(BACKPROP)),
+        "backprop interrupted": lambda: fit(folder / "backprop resumed", ZOStrategy(BACKPROP), Interrupt()),
+        "backprop resumed": lambda: fit(folder / "backprop resumed", ZOStrategy(BACKPROP), resume="last"),
+        "backprop points": lambda: alike(folder / "backprop points", ranks="points"),
         "uneven": lambda: fit(folder / "uneven", "zo", data=DataLoader(Uneven(), batch_size=None)),
     }
     for which in names:

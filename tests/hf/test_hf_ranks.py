@@ -32,13 +32,15 @@ def equal(a: Any, b: Any) -> bool:
 
 NAMES = ["directions", "data", "points", "accumulated", "normalised", "streamed", "resumed", "continued"]
 ADAPTERS = ["adapter", "streamed adapter"]
+#: Runs without a log.
+BACKPROP = ["backprop", "whole backprop", "resumed backprop"]
 
 
 def start(name: str) -> Any:
     return hf_ranks.adapted() if name in ADAPTERS else hf_ranks.model()
 
 
-@pytest.mark.parametrize("name", NAMES + ADAPTERS)
+@pytest.mark.parametrize("name", NAMES + ADAPTERS + BACKPROP)
 def test_processes_hold_the_same_bits(runs: tuple[Path, Found, Found], name: str) -> None:
     _, first, second = runs
     assert equal(first[name]["state"], second[name]["state"])
@@ -67,6 +69,19 @@ def test_the_model_is_not_wrapped(runs: tuple[Path, Found, Found]) -> None:
 def test_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
     alone = hf_ranks.train(tmp_path, accumulate=2)
     assert equal(runs[1]["data"]["state"], alone["state"])
+
+
+def test_backprop_on_data_is_one_process_that_accumulates(runs: tuple[Path, Found, Found], tmp_path: Path) -> None:
+    alone = hf_ranks.train(tmp_path, accumulate=2, **hf_ranks.BACKPROP)
+    assert equal(runs[1]["backprop"]["state"], alone["state"])
+    norms = [
+        [line["grad_norm"] for line in each["log"] if "grad_norm" in line] for each in (runs[1]["backprop"], alone)
+    ]
+    assert norms[0] == norms[1] != []
+
+
+def test_a_resumed_run_with_backprop_is_the_whole_one(runs: tuple[Path, Found, Found]) -> None:
+    assert equal(runs[1]["resumed backprop"]["state"], runs[1]["whole backprop"]["state"])
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

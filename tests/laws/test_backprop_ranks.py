@@ -13,7 +13,7 @@ from processes import Raised, together
 from rank_runs import State, accumulate, equal, loss, model_of, state
 from torch import Tensor, nn
 
-from zo_core import QueryError, RanksError, ZeroOrder, ZOConfig
+from zo_core import ConfigError, QueryError, RanksError, ZeroOrder, ZOConfig
 from zo_core.exchange import Exchange
 from zo_core.placement import backprop_of
 from zo_core.ranks import Ranks
@@ -167,6 +167,43 @@ def test_an_exception_of_one_process_ends_the_step_of_the_others(tmp_path: Path)
     found = together(work, tmp_path)
     assert not any(isinstance(each, Raised) for each in found)
     assert all(equal(each, state(model_of())) for each in found)
+
+
+def _moments(zo: ZeroOrder) -> None:
+    assert zo.backprop is not None
+    assert zo.backprop.optimizer is not None
+    weight = zo.backprop.weights["2.bias"]
+    zo.backprop.optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": weight.detach().clone()}
+
+
+def _betas(zo: ZeroOrder) -> None:
+    zo.backprop.optimizer.param_groups[0]["betas"] = (0.8, 0.999)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda zo: zo.backprop.bound(0.5),
+            "max_norm of backprop=0.5 on rank",
+        ),
+        (_betas, "'betas': (0.8, 0.999)"),
+        (_moments, "AdamW's moments of 2.bias={"),
+    ],
+    ids=["norm", "adamw", "moments"],
+)
+def test_another_norm_adamw_or_moments_are_an_error_on_all(tmp_path: Path, change: Any, words: str, who: int) -> None:
+    def work(rank: int) -> None:
+        model = model_of()
+        zo = ZeroOrder(model, **HOW)
+        if rank == who:
+            change(zo)
+        zo.step(lambda: loss(model, rank, 0))
+
+    for found in together(work, tmp_path):
+        assert found.kind is ConfigError
+        assert words in found.text
 
 
 def test_parts_of_one_model_are_refused() -> None:

@@ -18,6 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # launches of two pro
 
 Found = dict[str, Any]
 
+#: The runs of each launch: those that are resumed have an end before that.
+LAUNCHES = (
+    ("zo", "zo_offload", "points", "uneven", "interrupted"),
+    ("backprop", "backprop points", "backprop interrupted"),
+    ("resumed", "backprop resumed"),
+)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[Found, Found]]]:
@@ -25,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tupl
     script = Path(lightning_ranks.__file__)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     found = {}
-    for launch in (("zo", "zo_offload", "points", "uneven", "interrupted"), ("resumed",)):
+    for launch in LAUNCHES:
         command = [sys.executable, str(script), str(folder), *launch]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -49,6 +56,25 @@ def test_processes_hold_the_same_bits_and_the_one_log_replays(runs: Any, name: s
     assert not equal(first["state"], model.state_dict())
     replay(model, folder / name / "seedlog.zo")
     assert equal(first["state"], model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["backprop", "backprop points", "backprop resumed"])
+def test_processes_hold_the_same_bits_with_backprop(runs: Any, name: str) -> None:
+    first, second = runs[1][name]
+    assert equal(first["state"], second["state"])
+    assert first["metrics"] == second["metrics"]
+    assert not equal(first["state"], lightning_ranks.Module().state_dict())
+
+
+def test_backprop_with_points_is_one_process(runs: Any, tmp_path: Path) -> None:
+    alone = lightning_ranks.alike(tmp_path, devices=1)
+    assert equal(runs[1]["backprop points"][0]["state"], alone["state"])
+
+
+def test_a_resumed_run_with_backprop_is_an_uninterrupted_one(runs: Any) -> None:
+    whole, half, again = (runs[1][f"backprop{name}"][0]["state"] for name in ("", " interrupted", " resumed"))
+    assert not equal(whole, half)
+    assert equal(whole, again)
 
 
 def test_an_epoch_of_unknown_length_ends_in_both(runs: Any) -> None:
