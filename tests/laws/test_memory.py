@@ -120,6 +120,30 @@ def test_no_way_to_train_grows(runner: Runner, front: str, offload: str | None, 
     assert grown(runner(front=front, noise=noise, rule=rule, offload=offload, steps=steps)) < BOUND
 
 
+BACKPROP = {"backprop": ["blocks.5", "head"], "backprop_lr": 1e-4}
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("front", "noise", "offload", "processes", "more"),
+    [
+        ("bare", "one_block", None, 1, {"reuse": True}),
+        ("bare", "one_block", "cpu", 1, {"reuse": True, "num_probes": 2}),
+        ("hf", "sampled", None, 1, {"reuse": True, "num_probes": 2}),
+        ("bare", "rademacher", None, 2, BACKPROP),
+        ("bare", "rademacher", "cpu", 2, {**BACKPROP, "ranks": "data"}),
+    ],
+    ids=["reuse", "reuse streamed", "reuse in a trainer", "backprop in two", "backprop streamed in two"],
+)
+def test_reuse_and_backprop_in_two_processes_do_not_grow(
+    runner: Runner, front: str, noise: str, offload: str | None, processes: int, more: dict[str, Any]
+) -> None:
+    run = {"front": front, "noise": noise, "rule": "sgd", "offload": offload, "steps": 1000, "more": more}
+    assert grown(runner(**run, processes=processes)) < BOUND
+
+
 @linux
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
