@@ -84,7 +84,7 @@ class ZOConfig:
             'population of perturbed weights; its fields are shaping ("center", "zscore" or "ranks") and antithetic. '
             '"conservative" is "spsa" that also measures the loss before the step, after it and after the opposite '
             'step, and keeps the best of the three. "forward_grad" is "spsa" with exact slopes, by forward-mode '
-            "differentiation of a model that is not streamed."
+            "differentiation."
         },
     )
     maximize: bool = field(

@@ -13,7 +13,6 @@ from .backprop import Backprop
 from .beside_streamed import staying
 from .config import AUTO, Resolved, ZOConfig
 from .errors import ConfigError, ModelError
-from .estimators import ESTIMATORS
 from .exchange import Exchange
 from .noise import NOISES
 from .optimizer import ZOOptimizer, check_optimizer
@@ -104,12 +103,6 @@ def check_streamable(config: ZOConfig, rule: UpdateRule) -> None:
         )
     if config.stack_probes:
         problems.append("stack_probes=True has no use with a streamed model, whose probes share a sweep; leave it out")
-    estimator = ESTIMATORS.resolve(config.estimator)
-    if estimator.differentiates:
-        problems.append(
-            f"estimator={estimator.name!r} differentiates the loss, which takes weights that are not streamed; leave "
-            "out offload, or write estimator='spsa'"
-        )
     if problems:
         raise ConfigError(problems)
 

@@ -140,7 +140,7 @@ class TrainedModel(LiveSettings):
             check_resident(self.backprop.names, self.backprop.weights, streaming)
         self.places.streaming = streaming
         parts = self.model, self.slots, self._perturbation, streaming
-        return LockstepOracle(*parts, **self._how())
+        return LockstepOracle(*parts, unit=self.direction, **self._how())
 
     def _resident(self) -> ResidentOracle:
         parts = self.model, self.slots, self._perturbation

@@ -115,7 +115,7 @@ def test_more_tokens_take_more_activations_and_nothing_else() -> None:
     assert {**many.parts, "activations": 0} == {**few.parts, "activations": 0}
 
 
-def test_exact_slopes_take_activations_twice_and_have_no_row_where_they_cannot_be_had() -> None:
+def test_exact_slopes_take_activations_twice_and_have_rows_for_resident_weights() -> None:
     plain, exact = rows(on_meta("llama")), rows(on_meta("llama"), estimator="forward_grad")
     assert set(exact) == {
         name for name in plain if name.startswith("backprop") or ("resident" in name and "int4" not in name)

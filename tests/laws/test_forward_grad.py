@@ -232,8 +232,63 @@ def test_a_derivative_that_is_not_that_of_the_value_is_said(caplog: pytest.LogCa
 def test_what_cannot_be_differentiated_is_an_error_of_the_settings() -> None:
     with pytest.raises(ConfigError, match="stack_probes=True has no use with estimator='forward_grad'"):
         ZOConfig(estimator="forward_grad", noise="low_rank", stack_probes=True)
-    with pytest.raises(ConfigError, match="leave out offload"):
-        engine(tiny("llama"), offload="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "settings"),
+    [
+        ("t5", "cpu", {"num_probes": 1, "weight_decay": 0.1}),
+        ("llama", "cpu", {"num_probes": 3, "dropout": True, "rule": "momentum"}),
+        ("llama", "disk", {"noise": "one_block", "num_probes": 2}),
+        ("llama", "cpu", {"noise": {"name": "low_rank", "rank": 2, "refresh": 2}, "num_probes": 2}),
+        ("llama", "cpu", {"normalise": "curvature", "lr": None}),
+    ],
+    ids=str,
+)
+def test_streamed_weights_give_the_bits_of_resident_ones(
+    name: str, place: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    found = []
+    for where in ({}, {"offload": place, "offload_dir": str(tmp_path) if place == "disk" else None}):
+        model, numbers = tiny(name), []
+        zo = engine(model, **settings, **where)
+        torch.manual_seed(0)
+        for step in range(3):
+            zo.measure_all([closure(name, model, 2 * step), closure(name, model, 2 * step + 1)])
+            record = zo.optimizer.step()
+            numbers.append([record.loss, record.projected_grad, *(probe.coefficient for probe in record.probes)])
+        zo.close()
+        found.append((numbers, weights(model), generators()))
+    assert found[0][0] == found[1][0]
+    assert not differing(found[1][1], found[0][1])
+    assert found[0][2] == found[1][2]
+
+
+def test_a_streamed_step_reads_each_layer_once_for_all_directions() -> None:
+    model, runs = tiny("llama", layers=3), []
+    zo = engine(model, offload="cpu", num_probes=3)
+    zo.step(closure("llama", model))
+    assert zo.streaming is not None
+    layer = zo.streaming.blocks[0].module
+    with_hook = layer.register_forward_hook(lambda *_: runs.append(1))
+    before = zo.streaming.bytes_read
+    zo.step(closure("llama", model))
+    with_hook.remove()
+    assert len(runs) == 3
+    assert zo.streaming.bytes_read - before <= sum(block.nbytes for block in zo.streaming.blocks)
+
+
+def test_streamed_weights_where_no_dual_tensor_can_be_seen_are_named() -> None:
+    class Rounds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.round()
+
+    model = tiny("llama")
+    zo = engine(model, offload="cpu")
+    with pytest.raises(ModelError, match="Rounds"):
+        zo.step(lambda: Rounds.apply(closure("llama", model)()))
+    zo.step(closure("llama", model))
 
 
 def test_a_loss_that_is_not_finite_skips_the_step() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import lightning_ranks
 import pytest
 import torch
+from lightning_helpers import QUIET
 
 from zo_core.seedlog import SeedLog, replay
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # launches of two processes
+pytestmark = [*QUIET, pytest.mark.slow, pytest.mark.timeout(900)]  # launches of two processes
 
 Found = dict[str, Any]
 

@@ -39,8 +39,8 @@ class Estimator:
             that other processes have measured on data of their own are then estimated by themselves.
         multiples: with any, a step has a second round: the loss is measured at the weights that each multiple of the
             step would lead to, on the same data and with the same random numbers, and `choose` decides on one of them.
-        differentiates: whether the points are on tangents of the loss, which takes weights that are resident and
-            ordinary, and operations with a forward derivative.
+        differentiates: whether the points are on tangents of the loss, which takes ordinary weights, and operations
+            with a forward derivative.
     """
 
     name: ClassVar[str]

@@ -21,8 +21,8 @@ class ForwardGrad(Spsa):
     forward per direction carries the derivative of every activation beside its value. That is about the arithmetic of
     three forwards, and no activation is kept for a backward pass.
 
-    The derivative is that of autograd: ``detach()`` ends it. Weights have to be resident and ordinary, and every
-    operation needs a forward derivative.
+    The derivative is that of autograd: ``detach()`` ends it. Weights have to be ordinary, and every operation
+    needs a forward derivative.
     """
 
     name: ClassVar[str] = "forward_grad"

@@ -22,7 +22,7 @@ from ..targets import Slot
 from .function_mode import HALF
 from .materialise import Materialised
 from .reuse import Reuse
-from .slopes import Tangent, compare, tangent_of, unseen, warm_up
+from .slopes import Tangent, TangentView, differentiating, judged, warm_up
 from .view import Originals
 from .waiting import Waiting, is_waiting, outcomes
 
@@ -201,10 +201,11 @@ class ResidentOracle:
         assert self.unit is not None, "points on tangents need the directions"
         if not self._followed:
             warm_up()
-        found = tangent_of(self.realisation, point.seed, originals, self.unit, closure)
-        found = Tangent(*(as_loss(part, maximize=self.maximize) for part in (found.loss, found.slope)))
-        if self._followed:
-            return found
+        self.realisation.unhook()
+        view = TangentView(self.realisation, point.seed, lambda slot: originals[slot][0], self.unit)
+        with differentiating():
+            found = view.run(closure).scalars(partial(as_loss, maximize=self.maximize))
+        self.realisation.used |= view.used
 
         def value(scale: float) -> float:
             self._rewind(start)
@@ -212,13 +213,7 @@ class ResidentOracle:
             assert isinstance(loss, Tensor), "a closure that waits has no derivative"
             return loss.item()
 
-        if math.isfinite(found.loss.item()):
-            self._followed = True
-            eps, rounding = abs(point.scale), max(torch.finfo(s.tensor.dtype).eps for s in self.realisation.slots)
-            if eps:
-                compare(found, value(eps), value(-eps), eps, 8 * max(rounding, 2.0**-23))
-        elif math.isfinite(value(0.0)):
-            raise unseen()
+        self._followed = self._followed or judged(found, value, abs(point.scale), self.realisation.slots)
         return found
 
     def _run(self, point: Point, closure: Closure, originals: Originals) -> Tensor | Waiting:

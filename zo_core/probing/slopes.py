@@ -7,9 +7,11 @@ place of parameters, one slot at a time, as `FunctionalMode` gives them copies; 
 from __future__ import annotations
 
 import logging
+import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -19,14 +21,15 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ..errors import LossError, ModelError
 from ..noise import Direction
 from ..records import Point
 from ..targets import Slot
-from .functional import FunctionalMode, Sight
+from .functional import FunctionalMode, FunctionalView, Sight
+from .layers import Layer
 from .materialise import Materialised
-from .view import Originals
 from .waiting import is_waiting
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,10 @@ class Tangent:
     loss: Tensor
     slope: Tensor
 
+    def scalars(self, work: Callable[[Tensor], Tensor]) -> Tangent:
+        """The same with a function of both numbers."""
+        return Tangent(work(self.loss), work(self.slope))
+
     def at(self, scale: float) -> Tensor:
         """The value of the tangent at a distance from the weights."""
         return self.loss + scale * self.slope
@@ -78,22 +85,18 @@ class Duals(Sight):
     def __init__(self, *args: Any, tangent: Callable[[Slot], Direction], pending: bool):
         super().__init__(*args)
         self.tangent, self.pending, self.moved = tangent, pending, False
-        self._last: tuple[Slot, Tensor] | None = None
 
     def factors(self, slot: Slot, dtype: torch.dtype) -> None:
         return None
 
     def copy(self, slot: Slot) -> Tensor:
         self.used = True
-        if self._last is None or self._last[0] is not slot:
-            self._last = None  # before the next one takes memory
-            values = super().copy(slot) if self.pending else self.values(slot).detach()
-            tangent = self.tangent(slot)
-            if tangent.still:
-                return values
-            self.moved = True
-            self._last = slot, forward_ad.make_dual(values, tangent.gradient(values).to(values.dtype))
-        return self._last[1]
+        values = super().copy(slot) if self.pending else self.values(slot).detach()
+        tangent = self.tangent(slot)
+        if tangent.still:
+            return values
+        self.moved = True
+        return forward_ad.make_dual(values, tangent.gradient(values).to(values.dtype))
 
 
 class DualMode(FunctionalMode):
@@ -117,45 +120,56 @@ def _slopes(value: Any) -> bool:
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
-def tangent_of(
-    realisation: Materialised, seed: int, originals: Originals, unit: Callable[[Slot, int], Direction], closure: Any
-) -> Tangent:
-    """Runs a closure with dual tensors for weights.
+class TangentView(FunctionalView):
+    """What a forward with dual numbers sees: torch functions get dual tensors, and the parameters show NaN.
 
     Args:
-        realisation: its probes are measuring.
+        owner: realises the probes.
         seed: seed of the direction.
-        originals: what `Materialised.measuring` has yielded.
+        original: the values of a slot in memory.
         unit: the direction of a slot by seed, in units of the step's eps.
-        closure: returns the loss.
 
     Raises:
-        ModelError: an operation has no forward derivative; it is named.
-        LossError: the loss does not carry a derivative.
+        ModelError: the weights cannot be replaced by dual tensors.
     """
-    if realisation.whole:
-        raise unseen()
-    if any(slot.scaling is not None for slot in realisation.slots):
-        raise ModelError(
-            "estimator='forward_grad' differentiates along ordinary weights, and here the scales of quantised weights "
-            f"move; {OTHERWISE}"
+
+    def __init__(
+        self, owner: Materialised, seed: int, original: Callable[[Slot], Tensor], unit: Callable[[Slot, int], Direction]
+    ):
+        _check(owner)
+        here = Point(seed, 0.0)
+        super().__init__(owner, here, original)
+        self.sight: Duals = Duals(
+            owner.slots,
+            original,
+            lambda slot: owner.direction(slot, here),
+            owner.pool,
+            tangent=lambda slot: unit(slot, seed),
+            pending=owner.moves(here),
         )
-    if any(slot.part is not None for slot in realisation.slots):
-        raise ModelError(f"estimator='forward_grad' needs whole weights, and parameters are DTensors here; {OTHERWISE}")
-    here = Point(seed, 0.0)
-    sight = Duals(
-        realisation.slots,
-        lambda slot: originals[slot][0],
-        lambda slot: realisation.direction(slot, here),
-        realisation.pool,
-        tangent=lambda slot: unit(slot, seed),
-        pending=realisation.moves(here),
-    )
-    realisation.unhook()
-    # Fused attention has no forward derivative.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), DualMode(sight, losses=True):
+
+    def mode(self) -> TorchFunctionMode:
+        return DualMode(self.sight, losses=True)
+
+    def enter(self, own: list[Slot]) -> None:
+        """Does nothing: no parameter gets values."""
+
+    def begin(self, layer: Layer, own: list[Slot], careful: bool) -> None:
+        """Does nothing, as `enter`."""
+
+    def leave(self) -> None:
+        """Does nothing, as `enter`."""
+
+    def run(self, closure: Callable[[], Any]) -> Tangent:
+        """Runs a closure in the mode of this view, within `differentiating`.
+
+        Raises:
+            ModelError: an operation has no forward derivative; it is named.
+            LossError: the loss does not carry a derivative.
+        """
         try:
-            value = closure()
+            with self.mode():
+                value = closure()
         except NotImplementedError as error:
             problem = _problem(error)
             if problem is None:
@@ -163,7 +177,6 @@ def tangent_of(
             raise problem from error
         finally:
             torch.clear_autocast_cache()
-        realisation.used |= sight.used
         if is_waiting(value) or not isinstance(value, Tensor):
             if is_waiting(value):
                 value.close()
@@ -172,12 +185,53 @@ def tangent_of(
                 f"return the loss as a tensor, or {OTHERWISE}"
             )
         loss, slope = forward_ad.unpack_dual(value)
-        if slope is None and sight.moved:
+        if slope is None and self.sight.moved:
             raise LossError(
                 "the loss carries no derivative although weights that move were used: a detach(), an item() or code "
                 f"outside of torch lies between them and the loss; {OTHERWISE}"
             )
         return Tangent(loss.detach(), torch.zeros_like(loss) if slope is None else slope.detach())
+
+
+def _check(owner: Materialised) -> None:
+    if owner.whole:
+        raise unseen()
+    if any(slot.scaling is not None for slot in owner.slots):
+        raise ModelError(
+            "estimator='forward_grad' differentiates along ordinary weights, and here the scales of quantised weights "
+            f"move; {OTHERWISE}"
+        )
+    if any(slot.part is not None for slot in owner.slots):
+        raise ModelError(f"estimator='forward_grad' needs whole weights, and parameters are DTensors here; {OTHERWISE}")
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """A context for forwards with dual tensors. It counts for all threads, as fused attention is a global switch."""
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+        yield
+
+
+def judged(found: Tangent, value: Callable[[float], float], eps: float, slots: Sequence[Slot]) -> bool:
+    """Compares the first slope of a run with losses, and returns whether that could be done.
+
+    Args:
+        found: by differentiation.
+        value: the loss at a distance along the same direction.
+        eps: that of the step.
+        slots: what moves.
+
+    Raises:
+        ModelError: the model computes with weights that have no dual tensors.
+    """
+    if math.isfinite(found.loss.item()):
+        rounding = max(torch.finfo(slot.tensor.dtype).eps for slot in slots)
+        if eps:
+            compare(found, value(eps), value(-eps), eps, 8 * max(rounding, 2.0**-23))
+        return True
+    if math.isfinite(value(0.0)):
+        raise unseen()
+    return False
 
 
 def warm_up() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..noise import Direction
 from ..probing.materialise import Materialised
 from ..probing.resident import ASTRAY, Closure, as_loss, finite
 from ..probing.reuse import CHANGES, Reuse
+from ..probing.slopes import Tangent, TangentView, differentiating, judged, warm_up
 from ..probing.view import Originals, ProbeView
 from ..probing.waiting import is_waiting, outcomes
 from ..records import Point
@@ -53,10 +55,12 @@ class LockstepOracle:
         repeated: the repeated layers of the model, resident ones included.
         maximize: whether closures return a score, whose negative is the loss.
         reuse: compute layers that do not move once for several probes.
+        unit: the direction of one slot by seed, in units of the step's eps; only points on tangents need it.
 
     Attributes:
         quiet: whether no sweep so far has changed random states or the model; None before the first.
         state: what forwards may change besides the weights.
+        tangent: what the last sweep with points on tangents has found along the first direction.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class LockstepOracle:
         direction: Callable[[Slot, Point], Direction],
         streaming: Streaming,
         *,
+        unit: Callable[[Slot, int], Direction] | None = None,
         dropout: bool,
         realisation: type[Materialised] = Materialised,
         carried: Sequence[Carried] = (),
@@ -84,7 +89,9 @@ class LockstepOracle:
         self.resident = [slot for slot in slots if slot not in self.home]
         trained = set(self.home.values())
         self.frozen = {b: [name for name in b.holders if (b, name) not in trained] for b in streaming.blocks}
-        self._checked = False
+        self._checked = self._followed = False
+        self.unit = unit
+        self.tangent: Tangent | None = None
         self.quiet: bool | None = None
         self.keep_mode = keep_mode
         self.maximize = maximize
@@ -120,6 +127,12 @@ class LockstepOracle:
         """The losses of the first closure at all points, then of the second, and so on."""
         start = rng_state()
         back = self._start(start)
+        linear = [point for point in points if point.linear]
+        if linear and len(linear) < len(points):  # fused attention is off in all probes of a sweep, or in none
+            tangents = iter(self._sweep(linear, closures))
+            back()
+            others = iter(self._sweep([point for point in points if not point.linear], closures))
+            return [next(tangents if point.linear else others) for _ in closures for point in points]
         losses = self._sharing_sweep(points, closures, back)
         if self.realisation.unobserved and not finite(losses):
             back()
@@ -129,11 +142,23 @@ class LockstepOracle:
                 logger.warning(ASTRAY)
             else:
                 self.realisation.be_careful(False)
-        self.own.looking &= len(points) * len(closures) == 1  # one probe alone shows nothing about turns
+        self.own.looking &= len(probes_of(points)) * len(closures) == 1  # one probe alone shows nothing about turns
         drew = self.own.drew and not same_rng(start, rng_state())
         silent = not drew and not self.state.shared and not self.state.beside_changed
         self.quiet = silent and self.quiet is not False
+        if linear and not self._followed:
+            self._followed = self._judged(points[0], closures[0], back)
         return losses
+
+    def _judged(self, point: Point, closure: Closure, back: Callable[[], None]) -> bool:
+        """Compares the first slope of the run with losses, as the resident oracle does."""
+
+        def value(scale: float) -> float:
+            back()
+            return self._settled_sweep([Point(point.seed, scale)], [closure], back)[0].item()
+
+        assert self.tangent is not None, "the last sweep has found it"
+        return judged(self.tangent, value, abs(point.scale), self.realisation.slots)
 
     def _sharing_sweep(
         self, points: Sequence[Point], closures: Sequence[Closure], back: Callable[[], None]
@@ -201,11 +226,20 @@ class LockstepOracle:
             stack.enter_context(torch.no_grad())
             stack.enter_context(probe_modes(self.model, dropout=self.dropout, keep=self.keep_mode))
             stack.callback(self._end)
-            self._begin([point for _ in closures for point in points], stack)
-            wanted = [closure for closure in closures for _ in points]
+            probes, tangents = probes_of(points), bool(points) and points[0].linear
+            if tangents:
+                if not self._followed:
+                    warm_up()
+                stack.enter_context(differentiating())
+            self._begin([point for _ in closures for point in probes], stack)
+            wanted = [closure for closure in closures for _ in probes]
             losses = self.lockstep.run([self._coroutine(*pair) for pair in zip(self.views, wanted, strict=True)])
             for view in self.views:
                 self.realisation.learn(view)
+            if tangents:
+                self.tangent, turns = losses[0], {probe.seed: index for index, probe in enumerate(probes)}
+                starts = range(0, len(losses), len(probes))
+                losses = [losses[at + turns[point.seed]].at(point.scale) for at in starts for point in points]
         if not self._checked:
             self._checked = True
             if all(bool(loss.isnan()) for loss in losses):
@@ -225,7 +259,7 @@ class LockstepOracle:
         stack.enter_context(self.streaming.sweep())
         self.own.begin(len(points))
         self.originals = stack.enter_context(self.realisation.measuring(self.resident))
-        self.views = [self.realisation.view(point, self._original) for point in points]
+        self.views = [self._view(point) for point in points]
         self.realisation.hook()
         for block in self.streaming.blocks:
             # Registered after the hooks above: prepended, so first before the forward, and last after it.
@@ -237,8 +271,16 @@ class LockstepOracle:
                 stack.callback(handle.remove)
         self.state.note_own_hooks()
 
-    def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Tensor]:
-        def run() -> Tensor:
+    def _view(self, point: Point) -> ProbeView:
+        if not point.linear:
+            return self.realisation.view(point, self._original)
+        assert self.unit is not None, "points on tangents need the directions"
+        return TangentView(self.realisation, point.seed, self._original, self.unit)
+
+    def _coroutine(self, view: ProbeView, closure: Closure) -> Callable[[], Any]:
+        def run() -> Any:
+            if isinstance(view, TangentView):
+                return view.run(closure).scalars(partial(as_loss, maximize=self.maximize))
             with view.mode():
                 value = closure()
                 return as_loss(outcomes([value])[0] if is_waiting(value) else value, maximize=self.maximize)
@@ -282,3 +324,10 @@ class LockstepOracle:
         self.realisation.used |= any(view.used for view in self.views)
         self.own.end()
         self.views, self.originals, self.opened = [], {}, None
+
+
+def probes_of(points: Sequence[Point]) -> list[Point]:
+    """The points that take a forward each: those on one tangent share it."""
+    if not points or not points[0].linear:
+        return list(points)
+    return list({point.seed: point for point in points}.values())
