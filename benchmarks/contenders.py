@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zo_core import Es, LowRank, Probe, ZeroOrder, ZOConfig
 from zo_core.normaliser import Curvature
 
-from . import rival_methods, subspaces
+from . import masks, rival_methods, subspaces
 from .activation_windows import Along
 from .rival_methods import Start, Step, at
 from .tasks import Batch, Task
@@ -206,6 +206,11 @@ def hizoo(smooth: float) -> Contender:
     return Contender(start=at(1e-5, partial(subspaces.HizooL, smooth=smooth)), forwards=3)
 
 
+def masked(how: str) -> Contender:
+    """An experiment with directions in a quarter of the weights."""
+    return Contender(start=at(1e-5, partial(masks.Masked, how=how)), forwards=2)
+
+
 #: What one would use instead of forward passes, and what others publish.
 RIVALS: dict[str, Contender] = {
     "published-mezo": Contender(start=at(1e-5, rival_methods.published_mezo), forwards=2),
@@ -226,6 +231,7 @@ TRIED: dict[str, Contender] = {
     "zo-muon-4": subspace(rank=8, count=4, muon=True),
     "subzero": subspace(rank=8, both=True),
     "subzero-no-momentum": subspace(rank=8, both=True, beta=0.0),
+    **{f"mask-{how}": masked(how) for how in ("all", "random", "small", "grasp", "ratios", "gradient")},
     "hizoo-l": hizoo(1e-6),
     "hizoo-l-faster": hizoo(1e-4),
     "low-rank-8": Contender(settings={"noise": LowRank(8)}),
