@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tupl
     found = {}
     for launch in LAUNCHES:
         command = [sys.executable, str(script), str(folder), *launch]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
         for which in launch:
             first, second = (torch.load(folder / f"{which}{rank}.pt", weights_only=False) for rank in range(2))
