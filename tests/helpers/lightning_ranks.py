@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_zo import ZOStrategy
 
@@ -110,8 +110,11 @@ def fit(
 
 def alike(folder: Path, devices: int = 2, **settings: Any) -> dict[str, Any]:
     """A run with backprop whose batches are the same in one process and in two."""
-    strategy = ZOStrategy({**BACKPROP, **settings})
-    return fit(folder, strategy, data=loader(shuffle=False), devices=devices, clip=0.5)
+    strategy, rows = ZOStrategy({**BACKPROP, **settings}), loader(shuffle=False).dataset
+    # Without such a sampler Lightning puts one of its own in each of several processes, which shuffles.
+    ordered = DistributedSampler(rows, num_replicas=1, rank=0, shuffle=False)
+    data = DataLoader(rows, batch_size=8, sampler=ordered)
+    return fit(folder, strategy, data=data, devices=devices, clip=0.5)
 
 
 def main(folder: Path, *names: str) -> None:
