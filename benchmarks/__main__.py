@@ -24,7 +24,6 @@ SUITES = {
         ["step_overhead", "--dtype", "bfloat16", "--backends", "eager"],
         ["drift"],
         ["learning"],
-        ["loss_curves"],
         ["offload_memory"],
         ["offload_throughput", "--tier", "disk", "--tokens", "512"],
         ["offload_throughput", "--tier", "disk", "--tokens", "16"],

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from zo_core.seedlog.replay import apply_steps
 
 from .report import save
 from .step_overhead import llama_60m
-from .timing import timed
+from .timing import clock_of, timed, unit_of
 
 
 def base(dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
@@ -42,7 +43,8 @@ def measure(
     ids = torch.randint(0, 32000, (1, tokens), device=device)
     zo = ZeroOrder(model, lr=1e-6, eps=1e-3)
     log = SeedLogWriter.attach(zo, path)
-    training = [timed(lambda: zo.step(lambda: model(input_ids=ids, labels=ids).loss), device) for _ in range(steps)]
+    spent = partial(timed, device=device, clock=clock_of(device))
+    training = [spent(lambda: zo.step(lambda: model(input_ids=ids, labels=ids).loss)) for _ in range(steps)]
     log.close()
     wanted, read = fingerprint(zo)["digest"], SeedLog.read(path)
     keys = list(read.header["base"]["slots"])
@@ -51,7 +53,7 @@ def measure(
         for name, times in seconds.items():
             engine = engine_for(base(dtype, device), read)
             parts = [read.steps] if name.endswith("fused") else [[entry] for entry in read.steps]
-            times.append(timed(lambda e=engine, p=parts: [apply_steps(e, keys, part) for part in p], device) / steps)
+            times.append(spent(lambda e=engine, p=parts: [apply_steps(e, keys, part) for part in p]) / steps)
             assert fingerprint(engine)["digest"] == wanted
     per_step = {"training": statistics.median(training)}
     return per_step | {name: statistics.median(times) for name, times in seconds.items()}, path.stat().st_size
@@ -75,7 +77,7 @@ def main() -> None:
     save(
         f"replay-llama55m-{args.dtype}",
         f"Replay of {args.steps} steps, Llama 54.9 M, {args.tokens} tokens, {args.dtype}, log of {size:,} bytes",
-        ["", "steps per second", "× training"],
+        ["", f"steps / {unit_of(device)}", "× training"],
         rows,
         device,
         write=args.save,

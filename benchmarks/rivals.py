@@ -306,24 +306,46 @@ def plot(task: str) -> Path:
     from .plots import IN_DOCS, newest, plt
 
     cost_of, learnt = newest("rivals-cost-256tokens"), newest(f"rivals-learning-{task}")
-    assert cost_of is not None
-    assert learnt is not None
     peaks = {row[0]: float(row[1].split()[0]) for row in cost_of["rows"] if row[5]}
     figure, axes = plt.subplots(figsize=(7, 4))
+    names = {}
     for row in learnt["rows"][1:]:
         name, backward = SHOWN.get(row[0], ("", False))
         if name in peaks:
-            at = peaks[name], float(row[3].split()[0])
-            axes.plot(*at, "s" if backward else "o", color="C1" if backward else "C0")
-            axes.annotate(name, at, xytext=(5, 3), textcoords="offset points", fontsize=7, color="#777")
+            names[name] = peaks[name], float(row[3].split()[0])
+            axes.plot(*names[name], "s" if backward else "o", color="C1" if backward else "C0")
     axes.set_xlabel(f"peak memory, MB ({cost_of['title'].split(':')[0].removeprefix('Training a ')})", fontsize=8)
     axes.set_ylabel(f"held-out loss on {task}, {learnt['columns'][3]}", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(right=1.15 * axes.get_xlim()[1])
     figure.tight_layout()
+    label(axes, names)
     path = IN_DOCS / "rivals.png"
     figure.savefig(path, dpi=130)
     return path
+
+
+def label(axes: Any, names: dict[str, tuple[float, float]]) -> None:
+    """Writes each name beside its point, where it covers neither a point nor a name that is there already."""
+    from matplotlib.transforms import Bbox
+
+    renderer = axes.figure.canvas.get_renderer()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform([*names.values()])]
+    sides = [
+        (6, 0, "left"),
+        (-6, 0, "right"),
+        *((x, y, s) for y in (9, -9, 18, -18) for x, s in ((4, "left"), (-4, "right"))),
+    ]
+    for name, place in sorted(names.items(), key=lambda item: item[1]):
+        for x, y, side in sides:
+            text = axes.annotate(
+                name, place, (x, y), textcoords="offset points", ha=side, va="center", fontsize=7, color="#555"
+            )
+            box = text.get_window_extent(renderer)
+            if box.x0 >= axes.bbox.x0 and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def main() -> None:

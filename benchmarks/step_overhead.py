@@ -1,8 +1,9 @@
 """How much longer is a zeroth-order step than the two forwards in it?
 
 Side by side in one run, interleaved so that a noisy machine disturbs all alike, medians over the
-rounds: two plain forwards; our step, per backend; and MeZO as published (arXiv 2305.17333,
-algorithm 1: perturb in place by +1, -2, +1, update; `torch.normal` reseeded for each pass).
+rounds (on a CPU of the processor's time): two plain forwards; our step, per backend; and MeZO as
+published (arXiv 2305.17333, algorithm 1: perturb in place by +1, -2, +1, update; `torch.normal`
+reseeded for each pass).
 
     python -m benchmarks.step_overhead --dtype float32 --save
 
@@ -23,7 +24,7 @@ from zo_core import ZeroOrder
 
 from .report import save
 from .rival_methods import PublishedMezo
-from .timing import medians
+from .timing import clock_of, medians, unit_of
 
 
 def llama_60m() -> LlamaConfig:
@@ -62,7 +63,7 @@ def measure(
     contenders["MeZO as published"] = lambda: mezo.step(loss)
     for run in contenders.values():
         run()
-    return medians(contenders, rounds, device)
+    return medians(contenders, rounds, device, clock_of(device))
 
 
 def main() -> None:
@@ -82,7 +83,7 @@ def main() -> None:
     save(
         f"step-overhead-llama55m-{args.dtype}",
         f"Step overhead, Llama 54.9 M, {args.tokens} tokens, {args.dtype}, median of {args.rounds} interleaved rounds",
-        ["", "seconds", "÷ two forwards"],
+        ["", unit_of(device), "÷ two forwards"],
         rows,
         device,
         write=args.save,

@@ -9,8 +9,7 @@ by side in one run, interleaved so that a noisy machine disturbs all alike, medi
 "stacked forward" is the gain of one forward of 16 copies of the batch over 16 forwards, without training: the most
 that stacked probes could gain, and the last column is the fraction of it that they reach. Both are measured up to 64
 tokens: the logits of 16 copies of many tokens would fill the memory. "low rank, stacked" has the two sides of one
-direction in one forward. The numbers are only meaningful on an idle
-machine.
+direction in one forward. On a CPU the seconds are those of the processor, since others may use the machine.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from zo_core import LowRank, ZeroOrder
 
 from .report import save
 from .step_overhead import llama_60m
-from .timing import medians
+from .timing import clock_of, medians, unit_of
 
 BOUND, STACKED = "stacked forward", "low rank, 8 probes, stacked"
 #: Tokens up to which batches are stacked.
@@ -69,7 +68,7 @@ def measure(
     for run, _ in runs.values():  # twice: the first stacked step compares itself with separate probes
         run()
         run()
-    seconds = medians({name: run for name, (run, _) in runs.items()}, rounds, device)
+    seconds = medians({name: run for name, (run, _) in runs.items()}, rounds, device, clock_of(device))
     return {name: tokens * runs[name][1] / value for name, value in seconds.items()}
 
 
@@ -92,7 +91,7 @@ def main() -> None:
             reached = f"{speed / bound:.2f}" if bound is not None and name == STACKED else ""
             rows.append([str(tokens), name, f"{speed:.0f}", f"{speed / base:.2f}", reached])
     title = f"Throughput of a step, Llama 54.9 M, {args.dtype}, median of {args.rounds} interleaved rounds"
-    columns = ["tokens", "", "tokens/s", "÷ forwards alone", "÷ stacked forward"]
+    columns = ["tokens", "", f"tokens / {unit_of(device)}", "÷ forwards alone", "÷ stacked forward"]
     save(
         f"throughput-llama55m-{'-'.join(map(str, args.tokens))}tokens-{args.dtype}",
         title,

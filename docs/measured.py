@@ -34,7 +34,7 @@ PARTS = {
     "Time of a step": ("step-overhead", "throughput", "host-overhead", "passes", "method-costs", "feature-reuse"),
     "Larger than the device or the memory": ("offload", "opt-streamed", "int4-streamed"),
     "Memory": ("shared-memory", "estimate", "memory-over-steps", "int4-memory", "hybrid-memory"),
-    "Learning": ("learning", "loss-curves", "low-rank-learning", "sparse-learning", "int4-learning", "hybrid-learning"),
+    "Learning": ("learning", "low-rank-learning", "sparse-learning", "int4-learning", "hybrid-learning"),
     "Learning rates": ("first-run", "suggest-lr"),
     "More from a forward": ("directions", "basis-energy", "forwards-to-target", "per-second"),
     "Beside other ways to train": ("rivals", "subspaces"),
