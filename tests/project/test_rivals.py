@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +114,27 @@ def test_memory_is_the_median_of_its_processes_and_time_that_of_the_one_that_mea
     found = [Cost(peak=peak, rest=4e6) for peak in (3e6, 9e6, 5e6)]
     assert rivals.cells(found, 1_000_000) == ["5 (3 to 9)", "4", "4.0", "", ""]
     assert rivals.cells([*found, Cost(step=1.0, forward=0.5)], 1_000_000)[3:] == ["1.00", "2.0"]
+
+
+def test_names_in_the_plot_cover_neither_points_nor_each_other() -> None:
+    plots = pytest.importorskip("benchmarks.plots")
+    figure, axes = plots.plt.subplots(figsize=(7, 4))
+    names = {"one": (300.0, 1.9), "the second": (310.0, 1.9), "a long third name": (390.0, 1.86), "last": (400.0, 1.88)}
+    for place in names.values():
+        axes.plot(*place, "o")
+    axes.set_xlim(250, 1000)
+    rivals.label(axes, names)
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == sorted(names, key=names.__getitem__)
+    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
+    assert not any(box.contains(*point) for box in boxes for point in axes.transData.transform([*names.values()]))
+    plots.plt.close(figure)
+
+
+def test_plots_are_of_results_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("benchmarks.plots")
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    for name in ("a-cpu-2026-01-01", "a-cpu-2026-01-02", "a-cuda-2026-01-03", "a-more-cpu-2026-01-04"):
+        (tmp_path / f"{name}.json").write_text(f'{{"title": "{name}"}}')
+    assert plots.newest("a")["title"] == "a-cpu-2026-01-02"
