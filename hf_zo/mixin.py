@@ -217,9 +217,10 @@ class ZOTrainerMixin(_Trainer):
                     how,
                 )
             return built
-        settings = config.resolve()
+        settings = config.resolve(has_rates=config.lr != AUTO and not self._zo_left)
         slots = settings.target.chosen(root).slots(root)
-        eps = default_eps(settings.estimator, root, slots) if settings.eps is None else settings.eps
+        how = settings.estimator, root, slots, settings.normaliser
+        eps = default_eps(*how) if settings.eps is None else settings.eps
         made = grouped(slots, built, float(self.args.learning_rate), eps)
         made.left = self._zo_left
         return made

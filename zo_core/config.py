@@ -49,7 +49,8 @@ class ZOConfig:
         default=None,
         metadata={
             "help": "Distance of the probes from the weights, in units of the noise. None takes the estimator's "
-            'default: 1e-4 for "fzoo", 1e-3 for the others; 10 times that for LoRA and scales, 100 for prefix tuning.'
+            'default: 1e-3, and 1e-4 for "fzoo" with a learning rate; 10 times that for LoRA and scales, 100 for '
+            "prefix tuning."
         },
     )
     num_probes: int | None = field(
@@ -131,8 +132,8 @@ class ZOConfig:
             'arXiv 2605.03869): the rate is a length, how far a step moves a weight. "curvature" takes the curvature '
             "along the directions, for one forward more (three, if the estimator measures one side alone) in the first "
             "steps and in one of eight later: the rate is a fraction of Newton's step. None is False if a rate "
-            'was given. Without one it is "curvature" for "spsa" with the rules "sgd" and "momentum", False where the '
-            'scale of the loss cancels anyway ("fzoo", "sign"), and else "gradient".'
+            'was given. Without one it is "curvature" for "spsa" and "fzoo" with the rules "sgd" and "momentum", False '
+            'where the scale of the loss cancels anyway ("zscore", "ranks", "sign"), and else "gradient".'
         },
     )
     backprop: Sequence[str] | None = field(
@@ -254,7 +255,7 @@ class ZOConfig:
             problems.append(
                 f"normalise={self.normalise!r} must be {GRADIENT!r} (or True), {CURVATURE!r}, False or None"
             )
-        elif self.normalise == CURVATURE and estimator is not None and estimator.scale_free:
+        elif self.normalise == CURVATURE and estimator is not None and estimator.scale_free and not estimator.slopes:
             problems.append(
                 f"normalise={CURVATURE!r} needs an estimate of the gradient, and that of "
                 f"estimator={estimator.name!r} does not depend on the scale of the loss; leave it out, or write "
@@ -408,9 +409,11 @@ class ZOConfig:
             return self.normalise if isinstance(self.normalise, str) else GRADIENT if self.normalise else None
         if not open:
             return None
-        if estimator.scale_free or rule.scale_free:
+        if rule.scale_free or (estimator.scale_free and not estimator.slopes):
             return None
-        return CURVATURE if estimator.two_sided and rule.linear else GRADIENT
+        if rule.linear and (estimator.two_sided or estimator.slopes):
+            return CURVATURE
+        return None if estimator.scale_free else GRADIENT
 
     def unattended(self) -> ZOConfig:
         """The configuration for trainers, whose runs nobody watches: ``brake="auto"`` is "rollback"."""

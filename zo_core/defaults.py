@@ -25,6 +25,8 @@ GROWS_UP_TO = 30
 #: The least that steps along compared scores move an element, for each direction, as a share of eps: half of it with
 #: 30 of them, as published for language models (arXiv 2509.24372: 5e-4 and 1e-3).
 OF_EPS = 1 / 60
+#: The least default eps where the curvature is measured.
+CURVED = 1e-3
 #: By part of a parameter's name, how much larger than for full weights the distance of the probes is for adapters
 #: (MeZO, arXiv 2305.17333, table 15): LoRA, and the embeddings of prefix and prompt tuning.
 WIDER = {"prompt_encoder": 100.0, "lora_": 10.0}
@@ -43,7 +45,7 @@ def default_lr(
     """The learning rate where none was given.
 
     Normalised by the curvature, it is the same for every model, size, task and method; docs/learning-rate.md has the
-    measurements. Steps whose length does not depend on the loss (FZOO's, signs, normalised gradients) are only
+    measurements. Steps whose length does not depend on the loss (signs, normalised gradients, shaped scores) are only
     given a length: moving d elements by ``lr`` each moves the weights by ``lr * sqrt(d)``, whose best value varies
     more between tasks. Both are proportional to the number of directions, up to
     `GROWS_UP_TO`, since the error of their mean is smaller.
@@ -84,12 +86,16 @@ def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None
     return f"no learning rate was given: {why}; lr='auto' searches for one by trial runs"
 
 
-def default_eps(estimator: Estimator, model: nn.Module, slots: Iterable[Slot]) -> float:
-    """The estimator's eps, made wider for adapters and for scales that move by a fraction of their value."""
+def default_eps(estimator: Estimator, model: nn.Module, slots: Iterable[Slot], normaliser: str | None = None) -> float:
+    """The estimator's eps, made wider for adapters and for scales that move by a fraction of their value.
+
+    Where the curvature is measured it is at least `CURVED`: that divides the rounding of losses by eps squared.
+    """
     kept = [slot for slot in slots if "eps" not in slot.own]
     own = {id(tensor) for slot in kept for tensor in slot.tensors}
     names = [name for name, held, _ in parts_of(model.named_parameters()) if id(held) in own]
     factors = [factor for part, factor in WIDER.items() if any(part in name for name in names)]
     if any(slot.scaling is not None and slot.scaling.relative for slot in kept):
         factors.append(WIDER_SCALES)
-    return estimator.default_eps * max(factors, default=1.0)
+    least = CURVED if normaliser == CURVATURE else 0.0
+    return max(estimator.default_eps, least) * max(factors, default=1.0)

@@ -30,7 +30,7 @@ from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_replaceable, range_test, set_lr
 from .modes import rng_state, set_rng_state
-from .normaliser import normaliser_of
+from .normaliser import Curvature, normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
 from .placement import backprop_of, resolve
 from .ranks import exchange_of
@@ -132,7 +132,8 @@ class ZeroOrder(TrainedModel):
         self.normaliser = normaliser_of(
             settings.normaliser, moving(slots, self.noise.share), two_sided=self.estimator.two_sided
         )
-        self._default_eps = default_eps(self.estimator, model, slots) if settings.eps is None else settings.eps
+        how = self.estimator, model, slots, settings.normaliser
+        self._default_eps = default_eps(*how) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
             lr = self._default_lr(slots, self._default_eps) if settings.lr is None else settings.lr
@@ -420,7 +421,8 @@ class ZeroOrder(TrainedModel):
         if self.first_steps is not None:
             self.first_steps.see(losses, self.eps)
         how = self.estimator, self.eps, self.clip
-        estimate, probes, clipped = probes_from(*how, plan.seeds, plan.own, self.exchange.populations)
+        bent = isinstance(self.normaliser, Curvature)
+        estimate, probes, clipped = probes_from(*how, plan.seeds, plan.own, self.exchange.populations, curvature=bent)
         scores = Scores.of(plan.own, maximize=self.config.maximize) if self.scored else None
         multiple = 1.0
         if plan.tried:

@@ -97,7 +97,14 @@ def mean(losses: Sequence[float]) -> float:
 
 
 def probes_from(
-    estimator: Estimator, eps: float, bound: float, seeds: tuple[int, ...], losses: list[float], populations: int = 1
+    estimator: Estimator,
+    eps: float,
+    bound: float,
+    seeds: tuple[int, ...],
+    losses: list[float],
+    populations: int = 1,
+    *,
+    curvature: bool = False,
 ) -> tuple[Estimate, tuple[Probe, ...], int]:
     """Turns the losses of a step into the probes to apply.
 
@@ -108,6 +115,7 @@ def probes_from(
         seeds: one per direction.
         losses: one per point.
         populations: see `Exchange`.
+        curvature: whether the step will be normalised by the curvature.
 
     Returns:
         The estimate, the probes with the mean over the directions in their coefficients, and how many of
@@ -119,8 +127,9 @@ def probes_from(
     estimate = _estimate(estimator, losses, eps, populations)
     if estimate.skip is not None:
         return estimate, (), 0
-    clipped = sum(abs(c) > bound for c in estimate.coefficients)
-    coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in estimate.coefficients]
+    followed = estimate.projected_grads if curvature and estimator.slopes else estimate.coefficients
+    clipped = sum(abs(c) > bound for c in followed)
+    coefficients = [max(-bound, min(bound, c)) / len(seeds) for c in followed]
     if not all(abs(c) <= FLOAT32_MAX for c in coefficients):
         return unfit(coefficients), (), 0
     # A float32 from here on, so that a log or another process gets exactly what is applied.

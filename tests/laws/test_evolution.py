@@ -324,5 +324,10 @@ def test_steps_along_scores_that_were_compared_are_a_part_of_eps() -> None:
     assert ZeroOrder(model, optimizer=own, **settings | {"eps": None}).lr == pytest.approx(5.0 * 16 / 60)
     length = 0.06 * 16 / 12**0.5
     assert ZeroOrder(Weights(), **settings).lr == pytest.approx(length)  # is more than 0.5 * 16 / 60
-    for other in ({"maximize": False}, {"normalise": "gradient"}, {"rule": "sign"}, {"estimator": "fzoo"}):
+    for other in (
+        {"maximize": False},
+        {"normalise": "gradient"},
+        {"rule": "sign"},
+        {"estimator": "fzoo", "normalise": False},
+    ):
         assert ZeroOrder(Weights(), **settings | {"eps": 5.0} | other).lr == pytest.approx(length)

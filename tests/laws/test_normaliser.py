@@ -38,7 +38,6 @@ CASES = [
     pytest.param({**settings, "normalise": kind}, id=f"{kind}, {name}")
     for kind in KINDS
     for name, settings in VARIANTS.items()
-    if kind == "gradient" or name != "fzoo"
 ]
 
 
@@ -106,6 +105,39 @@ def test_where_one_side_is_measured_the_curvature_measures_both_along_the_first_
     zo = engine(estimator={"name": "es", "shaping": "center"}, num_probes=2, normalise=CURVATURE)
     assert run(zo)[-1].probes
     assert zo.normaliser == Curvature(zo.normaliser.mean_square, STEPS, zo.normaliser.size, two_sided=False)
+
+
+def test_fzoo_follows_slopes_where_it_is_normalised_by_the_curvature() -> None:
+    """As the unbiased one-sided estimate from the loss at the weights, along the same directions; sigma is no part."""
+    settings: dict[str, Any] = {"estimator": "fzoo", "num_probes": 3, "lr": 0.0, "eps": 1e-2}
+    plain, zo = engine(**settings, normalise=False), engine(**settings, normalise=CURVATURE)
+    for index in range(STEPS):
+        points: list[float] = []
+        loss = closure("mlp", zo.model, index)
+
+        def probe(kept: list[float] = points, loss: Any = loss) -> torch.Tensor:
+            found = loss().detach().double()
+            kept.append(float(found))
+            return found
+
+        record, raw = zo.step(probe), plain.step(closure("mlp", plain.model, index))
+        assert zo.normaliser is not None
+        centre, *around = points[-7:-3]
+        for one, other, perturbed in zip(record.probes, raw.probes, around, strict=True):
+            slope = (perturbed - centre) / 1e-2
+            assert one.seed == other.seed
+            assert one.coefficient == pytest.approx(slope / 3 / zo.normaliser.scale, rel=1e-6)
+    assert zo.normaliser.count == STEPS
+
+
+def test_eps_is_wider_where_the_curvature_is_measured() -> None:
+    """Rounding of the losses is divided by its square; an eps of one's own always counts."""
+    assert ZeroOrder(tiny("mlp"), estimator="fzoo").eps == 1e-3
+    assert ZeroOrder(tiny("mlp"), estimator="fzoo", lr="auto").eps == 1e-3
+    assert ZeroOrder(tiny("mlp"), estimator="fzoo", lr=1e-3).eps == 1e-4
+    assert ZeroOrder(tiny("mlp"), estimator="fzoo", lr=1e-3, normalise=CURVATURE).eps == 1e-3
+    assert ZeroOrder(tiny("mlp"), estimator="fzoo", rule="sign").eps == 1e-4
+    assert ZeroOrder(tiny("mlp"), estimator="fzoo", eps=3e-5).eps == 3e-5
 
 
 def test_a_step_of_the_curvature_is_a_part_of_newtons_step() -> None:
@@ -261,8 +293,11 @@ def test_it_is_on_where_no_rate_was_given() -> None:
     assert isinstance(ZeroOrder(model).normaliser, Curvature)
     assert ZeroOrder(model, lr="auto").normaliser is not None
     assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).normaliser is not None
-    assert ZeroOrder(model, estimator="fzoo").normaliser is None  # the scale of the loss cancels already
+    assert isinstance(ZeroOrder(model, estimator="fzoo").normaliser, Curvature)
+    assert ZeroOrder(model, estimator="fzoo", lr=1e-6).normaliser is None
+    assert ZeroOrder(model, estimator="es").normaliser is None  # the scale of the loss cancels already
     assert ZeroOrder(model, rule="sign").normaliser is None
+    assert ZeroOrder(model, estimator="fzoo", rule="sign").normaliser is None
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     assert ZeroOrder(model, optimizer=optimizer, normalise=True).normaliser is not None
     assert ZeroOrder(model, lr=1e-6).normaliser is None
@@ -278,7 +313,8 @@ def test_the_default_rate_depends_on_what_moves(caplog: pytest.LogCaptureFixture
     assert zo.lr == NEWTON == default_lr(zo.slots, zo.rule, CURVATURE)
     size = sum(parameter.numel() for parameter in model.parameters())
     assert ZeroOrder(model, rule="sign").lr == pytest.approx(0.06 / math.sqrt(size))
-    assert ZeroOrder(model, estimator="fzoo").lr == pytest.approx(8 * 0.06 / math.sqrt(size))
+    assert ZeroOrder(model, estimator="es").lr == pytest.approx(30 * 0.06 / math.sqrt(size))
+    assert ZeroOrder(model, estimator="fzoo").lr == 8 * NEWTON
     assert ZeroOrder(model, rule="momentum").lr == pytest.approx(zo.lr * 0.1)
     assert ZeroOrder(model, num_probes=4).lr == pytest.approx(zo.lr * 4)
     assert ZeroOrder(model, optimizer=ZOOptimizer(model.parameters())).lr == zo.lr

@@ -35,6 +35,8 @@ class Estimator:
         default_eps, default_num_probes: used where the configuration leaves them open.
         min_probes: fewest directions for which the estimate is defined.
         scale_free: whether the scale of the loss cancels in the coefficients.
+        slopes: of scale-free ones: whether steps that are normalised by the curvature follow the projected gradients
+            instead of the coefficients; the scale of the loss then cancels in the normaliser.
         compares: whether losses of different directions are compared, which takes losses on the same data: directions
             that other processes have measured on data of their own are then estimated by themselves.
         multiples: with any, a step has a second round: the loss is measured at the weights that each multiple of the
@@ -47,6 +49,7 @@ class Estimator:
     default_eps: ClassVar[float]
     default_num_probes: ClassVar[int] = 1
     min_probes: ClassVar[int] = 1
+    slopes: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     multiples: ClassVar[tuple[float, ...]] = ()
     differentiates: ClassVar[bool] = False

@@ -20,13 +20,16 @@ class Fzoo(Estimator):
     """``theta -= lr * sum_i (l_i - l_0) / (n sigma) z_i`` with sigma the standard deviation of the l_i.
 
     The learning rate is a step length: eps and the scale of the loss cancel. One step costs n + 1
-    forwards.
+    forwards. Sigma over eps is how steep the loss is, and says nothing of its curvature, on which the best length
+    depends. Normalised by the curvature, as without a learning rate, steps therefore follow the slopes
+    ``(l_i - l_0) / eps``, without sigma, and the rate is a fraction of Newton's step.
     """
 
     name: ClassVar[str] = "fzoo"
     default_eps: ClassVar[float] = 1e-4
     default_num_probes: ClassVar[int] = 8
     min_probes: ClassVar[int] = 2
+    slopes: ClassVar[bool] = True
 
     @property
     def scale_free(self) -> bool:
