@@ -255,7 +255,7 @@ ALL: dict[str, Contender] = {
     "small-batches": Contender(**SMALL),
     "lora": Contender(lora),
     "adamw": Contender(start=ADAMW),
-    "fzoo": Contender(settings={"estimator": "fzoo"}),
+    "fzoo": Contender(settings={"estimator": "fzoo", "normalise": False}),  # as published
     "lozo": Contender(settings={"noise": "low_rank"}),
     "lozo-momentum": Contender(settings={"noise": "low_rank", "rule": "momentum"}),
     "vectors": Contender(vectors),
