@@ -219,8 +219,8 @@ class ZOTrainerMixin(_Trainer):
             return built
         settings = config.resolve(has_rates=config.lr != AUTO and not self._zo_left)
         slots = settings.target.chosen(root).slots(root)
-        how = settings.estimator, root, slots, settings.normaliser
-        eps = default_eps(*how) if settings.eps is None else settings.eps
+        kind = settings.estimator, root, slots, settings.normaliser
+        eps = default_eps(*kind) if settings.eps is None else settings.eps
         made = grouped(slots, built, float(self.args.learning_rate), eps)
         made.left = self._zo_left
         return made

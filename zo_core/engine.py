@@ -132,8 +132,8 @@ class ZeroOrder(TrainedModel):
         self.normaliser = normaliser_of(
             settings.normaliser, moving(slots, self.noise.share), two_sided=self.estimator.two_sided
         )
-        how = self.estimator, model, slots, settings.normaliser
-        self._default_eps = default_eps(*how) if settings.eps is None else settings.eps
+        kind = self.estimator, model, slots, settings.normaliser
+        self._default_eps = default_eps(*kind) if settings.eps is None else settings.eps
         made = optimizer is None
         if optimizer is None:
             lr = self._default_lr(slots, self._default_eps) if settings.lr is None else settings.lr
