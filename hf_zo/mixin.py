@@ -287,8 +287,8 @@ class ZOTrainerMixin(_Trainer):
         zo = self._zo_at_step(model)
         batches = partial(self._lr_batches, partial(super().training_step, model), inputs, num_items_in_batch)
         zo.find_lr(batches, schedulers(self), self.state.max_steps)
-        log = self._zo_journal
-        entry = None if log is None else log.logged(zo)
+        zo.look_back(lambda: self.state.max_steps)
+        entry = None if (log := self._zo_journal) is None else log.logged(zo)
         if entry is not None:
             return self._repeat(entry, partial(step, model, inputs))
         calls = LossCalls(self, partial(self._measure, zo, nullcontext if log is None else log.watching))

@@ -225,6 +225,7 @@ class ZOStrategy(Processes):
         schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
         steps = length(module.trainer) if zo.wants_lr else None
         zo.find_lr(partial(self._lr_batches, zo, run, args, kwargs), schedulers, steps)
+        zo.look_back(partial(length, module.trainer))
         entry, journal = self._logged(zo), self._journal
         if entry is not None and journal is not None and not entry.draws and journal.measures_again is False:
             self._losses += 1
@@ -235,7 +236,7 @@ class ZOStrategy(Processes):
         # streamed model take turns.
         watching = nullcontext() if journal is None or entry is not None else journal.watching()
         with self.precision_plugin.train_step_context(), probes.recording(), watching:
-            zo.measure(lambda: probes.run(run, args, kwargs))
+            zo.measure(partial(probes.run, run, args, kwargs))
         probes.finish()
         if entry is not None and journal is not None:
             entry.repeat(zo)
@@ -243,11 +244,13 @@ class ZOStrategy(Processes):
         probes.log()
         self._losses += not probes.without_loss
         self._partial |= 0 < probes.without_loss < len(probes.runs)
-        return probes.output()
+        output = probes.output()
+        probes.runs.clear()  # the last step of a run may measure this batch again
+        return output
 
     @contextmanager
     def _second_round(self) -> Iterator[None]:
-        """Measures again what `training_step` has measured before, without logging it."""
+        """Measures again what `training_step` has measured, now or in the first steps, without logging it."""
         assert self.zo is not None
         probes = Probes(self._module(), 0, 1, self.zo.streaming is not None)
         with self.precision_plugin.train_step_context(), probes.recording():

@@ -28,6 +28,7 @@ from .first_steps import FirstSteps
 from .following import follow_model
 from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
+from .last_look import LastLook, Worse
 from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_replaceable, range_test, set_lr
 from .modes import rng_state, set_rng_state
 from .normaliser import Curvature, normaliser_of
@@ -80,6 +81,7 @@ class ZeroOrder(TrainedModel):
         curves: the course of the run, for `report`.
         backprop: the weights that backpropagation moves, see `zo_core.backprop.Backprop`; None without the setting.
         second: the second round of steps; None with an estimator that has none.
+        look: what the last step of the run compares with the first ones, see `look_back`; None if it does not.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
 
@@ -115,6 +117,8 @@ class ZeroOrder(TrainedModel):
         self.first_steps: FirstSteps | None = FirstSteps()
         self._skips = Skips()
         self.second = SecondRound() if self.estimator.multiples else None
+        self.look: LastLook | None = None
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.curves = Curves()
         self.braking = Braking("warn" if self.config.brake == AUTO else self.config.brake)
         self.merged = False
@@ -255,6 +259,8 @@ class ZeroOrder(TrainedModel):
                 self._plan = replace(self._planned(), random=random)
                 self.oracle.state.begin_step()
             plan = self._plan
+            if self.look is not None:
+                self.look.keep(plan, closures, scaled, random)
             with self.hidden():
                 if self.backprop is not None:  # first: what the probes of a trainer record is that of the last ones
                     self._differentiate(self.backprop, plan, closures, scaled)
@@ -385,6 +391,8 @@ class ZeroOrder(TrainedModel):
                 if self.second is not None and self._plan.tried is None:
                     self.second.measure(self, self._plan)
                     self.curves.clock.forwards += len(self._plan.tried or ()) * len(self.second.kept)
+                if self.look is not None and self.look.due(self._plan.step) and not self._plan.failed:
+                    self.look.look(self)
             if self._plan.failed and self._plan.random:  # in any process, and all micro-batches leave no trace
                 set_rng_state(self._plan.random)
                 self._plan.random = {}
@@ -397,9 +405,28 @@ class ZeroOrder(TrainedModel):
             raise
 
     def around_second(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Makes second rounds run in a context, in which what closures do besides computing a loss is not seen."""
+        """Makes second rounds run in a context, in which what closures do besides computing a loss is not seen.
+
+        The last look of a run does so, too; see `look_back`.
+        """
+        self._around = context
         if self.second is not None:
             self.second.around = context
+
+    def look_back(self, steps: Callable[[], int | None]) -> None:
+        """Makes the last step of a run compare its weights with those of the first steps, for trainers.
+
+        If they are worse, the brake goes back; see `zo_core.last_look`. It has to be called before the first step is
+        measured, and does nothing later. Nothing is compared with ``brake=None``, with ``backprop``, and where the loss
+        is a score, which depends on what is sampled.
+
+        Args:
+            steps: returns the length of the run; None if it is not known.
+        """
+        if self.step_count or self._plan is not None:
+            return
+        length = None if self.braking.mode is None or self.backprop is not None or self.scored else steps()
+        self.look = None if length is None else LastLook(length, self.slots, self._around)
 
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and advances to the next step.
@@ -430,7 +457,7 @@ class ZeroOrder(TrainedModel):
         if plan.failed:
             estimate = replace(estimate, skip=plan.failed)
         loss = mean(losses)  # of the normaliser's points, too: it is what a log has for a step that is repeated
-        rollback = braked(self, None if plan.failed else loss, plan.own)
+        rollback = braked(self, None if plan.failed else loss, plan.own, self._looked_at(plan))
         if rollback is not None:
             return self._done(loss, math.nan, (), skipped="braked", rollback=rollback, scores=scores)
         if estimate.skip is None and self.backprop is not None and (reason := self.backprop.unfit()):
@@ -449,6 +476,17 @@ class ZeroOrder(TrainedModel):
         projected_grad = math.fsum(grads) / len(grads) if grads else float("nan")
         failed = bool(plan.failed)
         return self._done(loss, projected_grad, probes, clipped, estimate.skip, scores=scores, failed=failed)
+
+    def _looked_at(self, plan: StepPlan) -> Worse | None:
+        """Lets the last look of the run see a step; returns what it has found in the last one."""
+        look = self.look
+        if look is None:
+            return None
+        look.measured(plan)
+        if not look.due(plan.step):
+            return None
+        self.look = None
+        return look.worse
 
     def _as_applied(
         self, estimate: Estimate, probes: tuple[Probe, ...], multiple: float, losses: Sequence[float]

@@ -28,13 +28,16 @@ class Reverting(Running, Protocol):
     directions: Directions
 
 
-def braked(engine: Reverting, loss: float | None, losses: Sequence[float]) -> Rollback | None:
+def braked(
+    engine: Reverting, loss: float | None, losses: Sequence[float], worse: Alarm | None = None
+) -> Rollback | None:
     """Passes the loss of the step that was measured to the brake, and goes back or takes shorter steps if it says so.
 
     Args:
         engine: the engine, before the update of the step.
         loss: mean loss of the step; None if a query failed.
         losses: losses of its probes.
+        worse: that the run ends worse than it began, if it is its last step.
 
     Returns:
         What was done; None if the step is to be applied.
@@ -42,6 +45,8 @@ def braked(engine: Reverting, loss: float | None, losses: Sequence[float]) -> Ro
     braking, step, said = engine.braking, engine.step_count, engine.continuity.front.said
     braking.noted(losses)
     alarm = _see(engine, loss)
+    if worse is not None:
+        return _ended(engine, worse)
     if alarm is None:
         return None
     if braking.mode == "warn":
@@ -60,6 +65,26 @@ def braked(engine: Reverting, loss: float | None, losses: Sequence[float]) -> Ro
         "stay" if rollback.to == step else f"go back to those before step {rollback.to}",
         rollback.factor,
     )
+    roll_back(engine, rollback)
+    return rollback
+
+
+def _ended(engine: Reverting, worse: Alarm) -> Rollback | None:
+    """Goes back from the last step of a run that ends worse than it began: to its best block, or to its beginning."""
+    braking, step = engine.braking, engine.step_count
+    best = braking.learnt()
+    goal = max(engine.exchange.everywhere(max(best, braking.history.floor, braking.logged_from)))
+    if braking.mode == "warn" or not engine.rule.undoable or goal > best:
+        why = {"warn": f"; {engine.continuity.front.said({'brake': 'rollback'})} goes back"}.get(str(braking.mode), "")
+        if not why and goal > best:
+            why = f"; the weights stay, as the updates are known from step {goal} on"
+        elif not why:
+            why = f"; the updates of the rule {engine.rule.name!r} cannot be reverted"
+        logger.warning("%s%s. Take a lower learning rate", worse.said(step), why)
+        return None
+    rollback = Rollback(goal, engine.optimizer.factor * 0.5)
+    logger.warning("%s; the weights go back to those before step %d", worse.said(step), goal)
+    braking.restart(step + 1)
     roll_back(engine, rollback)
     return rollback
 

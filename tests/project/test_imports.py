@@ -64,6 +64,7 @@ RANKS = {
     "agreement": 10,
     "undoing": 10,
     "second_round": 10,
+    "last_look": 11,
     "following": 10,
     "gradient_check": 10,
     "trained_model": 11,

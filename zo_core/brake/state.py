@@ -195,6 +195,11 @@ class Braking:
             return step
         return block.middle if self.brake.learnt else self.brake.start
 
+    def learnt(self) -> int:
+        """The first step with the weights of the best block, if the loss has clearly fallen, else that of the run."""
+        block = self.brake.goal()
+        return block.middle if block is not None and self.brake.learnt else 0
+
     def restart(self, step: int) -> None:
         """Begins the tests again at a step, after an alarm; the best blocks are kept."""
         self.brake.restart(step)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 #: belongs here; values are copied.
 CHANGED_BY_STEPS = ("merged", "normaliser", "curves")
 #: Attributes that a test of the engine sets for its own steps.
-SET_BY_TESTS = ("listeners", "first_steps")
+SET_BY_TESTS = ("listeners", "first_steps", "look")
 
 
 class Snapshot:

@@ -111,6 +111,7 @@ class Trials:
         """
         engine = self.engine
         engine.listeners, engine.first_steps, engine.braking, engine.optimizer.factor = [], None, Braking(None), 1.0
+        engine.look = None
         self.start = self.losses()
         self.scale = mean([abs(loss) for loss in self.start])
         if not math.isfinite(self.scale):
