@@ -137,7 +137,9 @@ def train(cell: Cell, task: Task, model: torch.nn.Module, before: float) -> tupl
                 for group, rate in zip(zo.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 - step / cell.steps)
             pair = task.data(order + step)
-            loss = float(zo.step(lambda: task.loss(model, pair)))  # noqa: B023
+            if cell.contender in CONTENDERS:
+                zo.look_back(lambda: cell.steps)
+            loss = float(zo.step(partial(task.loss, model, pair)))
             rates = rates or [group["lr"] for group in zo.optimizer.param_groups]
             if cell.contender not in CONTENDERS and not loss < 4.0 * before + 2.0:
                 return rates[0], False

@@ -152,6 +152,7 @@ class LastLook:
                         logger.warning("the last look at the first steps is left out: %s", FAILED)
                         return None
                     found.append((mean(plan.own), mean(losses)))
+                    end.put()  # what a forward changes in the model is for each of them as it is now
         finally:
             engine.directions.plan = current
             end.put()

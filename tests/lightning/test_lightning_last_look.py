@@ -1,0 +1,70 @@
+"""Law: the strategies go back from the last step of a run that ends worse than it began, and others keep their bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hf_helpers import differing
+from lightning.pytorch.loggers import CSVLogger
+from lightning_helpers import QUIET, sgd, trainer, weights
+from torch import Tensor
+from turning import FIRST, STEPS, Turning, rows
+
+from zo_core import SeedLog, last_look, replay
+from zo_core.records import Rollback
+
+pytestmark = QUIET
+
+
+class Module(L.LightningModule):
+    """Logs in every step, and counts the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.calls = Turning(), [0]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.calls[0] += 1
+        loss = self.model(**batch)["loss"]
+        self.log("mean", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return sgd(1e-2)(self)
+
+
+def fit(path: Path, turns: bool) -> tuple[Any, Module, dict[str, Tensor]]:
+    module = Module()
+    run = trainer(path, {"brake": "auto"}, logger=CSVLogger(path))
+    run.fit(module, torch.utils.data.DataLoader(rows(turns), batch_size=1))
+    return run, module, dict(run.callback_metrics)
+
+
+def test_a_run_that_ends_worse_goes_back_to_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(last_look, "PART", 1 / 3)
+    run, module, _ = fit(tmp_path, turns=True)
+    assert f"step {STEPS - 1}, the last one: on the batches of the first {FIRST} steps" in caplog.text
+    before, after = weights(Module()), weights(module)
+    assert max((before[name] - after[name]).abs().max() for name in before) < 1e-5
+    log = SeedLog.read(run.strategy.log_path)
+    assert [entry.rollback for entry in log.steps] == [None] * (STEPS - 1) + [Rollback(0, 0.5)]
+    again = Module()
+    replay(again, log)
+    assert differing(after, weights(again)) == []
+
+
+def test_a_run_that_ends_better_is_the_one_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for part in (1 / 3, 0.0):
+        monkeypatch.setattr(last_look, "PART", part)
+        _, module, metrics = fit(tmp_path / str(part), turns=False)
+        found.append((weights(module), metrics, module.calls[0]))
+    assert differing(found[0][0], found[1][0]) == []
+    assert found[0][1] == found[1][1]
+    assert found[0][2] >= found[1][2] + 2 * FIRST
