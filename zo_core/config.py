@@ -176,7 +176,8 @@ class ZOConfig:
             "help": "What to do when the loss has risen clearly above the best it had, or does not fall because steps "
             'are too long for the noise: "rollback" goes back to the best step, lowers the learning rate and goes on; '
             '"warn" says so; None does nothing. "auto" is "rollback" in the trainers, and "warn" in a bare loop and '
-            "with backprop."
+            "with backprop. In the trainers the last step of a run also measures the batches of the first steps again, "
+            'and "rollback" goes back if their losses have risen.'
         },
     )
     dropout: bool = field(

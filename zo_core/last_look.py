@@ -146,13 +146,14 @@ class LastLook:
         found: list[tuple[float, float]] = []
         try:
             with engine.hidden(), self.around():
+                each = Start(engine.oracle)  # with what the context has set
                 for plan, calls in kept[: min(engine.exchange.everywhere(len(kept)))]:
                     losses = self._again(engine, plan, calls)
                     if losses is None:
                         logger.warning("the last look at the first steps is left out: %s", FAILED)
                         return None
                     found.append((mean(plan.own), mean(losses)))
-                    end.put()  # what a forward changes in the model is for each of them as it is now
+                    each.put()  # what a forward changes in the model is for each of them as it is now
         finally:
             engine.directions.plan = current
             end.put()

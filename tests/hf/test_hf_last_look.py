@@ -1,4 +1,4 @@
-"""Law: `ZOTrainer` goes back from the last step of a run that ends worse than it began, and keeps the bits of others."""
+"""Law: `ZOTrainer` goes back from the last step of a run that ends worse than it began; others keep their bits."""
 
 from __future__ import annotations
 
