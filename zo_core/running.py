@@ -32,6 +32,7 @@ class Running(Driver, Protocol):
     num_probes: int
     own_probes: int
     first_steps: FirstSteps | None
+    look: Any
     listeners: list[Callable[[StepRecord], object]]
     followers: list[Callable[[], object]]
     regroup: Callable[[list[Slot]], object]
