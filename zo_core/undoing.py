@@ -74,13 +74,16 @@ def _ended(engine: Reverting, worse: Alarm) -> Rollback | None:
     braking, step = engine.braking, engine.step_count
     best = braking.learnt()
     goal = max(engine.exchange.everywhere(max(best, braking.history.floor, braking.logged_from)))
-    if braking.mode == "warn" or not engine.rule.undoable or goal > best:
-        why = {"warn": f"; {engine.continuity.front.said({'brake': 'rollback'})} goes back"}.get(str(braking.mode), "")
-        if not why and goal > best:
-            why = f"; the weights stay, as the updates are known from step {goal} on"
-        elif not why:
-            why = f"; the updates of the rule {engine.rule.name!r} cannot be reverted"
-        logger.warning("%s%s. Take a lower learning rate", worse.said(step), why)
+    why = ""
+    if braking.mode == "warn":
+        back = "" if not engine.rule.undoable else f"; {engine.continuity.front.said({'brake': 'rollback'})} goes back"
+        why = f"{back}. Take a lower learning rate"
+    elif not engine.rule.undoable:
+        why = f"; the updates of the rule {engine.rule.name!r} cannot be reverted. Take a lower learning rate"
+    elif goal > best:
+        why = f"; the weights stay, as the updates are known from step {goal} on. Take a lower learning rate"
+    if why:
+        logger.warning("%s%s", worse.said(step), why)
         return None
     rollback = Rollback(goal, engine.optimizer.factor * 0.5)
     logger.warning("%s; the weights go back to those before step %d", worse.said(step), goal)
