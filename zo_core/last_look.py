@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 PART, MOST, LEAST = 1 / 20, 64, 8
 #: Bytes of tensors in the batches that are kept; further steps are not.
 KEPT_BYTES = 64 << 20
-#: The first of the steps, whose weights are nearest to those of the beginning, are also compared alone.
-FIRST = 4
 
 
 class Looking(Running, Protocol):
@@ -183,13 +181,13 @@ def compared(found: Sequence[tuple[float, float]]) -> Worse | None:
     """Whether losses have risen.
 
     Where a run learns within its first steps, the mean of these is already below what it began with. So the loss also
-    has to be above that of the very first ones: going back to the beginning would else lose what these have learnt.
+    has to be above that of the first half of them: going back to the beginning would else lose what these have learnt.
 
     Args:
         found: for each of the first steps its loss then and now.
     """
     begin, end = (math.fsum(pair[side] for pair in found) / len(found) for side in (0, 1))
-    first = found[: max(LEAST // 2, len(found) // FIRST)]
+    first = found[: len(found) // 2]
     if math.isfinite(end) and (end <= begin or math.fsum(now - then for then, now in first) <= 0.0):
         return None
     share = sum(not now <= then for then, now in found)
