@@ -33,7 +33,7 @@ def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: A
         reward_trainer(tmp_path, tokenizer, [words, words], reward_weights=[1.0])
     with pytest.raises(ConfigError, match="7 is no function"):
         reward_trainer(tmp_path, tokenizer, [words, 7])
-    with pytest.raises(ConfigError, match="write ZORewardConfig"):
+    with pytest.raises(ConfigError, match="pass a ZORewardConfig"):
         ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="model_init_kwargs is for a model given by its name"):
         reward_trainer(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
