@@ -81,6 +81,7 @@ class ZeroOrder(TrainedModel):
         curves: the course of the run, for `report`.
         backprop: the weights that backpropagation moves, see `zo_core.backprop.Backprop`; None without the setting.
         second: the second round of steps; None with an estimator that has none.
+        around: returns the context in which closures run once more, see `around_second`.
         look: what the last step of the run compares with the first ones, see `look_back`; None if it does not.
         suggestion: result of the range test with ``lr="auto"``, from the first step on; None otherwise, and if the run
             is too short for one.
@@ -118,7 +119,7 @@ class ZeroOrder(TrainedModel):
         self._skips = Skips()
         self.second = SecondRound() if self.estimator.multiples else None
         self.look: LastLook | None = None
-        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.curves = Curves()
         self.braking = Braking("warn" if self.config.brake == AUTO else self.config.brake)
         self.merged = False
@@ -409,9 +410,7 @@ class ZeroOrder(TrainedModel):
 
         The last look of a run does so, too; see `look_back`.
         """
-        self._around = context
-        if self.second is not None:
-            self.second.around = context
+        self.around = context
 
     def look_back(self, steps: Callable[[], int | None]) -> None:
         """Makes the last step of a run compare its weights with those of the first steps, for trainers.
@@ -426,7 +425,7 @@ class ZeroOrder(TrainedModel):
         if self.step_count or self._plan is not None:
             return
         length = None if self.braking.mode is None or self.backprop is not None or self.scored else steps()
-        self.look = None if length is None else LastLook(length, self.slots, self._around)
+        self.look = None if length is None else LastLook(length, self.slots)
 
     def apply(self) -> StepRecord:
         """Forms the probes from what was measured, moves the weights, and advances to the next step.

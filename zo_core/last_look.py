@@ -12,7 +12,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -83,16 +82,13 @@ class LastLook:
     Args:
         steps: length of the run.
         slots: what moves; if that changes during the run, there is no look.
-        around: returns the context in which closures run again.
 
     Attributes:
         worse: what the look has found; None if the run ends better than it began, or if that is not known.
     """
 
-    def __init__(
-        self, steps: int, slots: Sequence[Slot], around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ):
-        self.steps, self.slots, self.around = steps, slots, around
+    def __init__(self, steps: int, slots: Sequence[Slot]):
+        self.steps, self.slots = steps, slots
         self.count = min(MOST, int(steps * PART))
         if self.count < LEAST:
             self.count = 0
@@ -143,7 +139,7 @@ class LastLook:
         end, current = Start(engine.oracle), engine.directions.plan
         found: list[tuple[float, float]] = []
         try:
-            with engine.hidden(), self.around():
+            with engine.hidden(), engine.around():
                 each = Start(engine.oracle)  # with what the context has set
                 for plan, calls in kept[: min(engine.exchange.everywhere(len(kept)))]:
                     losses = self._again(engine, plan, calls)

@@ -33,6 +33,7 @@ class Running(Driver, Protocol):
     own_probes: int
     first_steps: FirstSteps | None
     look: Any
+    around: Callable[[], AbstractContextManager[Any]]
     listeners: list[Callable[[StepRecord], object]]
     followers: list[Callable[[], object]]
     regroup: Callable[[list[Slot]], object]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -93,12 +92,10 @@ class SecondRound:
 
     Attributes:
         kept: the micro-batches of the step in progress.
-        around: returns the context in which the second round runs; see `ZeroOrder.around_second`.
     """
 
     def __init__(self) -> None:
         self.kept: list[MicroBatch] = []
-        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forget(self) -> None:
         """Releases the closures."""
@@ -174,7 +171,7 @@ class SecondRound:
             end = Start(oracle, self.kept[-1].start)
             try:
                 found: list[list[Tensor]] = []
-                with self.around():
+                with engine.around():
                     # In the sweeps of the first round: more probes in one of them would need more memory.
                     for _, group in groupby(self.kept, key=lambda each: id(each.start)):
                         first, *others = group

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 from hf_helpers import arguments, differing, logged, weights
-from turning import FIRST, STEPS, Turning, rows
+from turning import FIRST, STEPS, Turning, assert_went_back, rows
 
 from hf_zo import ZOTrainer, ZOTrainingArguments
-from zo_core import SeedLog, last_look, replay
-from zo_core.records import Rollback
+from zo_core import last_look
 
 
 class Counting(ZOTrainer):
@@ -41,14 +40,7 @@ def test_a_run_that_ends_worse_goes_back_to_its_beginning(
 ) -> None:
     monkeypatch.setattr(last_look, "PART", 1 / 3)
     trainer = run(tmp_path, turns=True)
-    assert f"step {STEPS - 1}, the last one: on the batches of the first {FIRST} steps" in caplog.text
-    before, after = weights(Turning()), weights(trainer.model)
-    assert max((before[name] - after[name]).abs().max() for name in before) < 1e-5
-    log = SeedLog.read(tmp_path / "out" / "seedlog.zo")
-    assert [entry.rollback for entry in log.steps] == [None] * (STEPS - 1) + [Rollback(0, 0.5)]
-    again = Turning()
-    replay(again, log)
-    assert differing(after, weights(again)) == []
+    assert_went_back(caplog.text, Turning(), trainer.model, tmp_path / "out" / "seedlog.zo")
 
 
 def test_a_run_that_ends_better_is_the_one_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

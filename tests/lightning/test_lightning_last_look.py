@@ -12,10 +12,9 @@ from hf_helpers import differing
 from lightning.pytorch.loggers import CSVLogger
 from lightning_helpers import QUIET, sgd, trainer, weights
 from torch import Tensor
-from turning import FIRST, STEPS, Turning, rows
+from turning import FIRST, Turning, assert_went_back, rows
 
-from zo_core import SeedLog, last_look, replay
-from zo_core.records import Rollback
+from zo_core import last_look
 
 pytestmark = QUIET
 
@@ -52,14 +51,7 @@ def test_a_run_that_ends_worse_goes_back_to_its_beginning(
 ) -> None:
     monkeypatch.setattr(last_look, "PART", 1 / 3)
     run, module, _ = fit(tmp_path, turns=True)
-    assert f"step {STEPS - 1}, the last one: on the batches of the first {FIRST} steps" in caplog.text
-    before, after = weights(Module()), weights(module)
-    assert max((before[name] - after[name]).abs().max() for name in before) < 1e-5
-    log = SeedLog.read(run.strategy.log_path)
-    assert [entry.rollback for entry in log.steps] == [None] * (STEPS - 1) + [Rollback(0, 0.5)]
-    again = Module()
-    replay(again, log)
-    assert differing(after, weights(again)) == []
+    assert_went_back(caplog.text, Module(), module, run.strategy.log_path)
 
 
 def test_a_run_that_ends_better_is_the_one_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
