@@ -245,7 +245,9 @@ def test_defaults_are_those_of_the_estimator() -> None:
         group = zo.optimizer.param_groups[0]
         kind = None if zo.normaliser is None else zo.normaliser.name
         rate = default_lr(zo.slots, zo.rule, kind, estimator.default_num_probes)
-        assert (group["lr"], group["eps"]) == (rate, estimator.default_eps)
+        eps = max(estimator.default_eps, 1e-3) if kind == "curvature" else estimator.default_eps  # of fzoo
+        assert (group["lr"], group["eps"]) == (rate, eps)
+        assert ZeroOrder(tiny("mlp"), estimator=name, lr=1e-3).eps == estimator.default_eps
         assert zo.num_probes == estimator.default_num_probes
 
 

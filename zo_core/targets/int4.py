@@ -88,8 +88,8 @@ def keep_codes_plain(model: nn.Module) -> None:
 def check_dequantised(model: nn.Module) -> None:
     """Logs a warning if bitsandbytes computes with wrong values of some 4-bit weights.
 
-    Its blocks of codes go on from one row to the next, but its CPU code (0.50) begins a block with each row, which is
-    another one if the size of a row is no multiple of the size of a block.
+    Its blocks of codes go on from one row to the next, but its code for AVX-512 (0.50) begins a block with each row,
+    which is another one if the size of a row is no multiple of the size of a block.
     """
     library = sys.modules.get("bitsandbytes")
     for name, layer in () if library is None else quantised_layers(model, library):
