@@ -76,14 +76,14 @@ def moving(slots: Iterable[Slot], share: float = 1.0) -> float:
     return max(1.0, sum(slot.shape.numel() for slot in slots) * share)
 
 
-def said_default(slots: Iterable[Slot], lr: float, normaliser: Normaliser | None) -> str:
-    """The line of log for a rate that was not given."""
+def said_default(slots: Iterable[Slot], lr: float, eps: float, normaliser: Normaliser | None) -> str:
+    """The line of log for a rate that was not given, with the eps that goes with it."""
     if isinstance(normaliser, Curvature):
         why = f"steps are normalised by the curvature that they measure, with a rate of {lr:.2g}"
     else:
         count = sum(slot.shape.numel() for slot in slots)
         why = f"it is {lr:.2g}, a length of step for the {count:,} weights that move"
-    return f"no learning rate was given: {why}; lr='auto' searches for one by trial runs"
+    return f"no learning rate was given: {why}, and probes are at eps={eps:g}; lr='auto' searches for one by trial runs"
 
 
 def default_eps(estimator: Estimator, model: nn.Module, slots: Iterable[Slot], normaliser: str | None = None) -> float:

@@ -322,6 +322,7 @@ def test_the_default_rate_depends_on_what_moves(caplog: pytest.LogCaptureFixture
     zo.step(closure("mlp", model))
     (line,) = [line for line in caplog.messages if "no learning rate was given" in line]
     assert f"{zo.lr:.2g}" in line
+    assert f"eps={zo.eps:g}" in line
     caplog.clear()
     ZeroOrder(model, lr=1e-6).step(closure("mlp", model))
     assert not [line for line in caplog.messages if "no learning rate was given" in line]
