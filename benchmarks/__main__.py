@@ -22,7 +22,6 @@ SUITES = {
     "cpu": (
         ["step_overhead", "--dtype", "float32", "--backends", "eager", "compile"],
         ["step_overhead", "--dtype", "bfloat16", "--backends", "eager"],
-        ["drift"],
         ["learning"],
         ["offload_memory"],
         ["offload_throughput", "--tier", "disk", "--tokens", "512"],
