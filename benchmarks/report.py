@@ -22,7 +22,8 @@ def hardware(device: torch.device) -> str:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return f"{torch.get_num_threads()} threads of {model}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {model}"
 
 
 def save(
