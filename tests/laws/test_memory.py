@@ -116,7 +116,7 @@ def runs() -> Iterator[tuple[str, str | None, str, str]]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("front", "offload", "noise", "rule"), list(runs()))
 def test_no_way_to_train_grows(runner: Runner, front: str, offload: str | None, noise: str, rule: str) -> None:
-    steps = 400 if offload == "disk" else 1000  # each block of a step waits for the disk
+    steps = 400 if offload == "disk" else 700  # each block of a step waits for the disk
     assert grown(runner(front=front, noise=noise, rule=rule, offload=offload, steps=steps)) < BOUND
 
 
