@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import diffusion as example
 
 SEEDS = (0, 1, 2)
-RATES = (0.0625, 0.25, 1.0)
+RATES = (0.25, 1.0, 4.0)
 WINDOW, VARIANCE = 16, 0.95
 #: After how many steps the loss is measured; the last is the length of a run.
 MEASURED = (32, 80, 160, 304)
