@@ -98,7 +98,7 @@ def main() -> None:
     base = example.pretrained("transformer", images, labels, 600)
     nines = labels == example.NINE
     task = example.Task.of(images[nines], torch.full((int(nines.sum()),), example.NEW), torch.full((9,), example.NEW))
-    rows = [["before", "", *(f"{task.loss(ready(base)):.4f}" for _ in MEASURED), ""]]
+    rows = [["before", "", *[f"{task.loss(ready(base)):.4f}"] * len(MEASURED), ""]]
     for past in (False, True):
         runs = {rate: [losses(base, task, past, rate, seed) for seed in SEEDS] for rate in RATES}
         ends = {rate: sum(run[-1] for run in found) for rate, found in runs.items()}
