@@ -1,12 +1,12 @@
-"""The settings of zeroth-order training: one validated, serialisable object."""
+"""A configuration: settings that fit together, and the components that they name."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .noise import NOISES, LowRank, Noise
 from .normaliser import CURVATURE, GRADIENT
 from .registry import Registry, similar
 from .rules import RULES, Sgd, UpdateRule
+from .settings import Settings
 from .sizes import parse_bytes
 from .targets import TARGETS, Target
 
@@ -29,206 +30,13 @@ OFFLOADS = (None, "cpu", "disk", "auto")
 
 
 @dataclass(frozen=True)
-class ZOConfig:
+class ZOConfig(Settings):
     """What to measure, along which directions, and how to move.
 
     Every component is a registered name, a dict ``{"name": ..., **fields}`` or an object; see
     ``list(zo_core.NOISES)`` and its siblings for the names. Each setting is described once, beside its
     default; `help_for` returns the text, and docs/settings.md lists all of them.
     """
-
-    lr: float | str | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate. None takes the trainer's, and where that is not given either, the default for "
-            'normalised steps (see normalise). "auto" finds one by trial runs before the first step; a run of '
-            "fewer than 5,120 forwards takes the default."
-        },
-    )
-    eps: float | None = field(
-        default=None,
-        metadata={
-            "help": "Distance of the probes from the weights, in units of the noise. None takes the estimator's "
-            'default: 1e-3, and 1e-4 for "fzoo" with a learning rate; 10 times that for LoRA and scales, 100 for '
-            "prefix tuning."
-        },
-    )
-    num_probes: int | None = field(
-        default=None,
-        metadata={
-            "help": 'Directions per step. None takes the estimator\'s default: 8 for "fzoo", 30 for "es", 1 for the '
-            'others. With n directions, "spsa" runs 2 n forwards per step, "fzoo" n + 1, "es" n or, if it is '
-            'antithetic, 2 n, and "conservative" 2 n + 3; "forward_grad" n, at about the time of 3 n.'
-        },
-    )
-    stack_probes: bool = field(
-        default=False,
-        metadata={
-            "help": 'Measure all probes of a step in one forward, which reads each weight once. Needs "low_rank" '
-            "noise, and memory for the activations of all probes. What cannot run this way is measured one probe after "
-            "another, with a warning. Losses equal those of separate probes up to rounding."
-        },
-    )
-    reuse: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute the layers before the first one that moves once for several probes: frozen early layers, "
-            'or noise "one_block", "coordinates" or "sampled". All numbers have the same bits, unless layers depend on '
-            "something that cannot be seen; that is only found by checks, which grow rarer. It takes memory for the "
-            "result of each call of these layers."
-        },
-    )
-    estimator: str | dict[str, Any] | Estimator = field(
-        default="spsa",
-        metadata={
-            "help": 'How losses become probes: "spsa", "fzoo", "es", "conservative" or "forward_grad". "es" compares a '
-            'population of perturbed weights; its fields are shaping ("center", "zscore" or "ranks") and antithetic. '
-            '"conservative" is "spsa" that also measures the loss before the step, after it and after the opposite '
-            'step, and keeps the best of the three. "forward_grad" is "spsa" with exact slopes, by forward-mode '
-            "differentiation."
-        },
-    )
-    maximize: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the closure returns a score, such as an accuracy or a reward: steps go up, and the loss "
-            "of a step is minus its score."
-        },
-    )
-    noise: str | dict[str, Any] | Noise = field(
-        default="rademacher",
-        metadata={
-            "help": 'Distribution of the directions: "rademacher", "gaussian", "low_rank", "sparse" (small weights '
-            'only), "sampled" (a random subset of the blocks in each step), "one_block" (one block per direction) or '
-            '"coordinates" (one weight per direction, for small models). "sparse", "sampled" and "one_block" restrict '
-            "another noise."
-        },
-    )
-    rule: str | dict[str, Any] | UpdateRule = field(
-        default="auto",
-        metadata={
-            "help": 'How probes move the weights: "sgd", "momentum", "sign", or "torch", which leaves the update to a '
-            'torch optimizer. "auto" is "torch" if such an optimizer is given, else "sgd". With the field decay_to '
-            '({"name": "sgd", "decay_to": "start"}) weight decay pulls to the weights before the first update, of '
-            "which a copy is kept, and not to zero."
-        },
-    )
-    target: str | dict[str, Any] | Target = field(
-        default="auto",
-        metadata={
-            "help": 'What may move: "trainable" parameters, the "int4_scales" of a model quantised by bitsandbytes, or '
-            'the "torchao_scales" of one quantised by torchao. "auto" takes the scales if the model has such layers '
-            "and no trainable adapters, else the trainable parameters."
-        },
-    )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Decoupled weight decay, as in AdamW; see rule for what it pulls to."}
-    )
-    normalise: bool | str | None = field(
-        default=None,
-        metadata={
-            "help": "Divide each step's estimate by the root of a running mean of squares, so that a learning rate "
-            'carries over between models, tasks and losses. "gradient", or True, takes the projected gradients (MEAZO, '
-            'arXiv 2605.03869): the rate is a length, how far a step moves a weight. "curvature" takes the curvature '
-            "along the directions, for one forward more (three, if the estimator measures one side alone) in the first "
-            "steps and in one of eight later: the rate is a fraction of Newton's step. None is False if a rate "
-            'was given. Without one it is "curvature" for "spsa" and "fzoo" with the rules "sgd" and "momentum", False '
-            'where the scale of the loss cancels anyway ("zscore", "ranks", "sign"), and else "gradient".'
-        },
-    )
-    backprop: Sequence[str] | None = field(
-        default=None,
-        metadata={
-            "help": 'Names of modules whose weights move by backpropagation instead, or patterns of names ("lm_head", '
-            '"model.layers.3?"): the last blocks of a model, whose activations are then kept. All other weights move '
-            "by forward passes."
-        },
-    )
-    backprop_lr: float = field(
-        default=1e-4,
-        metadata={
-            "help": "Learning rate of the weights under backprop, whose rule is AdamW. It follows the schedule of the "
-            "other learning rate."
-        },
-    )
-    clip: float | None = field(
-        default=None,
-        metadata={
-            "help": 'Largest absolute coefficient of a direction (with "spsa", of the projected gradient). None takes '
-            "the target's default: 100 for scales, no bound for others. inf is no bound."
-        },
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "Seed of the directions. None takes the trainer's seed, and 0 in a bare loop."}
-    )
-    ranks: str | None = field(
-        default="directions",
-        metadata={
-            "help": "What several processes (torchrun, accelerate launch, Lightning's devices) share of a step. With "
-            '"directions" each measures num_probes directions of its own on its own batches; with "data" all measure '
-            'the same directions, each on its own batches; with "points" the points of a step are dealt out to '
-            "processes that have the same batch. None trains a model of its own in each process."
-        },
-    )
-    brake: str | None = field(
-        default="auto",
-        metadata={
-            "help": "What to do when the loss has risen clearly above the best it had, or does not fall because steps "
-            'are too long for the noise: "rollback" goes back to the best step, lowers the learning rate and goes on; '
-            '"warn" says so; None does nothing. "auto" is "rollback" in the trainers, and "warn" in a bare loop and '
-            "with backprop. In the trainers the last step of a run also measures the batches of the first steps again, "
-            'and "rollback" goes back if their losses have risen.'
-        },
-    )
-    dropout: bool = field(
-        default=False,
-        metadata={
-            "help": "Run the probes in the modes that the modules are in, so that dropout is on in training mode; all "
-            "probes of a step then share their random numbers. BatchNorm statistics stay frozen."
-        },
-    )
-    stochastic_rounding: bool = field(
-        default=True,
-        metadata={"help": "Round updates of 16-bit weights stochastically. Without it most of them are lost."},
-    )
-    backend: str = field(
-        default="auto",
-        metadata={
-            "help": 'What computes the noise: "eager" torch, "compile" (torch.compile, faster on a CPU after about '
-            '10 s of compilation), "triton" (CUDA), or "auto" (triton on CUDA, else eager). The values are the same to '
-            "the last bit."
-        },
-    )
-    offload: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the repeated layers of the model live between their forwards. None keeps the model where it "
-            'is; "cpu" is host memory, "disk" is files. "auto" streams only the layers that do not fit, from files if '
-            "offload_dir is given, else from host memory."
-        },
-    )
-    offload_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the block files. None makes a temporary one."}
-    )
-    device_memory: int | str | None = field(
-        default=None,
-        metadata={
-            "help": 'How much of the device the weights may take, in bytes or as in "8GB"; layers that fit are not '
-            'streamed. None streams all of them or, with offload "auto", takes what is free and leaves a tenth of the '
-            "device, at least 1 GiB, and two copies of the largest layer for the computation."
-        },
-    )
-    device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where a streamed model computes. None is the trainer's device, and in a bare loop where the "
-            "embeddings are."
-        },
-    )
-    blocks: Sequence[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the streamed modules, or of the containers that hold them. None finds them."},
-    )
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -243,15 +51,57 @@ class ZOConfig:
         self._number("weight_decay", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
         if self.clip != math.inf:
             self._number("clip", problems, lambda x: x > 0, "a number above 0, or None for the target's default")
-        if estimator is not None and self.num_probes is not None:
-            least = estimator.min_probes
-            if not isinstance(self.num_probes, int) or isinstance(self.num_probes, bool) or self.num_probes < least:
-                problems.append(
-                    f"num_probes={self.num_probes!r} must be a whole number of at least {least} "
-                    f"with estimator {estimator.name!r}"
-                )
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
             problems.append(f"seed={self.seed!r} must be a whole number, or None for the trainer's seed")
+        for name in ("maximize", "dropout", "stochastic_rounding", "stack_probes", "reuse"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name}={getattr(self, name)!r} must be True or False")
+        self._one_of("brake", BRAKES, problems)
+        self._one_of("ranks", RANKS, problems)
+        if self._one_of("backend", BACKENDS, problems) and self.backend == "triton" and not has_triton():
+            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
+        if estimator is not None:
+            self._check_estimator(estimator, problems)
+        if self.stack_probes is True:
+            self._check_stacking(estimator, noise, problems)
+        self._check_normalise(estimator, problems)
+        self._check_offload(problems)
+        self._check_backprop(problems)
+        if problems:
+            raise ConfigError(problems)
+
+    def _check_estimator(self, estimator: Estimator, problems: list[str]) -> None:
+        n, least = self.num_probes, estimator.min_probes
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < least):
+            problems.append(
+                f"num_probes={n!r} must be a whole number of at least {least} with estimator {estimator.name!r}"
+            )
+        if self.reuse is True and (self.stack_probes is True or estimator.differentiates):
+            problems.append(
+                "reuse=True has no use with stack_probes or estimator='forward_grad', which do not measure probe by "
+                "probe; leave out one of them"
+            )
+
+    def _check_stacking(self, estimator: Estimator | None, noise: Noise | None, problems: list[str]) -> None:
+        if estimator is not None and estimator.multiples and self._directions(estimator) != 1:
+            problems.append(
+                f"stack_probes=True with estimator={estimator.name!r} takes one direction, because it measures "
+                "the sum of all directions; write num_probes=1, or leave out stack_probes"
+            )
+        if estimator is not None and estimator.differentiates:
+            problems.append(
+                f"stack_probes=True has no use with estimator={estimator.name!r}, which measures a direction in one "
+                "forward; leave it out"
+            )
+        if noise is not None and not isinstance(noise, LowRank):
+            problems.append(f"stack_probes=True needs noise='low_rank'; noise={noise.name!r} copies the weights")
+        if self.offload in OFFLOADS[1:]:
+            problems.append(
+                f"stack_probes=True has no use with offload={self.offload!r}, where all probes share a sweep already; "
+                "leave out one of them"
+            )
+
+    def _check_normalise(self, estimator: Estimator | None, problems: list[str]) -> None:
         if self.normalise not in (None, True, False, GRADIENT, CURVATURE):
             problems.append(
                 f"normalise={self.normalise!r} must be {GRADIENT!r} (or True), {CURVATURE!r}, False or None"
@@ -262,56 +112,13 @@ class ZOConfig:
                 f"estimator={estimator.name!r} does not depend on the scale of the loss; leave it out, or write "
                 f"normalise={GRADIENT!r}"
             )
-        if (
-            self.stack_probes is True
-            and estimator is not None
-            and estimator.multiples
-            and self._directions(estimator) > 1
-        ):
-            problems.append(
-                f"stack_probes=True with estimator={estimator.name!r} takes one direction, because it measures "
-                "the sum of all directions; write num_probes=1, or leave out stack_probes"
-            )
-        if self.stack_probes is True and estimator is not None and estimator.differentiates:
-            problems.append(
-                f"stack_probes=True has no use with estimator={estimator.name!r}, which measures a direction in one "
-                "forward; leave it out"
-            )
-        if self.brake not in BRAKES:
-            problems.append(f"brake={self.brake!r} is not known; write one of {', '.join(map(repr, BRAKES))}")
-        if self.ranks not in RANKS:
-            problems.append(f"ranks={self.ranks!r} is not known; write one of {', '.join(map(repr, RANKS))}")
-        if self.reuse is True and (self.stack_probes is True or (estimator is not None and estimator.differentiates)):
-            problems.append(
-                "reuse=True has no use with stack_probes or estimator='forward_grad', which do not measure probe by "
-                "probe; leave out one of them"
-            )
-        for name in ("maximize", "dropout", "stochastic_rounding", "stack_probes", "reuse"):
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"{name}={getattr(self, name)!r} must be True or False")
-        if self.stack_probes is True and noise is not None and not isinstance(noise, LowRank):
-            problems.append(f"stack_probes=True needs noise='low_rank'; noise={noise.name!r} copies the weights")
-        if self.stack_probes is True and self.offload in OFFLOADS[1:]:
-            problems.append(
-                f"stack_probes=True has no use with offload={self.offload!r}, where all probes share a sweep already; "
-                "leave out one of them"
-            )
-        self._check_offload(problems)
-        self._check_backprop(problems)
-        if self.backend not in BACKENDS:
-            problems.append(f"backend={self.backend!r} is not known; write one of {', '.join(map(repr, BACKENDS))}")
-        elif self.backend == "triton" and not has_triton():
-            problems.append("backend='triton' needs CUDA and the triton package; write backend='auto'")
-        if problems:
-            raise ConfigError(problems)
 
     def _directions(self, estimator: Estimator) -> int:
         return estimator.default_num_probes if self.num_probes is None else self.num_probes
 
     def _check_offload(self, problems: list[str]) -> None:
-        if self.offload not in OFFLOADS:
-            problems.append(f"offload={self.offload!r} is not known; write one of {', '.join(map(repr, OFFLOADS))}")
-        elif self.offload not in ("disk", "auto") and self.offload_dir is not None:
+        known = self._one_of("offload", OFFLOADS, problems)
+        if known and self.offload not in ("disk", "auto") and self.offload_dir is not None:
             problems.append(
                 f"offload_dir={self.offload_dir!r} has no use with offload={self.offload!r}; write offload='disk'"
             )
@@ -356,6 +163,13 @@ class ZOConfig:
         except ValueError as error:
             problems.append(str(error))
             return None
+
+    def _one_of(self, setting: str, choices: tuple[str | None, ...], problems: list[str]) -> bool:
+        known = getattr(self, setting) in choices
+        if not known:
+            wanted = ", ".join(map(repr, choices))
+            problems.append(f"{setting}={getattr(self, setting)!r} is not known; write one of {wanted}")
+        return known
 
     def _number(
         self, setting: str, problems: list[str], allowed: Callable[[float], bool], wanted: str, optional: bool = True
@@ -419,11 +233,6 @@ class ZOConfig:
     def unattended(self) -> ZOConfig:
         """The configuration for trainers, whose runs nobody watches: ``brake="auto"`` is "rollback"."""
         return self.replace(brake="warn" if self.backprop else "rollback") if self.brake == AUTO else self
-
-    @classmethod
-    def help_for(cls, setting: str) -> str:
-        """What a setting is, in a few sentences; for command lines and documentation."""
-        return str(cls.__dataclass_fields__[setting].metadata["help"])
 
     def replace(self, **changes: Any) -> ZOConfig:
         """A copy with some fields changed.

@@ -105,6 +105,10 @@ def test_something_that_is_not_a_module() -> None:
         ({"weight_decay": -0.1}, ["weight_decay=-0.1", "at least 0"]),
         ({"clip": 0.0}, ["clip=0.0", "above 0", "None"]),
         ({"num_probes": 0}, ["num_probes=0", "at least 1", "'spsa'"]),
+        (
+            {"num_probes": "3", "estimator": "conservative", "stack_probes": True, "noise": "low_rank"},
+            ["num_probes='3'", "whole number"],
+        ),
         ({"num_probes": 1.0}, ["num_probes=1.0", "whole number"]),
         ({"num_probes": 1, "estimator": "fzoo"}, ["num_probes=1", "at least 2", "'fzoo'"]),
         ({"seed": 1.5}, ["seed=1.5", "whole number"]),

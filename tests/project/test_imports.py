@@ -51,6 +51,7 @@ RANKS = {
     "defaults": 5,
     "normaliser": 2,
     "brake": 6,
+    "settings": 5,
     "config": 6,
     "summary": 6,
     "first_steps": 6,
