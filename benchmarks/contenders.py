@@ -264,6 +264,7 @@ ALL: dict[str, Contender] = {
     "signs": Contender(signs),
     "directions": Contender(settings={"num_probes": 4}, split=4),
     "activations-and-vectors": Contender(activations_and_vectors),
+    "activations-and-vectors-one-sided-small": Contender(activations_and_vectors, ONE_SIDED, **SMALL),
     "adamw-lora": Contender(lora, start=ADAMW),
     "activations-plain": Contender(activations(whiten=0.0)),
     "activations-2": Contender(activations(2)),
