@@ -6,6 +6,7 @@ Each takes a model, a rate and a seed, and returns a step: a function of the clo
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -142,6 +143,28 @@ def apollo(model: nn.Module, rate: float, seed: int) -> Step:
 
     random_projection = {"proj": "random", "scale_type": "channel", "rank": 32, "scale": 1.0}
     return descend(APOLLOAdamW(_projected(model, **random_projection), lr=rate))
+
+
+def zero_offload(model: nn.Module, rate: float, seed: int) -> Step:
+    """AdamW whose state is on the host (ZeRO-Offload, arXiv 2101.06840), of the package deepspeed, by one process."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # read when it is imported
+    import deepspeed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": rate}},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+
+    def step(loss: Loss) -> float:
+        value = loss()
+        engine.backward(value)
+        engine.step()
+        return value.item()
+
+    return step
 
 
 class PublishedMezo:

@@ -3,8 +3,9 @@
 Cost: a Llama of 54.9 M weights in float32, each way in processes of its own, forked after the imports. The memory is
 the peak of the process above the imports (RssAnon, sampled every 5 ms) and what is left of it between steps, where what
 is freed is returned (`return_what_is_freed`): medians of some processes, and the range of the peaks.
-Processor time is compared with that of a forward of the same model, in turns. GaLore and APOLLO need the packages
-galore-torch and apollo-torch; a way that cannot run says so.
+Processor time is compared with that of a forward of the same model, in turns. GaLore, APOLLO and ZeRO-Offload need the
+packages galore-torch, apollo-torch and deepspeed (which compiles for minutes at first, and is imported in the process
+that is measured); a way that cannot run says so.
 
     python -m benchmarks.rivals --save
 
@@ -86,6 +87,7 @@ WAYS: dict[str, Contender] = {
     "one layer at a time, AdamW": first_order(rival_methods.blockwise),
     "GaLore": first_order(rival_methods.galore),
     "APOLLO": first_order(rival_methods.apollo),
+    "ZeRO-Offload": first_order(rival_methods.zero_offload),
     "LoRA, AdamW": first_order(rival_methods.adamw, lora),
     "LoRA, AdamW, checkpointing": first_order(rival_methods.checkpointed, lora),
     "LoRA on nf4 (QLoRA)": first_order(rival_methods.adamw, nf4_lora),
