@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import ChainMap
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ class Directions:
         backend: the backend of the passes over the weights.
         optimizer: its groups hold the slots' hyperparameters, and it keeps the thresholds of masks.
         eps: returns the eps of the step, which is that of the first group.
+        decaying: returns what the weight decays of the groups are multiplied by in the step.
         stochastic: whether updates of 16-bit weights round stochastically.
 
     Attributes:
@@ -32,9 +34,17 @@ class Directions:
     """
 
     def __init__(
-        self, noise: Noise, backend: str, optimizer: ZOOptimizer, eps: Callable[[], float], *, stochastic: bool
+        self,
+        noise: Noise,
+        backend: str,
+        optimizer: ZOOptimizer,
+        eps: Callable[[], float],
+        decaying: Callable[[], float],
+        *,
+        stochastic: bool,
     ):
         self.noise, self.backend, self.optimizer, self.eps, self.stochastic = noise, backend, optimizer, eps, stochastic
+        self.decaying = decaying
         self.plan: StepPlan | None = None
         #: What the slots of a step have in common, for the thresholds that they share.
         self._passes: dict[tuple[int | None, Scaling | None, Part | None], Passes] = {}
@@ -58,6 +68,18 @@ class Directions:
         groups, factor = self.optimizer.param_groups, self.optimizer.factor
         rates = [number(group, "lr", 0.0) * factor for group in groups]
         return [*rates, *map(_decay, groups), *set(self.ratios(slots).values())]
+
+    def decays(self) -> list[float]:
+        """The weight decay of each group, as it is applied in a step."""
+        factor = self.decaying()
+        return [_decay(group) * factor for group in self.optimizer.param_groups]
+
+    def taken_by_decay(self, directions: int) -> float:
+        """The largest share of its weights that weight decay takes from a slot in a step with so many directions."""
+        if isinstance(self.optimizer, TorchOptimizerFace):
+            return 0.0  # its own affair
+        rates = (number(group, "lr", 0.0) * self.optimizer.factor for group in self.optimizer.param_groups)
+        return max(map(operator.mul, rates, self.decays())) / self.noise.share_in(directions)
 
     def unit(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""
@@ -101,8 +123,8 @@ class Directions:
         groups = self.optimizer.groups_of(slots)
         factor = self.optimizer.factor
         how: dict[int, tuple[Terms, float, float]] = {}
-        for group in self.optimizer.param_groups:
-            decay = _decay(group) / self.noise.share_in(len(probes))
+        for group, decay in zip(self.optimizer.param_groups, self.decays(), strict=True):
+            decay = decay / self.noise.share_in(len(probes))
             how[id(group)] = _shared(probes, self.relative_eps(group)), number(group, "lr", math.nan) * factor, decay
         rounding, thresholds = probes[0].seed if self.stochastic else None, self.optimizer.thresholds
         found: list[Move] = []
@@ -120,7 +142,7 @@ class Directions:
             ratio: `relative_eps` of the slot's group. With ``m z`` perturbed, the difference of the losses
                 measures ``m z . grad``, so the estimate of this group's gradient is divided by m.
             lr: learning rate of the group.
-            weight_decay: weight decay of the group.
+            weight_decay: weight decay of the group, as it is applied.
         """
         terms = _shared(probes, ratio)
         direction = self._along(slot, terms, probes[0].seed if self.stochastic else None, self.optimizer.thresholds)

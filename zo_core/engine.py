@@ -38,7 +38,7 @@ from .ranks import exchange_of
 from .records import Point, Probe, Rollback, Scores, StepRecord
 from .second_round import SecondRound
 from .shared_data import Batch, check_same, while_all_have
-from .step import Skips, StepPlan, can_be_applied, chosen, mean, probes_from, times, unfit
+from .step import Skips, StepPlan, can_be_applied, chosen, mean, probes_from, times, too_much_decay, unfit
 from .targets import Slot, check_dequantised, check_whole, group_of, keep_codes_plain, shapes_of
 from .trained_model import TrainedModel
 from .undoing import braked, note, repeated
@@ -149,7 +149,7 @@ class ZeroOrder(TrainedModel):
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.places = Places(self.optimizer)
-        how = self.noise, self.backend, self.optimizer, lambda: self.eps
+        how = self.noise, self.backend, self.optimizer, lambda: self.eps, self._decaying
         self.directions = Directions(*how, stochastic=self.config.stochastic_rounding)
         self.facts: dict[str, Any] = {}
         self._repeated: Callable[[ZeroOrder], StepRecord] | None = None
@@ -502,12 +502,22 @@ class ZeroOrder(TrainedModel):
             mean_square = 0.0 if self.normaliser is None else self.normaliser.mean_square
             # A log with a step that this rules out could not be read.
             if can_be_applied(coefficients, self.directions.multipliers(self.slots), mean_square):
-                return estimate, probes
+                taken = self.directions.taken_by_decay(len(probes))
+                if taken < 1.0:
+                    return estimate, probes
+                return self._unfit(too_much_decay(taken), before)
         except OverflowError:  # of a coefficient that float32 cannot hold
             pass
+        return self._unfit(unfit([probe.coefficient for probe in measured]), before)
+
+    def _unfit(self, why: Estimate, before: dict[str, float | str] | None) -> tuple[Estimate, tuple[Probe, ...]]:
+        """A skip; the normaliser has seen nothing."""
         if self.normaliser is not None and before is not None:
             self.normaliser.load(before)
-        return unfit([probe.coefficient for probe in measured]), ()
+        return why, ()
+
+    def _decaying(self) -> float:
+        return 1.0 if self.normaliser is None else self.normaliser.decaying(self.normaliser.mean_square)
 
     def _update(self, probes: tuple[Probe, ...]) -> None:
         with self.curves.clock.timed("updates"):

@@ -34,6 +34,10 @@ class Normaliser:
         """What coefficients are divided by; 1 before the first step."""
         return math.sqrt(self.mean_square) if self.count else 1.0
 
+    def decaying(self, mean_square: float) -> float:
+        """What weight decay is multiplied by in a step after which the running mean has this value."""
+        return 1.0
+
     def extra(self, step: int, seeds: Sequence[int], eps: float) -> tuple[Point, ...]:
         """The points that a step measures for the normaliser, after those of the estimator."""
         return ()
@@ -110,6 +114,9 @@ class Curvature(Normaliser):
     the mean begins with a pseudo-sample that makes a first step of rate 1 as long as ``1 / PRIOR``, over all weights
     together; after 16 samples it has a weight of 1/153.
 
+    The rate that multiplies the gradient is ``lr / sqrt(v)``, so weight decay is divided by the same root, as in SGD
+    with that rate; but it is never more than ``lr * weight_decay``, since nearly flat losses have a root near 0.
+
     Attributes:
         size: number of elements that move.
         two_sided: whether the estimator measures both sides of each direction, one after the other.
@@ -122,6 +129,9 @@ class Curvature(Normaliser):
     LEAST_GAIN: ClassVar[float] = 1 / 32
     size: float = 1.0
     two_sided: bool = True
+
+    def decaying(self, mean_square: float) -> float:
+        return 1.0 / max(1.0, math.sqrt(mean_square))
 
     def counts(self, step: int) -> bool:
         return self.count < self.EVERY_STEP or step % self.INTERVAL == 0

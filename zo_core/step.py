@@ -179,6 +179,11 @@ def unfit(coefficients: Sequence[float]) -> Estimate:
     return Estimate((), (), f"a coefficient does not fit float32 ({shown})")
 
 
+def too_much_decay(taken: float) -> Estimate:
+    """Skips a step whose weight decay takes the weights beyond what they are pulled to."""
+    return Estimate((), (), f"weight decay would take away {taken:.3g} times the weights; lower weight_decay or lr")
+
+
 def times(probe: Probe, multiple: float) -> Probe:
     """A multiple of a probe, as a log holds it."""
     return Probe(probe.seed, float32(probe.coefficient * multiple) + 0.0)  # no negative zero

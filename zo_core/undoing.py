@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .brake import Alarm, Done
+from .brake import SHRUNK, SHRUNK_16, Alarm, Done
 from .directions import Directions
 from .errors import StateError
 from .normaliser import Curvature
@@ -49,6 +49,13 @@ def braked(
         return _ended(engine, worse)
     if alarm is None:
         return None
+    if alarm.anew:
+        logger.warning(
+            "%s, as it was after going back to these weights: it is another loss now. The brake begins anew, and the "
+            "learning rate stays",
+            alarm.said(step),
+        )
+        return None
     if braking.mode == "warn":
         lowers = "halves it" if braking.share(alarm) == 0.5 else "takes a quarter of it"
         back = "" if engine.backprop is not None else f"; {said({'brake': 'rollback'})} goes back and {lowers}"
@@ -66,6 +73,7 @@ def braked(
         rollback.factor,
     )
     roll_back(engine, rollback)
+    braking.returned = rollback.to == alarm.step
     return rollback
 
 
@@ -104,6 +112,7 @@ def repeated(engine: Reverting, loss: float | None, rollback: Rollback | None) -
     if alarm is None:
         engine.braking.restart(engine.step_count + 1)
     roll_back(engine, rollback)
+    engine.braking.returned = alarm is not None and rollback.to == alarm.step
 
 
 def _see(engine: Reverting, loss: float | None) -> Alarm | None:
@@ -173,8 +182,10 @@ def note(engine: Reverting, probes: tuple[Probe, ...]) -> None:
         history.forget(step + 1)
         return
     eps = tuple(engine.directions.relative_eps(group) for group in groups)
-    weight_decay = tuple(number(group, "weight_decay", 0.0) for group in groups)
-    history.add(Done(step, probes, lrs, eps, weight_decay, engine.rule, engine.braking.normaliser), engine.seed)
+    weight_decay = tuple(engine.directions.decays())
+    narrow = any(weight_decay) and any(slot.tensor.element_size() < 4 for slot in engine.slots)
+    done = Done(step, probes, lrs, eps, weight_decay, engine.rule, engine.braking.normaliser)
+    history.add(done, engine.seed, SHRUNK_16 if narrow else SHRUNK)
 
 
 def _cost(engine: Reverting, probes: tuple[Probe, ...], lr: float) -> float:

@@ -50,3 +50,19 @@ def test_a_rate_that_is_far_too_high_ends_within_two_percent_of_the_best(times: 
     assert sum(record.rollback is not None for record in records) >= 2
     assert losses[-1] < 1.02 * losses.min()
     assert losses[-1] < 0.7 * records[0].loss
+
+
+@pytest.mark.parametrize("rise", [5.0, 0.5])
+def test_another_loss_is_not_taken_for_a_bad_step_for_ever(rise: float, caplog: pytest.LogCaptureFixture) -> None:
+    """From step 200 on there are other labels and another term in the loss: no weights have the losses of before."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    zo = ZeroOrder(model, lr=1e-2, brake="rollback", seed=1)
+    wanted, x = torch.randn(2, 1, 6), torch.randn(1200, 32, 6)
+    for step in range(1200):
+        y = x[step] @ wanted[int(step >= 200)].t() + 0.5 * torch.randn(32, 1)
+        record = zo.step(lambda step=step, y=y: F.mse_loss(model(x[step]), y) + rise * (step >= 200))
+    said = [entry.getMessage() for entry in caplog.records if "it is another loss now" in entry.getMessage()]
+    assert len(said) == 1
+    assert zo.optimizer.factor >= 0.25, "each time that it goes back halves the rate"
+    assert abs(record.loss - rise - 0.25) < 0.25, "it learns the new labels, up to their noise"

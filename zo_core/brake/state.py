@@ -7,7 +7,7 @@ import math
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 #: further.
 KEPT = 20_000
 KEPT_BYTES = 16 << 20
+#: Updates are kept for as long as weight decay has left more than 1/256 of the weights since then, and half of 16-bit
+#: ones. Going back divides by that share, and the rounding errors of all steps grow with it.
+SHRUNK, SHRUNK_16 = math.log(256.0), math.log(2.0)
 #: Number of steps without any difference between the losses of their probes after which there is a warning.
 AGREEING = 32
 
@@ -72,9 +75,17 @@ class History:
         #: Seed of the run and rule. A step has the number of its frame; ``first_frame`` is that of the first one here.
         self.frames: deque[tuple[int, UpdateRule]] = deque()
         self.first_frame = 0
+        #: Minus the logarithm of what weight decay has left in these updates, at the largest rate of all groups.
+        self.shrunk = 0.0
 
-    def add(self, done: Done, seed: int) -> None:
-        """Adds an update; ``seed`` is the seed of the run."""
+    def add(self, done: Done, seed: int, most: float = SHRUNK) -> None:
+        """Adds an update.
+
+        Args:
+            done: the update.
+            seed: the seed of the run.
+            most: the largest `shrunk`; the oldest updates are dropped until it is met.
+        """
         sizes = len(done.probes), len(done.lrs)
         if sizes != self.sizes:
             self.forget(done.step)
@@ -86,13 +97,16 @@ class History:
         values = *done.lrs, *done.eps, *done.weight_decay, *(done.normaliser or (0.0, -1))
         number = self.first_frame + len(self.frames) - 1
         self.packed.append(_layout(*sizes).pack(done.step, number, *coefficients, *values))
+        self.shrunk += _shrinks(done.lrs, done.weight_decay)
         if len(self.packed) > max(1, min(KEPT, KEPT_BYTES // _layout(*sizes).size)):
             self.drop_before(_step(self.packed[1]))
+        while self.packed and self.shrunk > most:
+            self.drop_before(_step(self.packed[0]) + 1)
 
     def drop_before(self, step: int) -> None:
         """Drops the updates before a step."""
         while self.packed and _step(self.packed[0]) < step:
-            self.packed.popleft()
+            self._less(self.packed.popleft())
         self.floor = max(self.floor, step)
         while self.packed and self.first_frame < int.from_bytes(self.packed[0][8:12], "little"):
             self.frames.popleft()
@@ -108,7 +122,9 @@ class History:
         probes, groups = self.sizes
         layout, found = _layout(probes, groups), []
         while self.packed and _step(self.packed[-1]) >= step:
-            at, frame, *values, mean, count = layout.unpack(self.packed.pop())
+            last = self.packed.pop()
+            self._less(last)
+            at, frame, *values, mean, count = layout.unpack(last)
             seed, rule = self.frames[frame - self.first_frame]
             directions = tuple(Probe(seed_of(seed, at, i), c) for i, c in enumerate(values[:probes]))
             lrs, eps, weight_decay = (tuple(values[probes + i * groups :][:groups]) for i in range(3))
@@ -116,17 +132,27 @@ class History:
             found.append(Done(at, directions, lrs, eps, weight_decay, rule, normaliser))
         return found[::-1]
 
+    def _less(self, packed: bytes) -> None:
+        """Takes what an update that is no longer here has shrunk out of `shrunk`."""
+        probes, groups = self.sizes
+        if not self.packed:
+            self.shrunk = 0.0
+        elif self.shrunk:
+            values = _layout(probes, groups).unpack(packed)[2 + probes : -2]
+            self.shrunk = max(0.0, self.shrunk - _shrinks(values[:groups], values[2 * groups :]))
+
     def saved(self) -> dict[str, Any]:
         """The updates as plain values; packed ones as a string, which every checkpoint can hold."""
         data = b"".join(self.packed).decode("latin-1")
         frames = [[seed, RULES.describe(rule)] for seed, rule in self.frames]
-        first = {"floor": self.floor, "first_frame": self.first_frame}
+        first = {"floor": self.floor, "first_frame": self.first_frame, "shrunk": self.shrunk}
         return {**first, "sizes": list(self.sizes), "frames": frames, "packed": data}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `saved` returned."""
         self.forget(saved["floor"])
         self.first_frame, self.sizes = saved["first_frame"], tuple(saved["sizes"])
+        self.shrunk = saved.get("shrunk", 0.0)
         self.frames.extend((seed, RULES.resolve(rule)) for seed, rule in saved["frames"])
         data, size = saved["packed"].encode("latin-1"), _layout(*self.sizes).size
         self.packed.extend(data[at : at + size] for at in range(0, len(data), size))
@@ -134,6 +160,12 @@ class History:
 
 def _step(packed: bytes) -> int:
     return int.from_bytes(packed[:8], "little")
+
+
+def _shrinks(lrs: Sequence[float], weight_decays: Sequence[float]) -> float:
+    """Minus the logarithm of what the weight decay of a step leaves; infinite if that is nothing."""
+    most = max(lr * decay for lr, decay in zip(lrs, weight_decays, strict=True))
+    return -math.log1p(-most) if most < 1.0 else math.inf
 
 
 class Braking:
@@ -148,6 +180,7 @@ class Braking:
         history: the updates since the best block, if the brake may have to revert them.
         next_step: the step that `see` expects; None before the first one.
         normaliser: state of the step normaliser before the step in progress, as in `Done`.
+        returned: whether the statistics began again with the weights of the best block, and have raised no alarm since.
         logged_from: first step of the seed log; updates before it are not reverted, as a replay could not do so.
     """
 
@@ -162,6 +195,7 @@ class Braking:
         self.next_step: int | None = None
         self.normaliser: tuple[float, int] | None = None
         self.brake, self.trust, self.history = Brake(), Trust(), History()
+        self.returned = False
 
     def see(self, step: int, loss: float | None) -> Alarm | None:
         """Takes the loss of a step; returns an alarm if it has risen, or has fallen by less than it should have.
@@ -173,11 +207,15 @@ class Braking:
         """
         if step != self.next_step:
             self.brake, self.trust, self.history = Brake(step), Trust(), History(step)
+            self.returned = False
         self.next_step = step + 1
         if self.mode is None or loss is None:
             return None
         logged = in_float32(loss)
         alarm = self.brake.see(step, logged) or self.trust.see(step, logged, self._best(step))
+        if alarm is not None and self.returned and alarm.at_once:
+            self.brake, self.trust, self.returned = Brake(step + 1), Trust(), False
+            return replace(alarm, anew=True)
         if alarm is None:
             self.history.drop_before(self.brake.earliest() if self.brake.learnt else self.brake.start)
         else:
@@ -204,6 +242,7 @@ class Braking:
         """Begins the tests again at a step, after an alarm; the best blocks are kept."""
         self.brake.restart(step)
         self.trust.restart()
+        self.returned = False
 
     def goal(self, alarm: Alarm) -> int:
         """The step to go back to, given an alarm."""
@@ -243,7 +282,8 @@ class Braking:
         if self.next_step is None:
             return {}
         tests = {"brake": self.brake.saved(), "trust": self.trust.saved()}
-        return {"next_step": self.next_step, **tests, "history": self.history.saved()}
+        returned = {"returned": True} if self.returned else {}
+        return {"next_step": self.next_step, **tests, "history": self.history.saved(), **returned}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `saved` returned."""
@@ -253,3 +293,4 @@ class Braking:
             self.brake.load(saved["brake"])
             self.trust.load(saved.get("trust", {}))
             self.history.load(saved["history"])
+            self.returned = saved.get("returned", False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..noise.direction import FLOAT32_MAX, float32
@@ -39,6 +39,9 @@ STARTS, AFTER = (1, 2, 4, 8), (32, 64, 128, 256)
 MULTIPLES = dict(zip(STARTS, (300.0, 50.0, 20.0, 10.0), strict=True))
 #: A rise has to exceed this fraction of the best loss.
 RISE = 0.01
+#: How many standard deviations a single loss is above the best block if the weights are not to blame: with the weights
+#: of that block, chance does this once in 700 times, and then the statistics begin anew at weights that are no worse.
+AT_ONCE = 3.0
 #: Number of consecutive losses that raise an alarm at once.
 BURST = 3
 
@@ -121,12 +124,17 @@ class Alarm:
         step: the step in the middle of the best block; the weights before this step are the best ones.
         loss: mean of the losses that are worse.
         reason: what was noticed, for a message.
+        at_once: whether the first loss since the statistics began again was far above the best block, which is from
+            before that.
+        anew: whether it is another loss now, so that there is nothing to go back to.
     """
 
     best: float
     step: int
     loss: float
     reason: str
+    at_once: bool = field(default=False, kw_only=True)
+    anew: bool = field(default=False, kw_only=True)
 
     def said(self, step: int) -> str:
         """Describes the alarm, which was raised at a step."""
@@ -174,8 +182,16 @@ class Brake:
         """
         alarm = self._seen(step, loss) if math.isfinite(loss) else self._not_finite(step, loss)
         if alarm is not None:
+            alarm = replace(alarm, at_once=self._at_once())
             self.restart(step + 1)
         return alarm
+
+    def _at_once(self) -> bool:
+        best = self.goal()
+        if best is None or best.last >= self.first or not self.early:
+            return False
+        first = self.early[0]
+        return _rise(first, best.mean, RISE) and first > best.mean + AT_ONCE * math.sqrt(best.variance)
 
     def earliest(self) -> int:
         """The earliest step that an alarm could name."""

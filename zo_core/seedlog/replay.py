@@ -277,7 +277,7 @@ def _parts(engine: ZeroOrder, before: Iterable[LoggedStep], steps: Iterable[Logg
         undone = _revert(entry, kept)
         if entry.merged or undone:
             rules = RULES.describe(engine.rule)
-            parts.append(Part(entry.merged, tuple(_done(step, _rule(step, engine, rules)) for step in undone)))
+            parts.append(Part(entry.merged, tuple(_done(engine, step, _rule(step, engine, rules)) for step in undone)))
         if not entry.skipped:
             parts[-1].steps.append(entry)
     return parts
@@ -293,9 +293,15 @@ def _revert(entry: LoggedStep, kept: list[LoggedStep]) -> list[LoggedStep]:
     return undone[::-1]
 
 
-def _done(entry: LoggedStep, rule: UpdateRule) -> Done:
-    settings = entry.settings
-    return Done(entry.step, entry.probes, entry.lrs, settings.eps, settings.weight_decay, rule)
+def _done(engine: ZeroOrder, entry: LoggedStep, rule: UpdateRule) -> Done:
+    return Done(entry.step, entry.probes, entry.lrs, entry.settings.eps, _decays(engine, entry), rule)
+
+
+def _decays(engine: ZeroOrder, entry: LoggedStep) -> tuple[float, ...]:
+    """The weight decay of each group, as a step has applied it."""
+    state, decays = entry.normaliser, entry.settings.weight_decay
+    factor = 1.0 if engine.normaliser is None or state is None else engine.normaliser.decaying(state)
+    return tuple(decay * factor for decay in decays)
 
 
 def _advance_slot(
@@ -329,7 +335,7 @@ def _moves(engine: ZeroOrder, slot: Slot, index: int, steps: Sequence[LoggedStep
     for entry in steps:
         group = entry.settings.group_of[index]
         settings = entry.settings
-        how = settings.eps[group], entry.lrs[group], settings.weight_decay[group]
+        how = settings.eps[group], entry.lrs[group], _decays(engine, entry)[group]
         _, direction, lr, weight_decay = engine.directions.move(slot, entry.probes, *how)
         if direction.still:
             advance(slot.tensor.numel())
