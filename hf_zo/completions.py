@@ -15,6 +15,9 @@ from zo_core import derive_seed
 
 from .reward_config import ZORewardConfig
 
+#: Sums of logged numbers by name, each with how many were added: what is kept of the steps between two logs.
+Sums = dict[str, tuple[float, int]]
+
 
 @dataclass
 class Answer:
@@ -193,6 +196,15 @@ def means(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
         if isinstance(value, float):
             found.setdefault(name, []).append(value)
     return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def added(one: Sums, other: Sums) -> Sums:
+    """The sums over both: over what was logged before and now, or in several processes."""
+    result = dict(one)
+    for name, (total, count) in other.items():
+        known, times = one.get(name, (0.0, 0))
+        result[name] = known + total, times + count
+    return result
 
 
 def _spread(mean: str, std: str, values: list[float]) -> dict[str, float]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, enable_full_determinism, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from zo_core import ConfigError, LossError, LowRank, ZeroOrder, ZOConfig
 
-from .completions import Answer, Completer, compared, means, numbers, score, unanswered, without_spread
+from .completions import Answer, Completer, Sums, added, compared, means, numbers, score, unanswered, without_spread
 from .grpo_names import refused
 from .loss_calls import LossCall
 from .mixin import ZOTrainerMixin
@@ -199,6 +200,8 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
                 "zo_config has estimator='spsa', which is the default of ZOConfig and not that of ZORewardConfig; "
                 "write ZOConfig(estimator='es', noise='low_rank', ...) for evolution strategies"
             )
+        # Trainer does the same, but later: an adapter that begins elsewhere cannot resume from the seed log.
+        enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
         if isinstance(model, str):
             how = {} if quantization_config is None else {"quantization_config": quantization_config}
             model = AutoModelForCausalLM.from_pretrained(model, **init, **how)
@@ -210,7 +213,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             model = get_peft_model(model, peft_config)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = [ends] if isinstance(ends, int) else ends or []
-        self._zo_lines: list[dict[str, float]] = []
+        self._zo_sums: Sums = {}
         self._zo_last: tuple[Sequence[Answer], Sequence[tuple[str, Any]]] = (), ()
         super().__init__(
             rewards=RewardFunctions(
@@ -238,6 +241,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
         return super()._resolve_config(config).replace(maximize=True)
 
     def _zo_engine(self, model: nn.Module, given: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        self._zo_sums = {}  # an earlier run may have stopped between two logs
         made = super()._zo_engine(model, given)
         assert self.zo is not None
         plain = isinstance(self.zo.noise.plain, LowRank) and all(slot.scaling is None for slot in self.zo.slots)
@@ -248,18 +252,18 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
     # The step
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        self._metrics = _nothing()
+        self._metrics, self._zo_last = _nothing(), ((), ())  # a step that is repeated or skipped has no completions
         loss = super().training_step(model, inputs, num_items_in_batch)
         assert self.zo is not None
         # The first step runs one member twice, to compare; a repeated step may run the unperturbed model, to draw.
         answers = self._metrics["answers"]
         answers = answers[len(answers) % self.zo.point_count :]
-        if answers:
+        if answers and not loss.isnan():  # else a query has failed, and the step is skipped
             self._zo_last = [each for member in answers for each in member], self._metrics["own"]
             found = numbers(self._zo_last[0], self.rewards.names) | means(self._metrics["own"])
             if self.zo_config.ranks != "points" or self.accelerator.num_processes == 1:  # a whole population is here
                 found["frac_reward_zero_std"] = without_spread(answers)
-            self._zo_lines.append(found)
+            self._zo_sums = added(self._zo_sums, {name: (number, 1) for name, number in found.items()})
         return loss
 
     def _measure(self, zo: ZeroOrder, watching: Callable[[], Any], call: LossCall) -> Tensor:
@@ -283,9 +287,9 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            lines, self._zo_lines = self._zo_lines, []
-            logs.update(means([pair for line in gather_object(lines) for pair in line.items()]))
-            if self.args.log_completions and self.is_world_process_zero():
+            sums, self._zo_sums = reduce(added, gather_object([self._zo_sums])), {}
+            logs.update({name: total / count for name, (total, count) in sums.items()})
+            if self.args.log_completions and self._zo_last[0] and self.is_world_process_zero():
                 self._log_completions(*self._zo_last)
         super().log(logs, *args, **kwargs)
 

@@ -20,6 +20,17 @@ def words(completions: list[str], **_: Any) -> list[float]:
     return [sum(number % 2 == 0 for number in each) / max(1, len(each)) for each in ids]
 
 
+class Seen:
+    """Keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, **given: Any) -> list[float]:
+        self.calls.append(given)
+        return words(**given)
+
+
 def reward_trainer(
     path: Path, tokenizer: Any, rewards: Any = words, cls: type[Any] = ZORewardTrainer, **own: Any
 ) -> Any:

@@ -1,8 +1,7 @@
-"""Law: a run on rewards is evolution strategies on what the model generates, and calls rewards as TRL does."""
+"""Law: a run on rewards is evolution strategies on what the model generates, and its logs are of its own steps."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 from pathlib import Path
@@ -13,26 +12,12 @@ import torch
 from hf_helpers import differing, logged, weights
 from models import tiny
 from peft import LoraConfig
-from reward_helpers import PROMPTS, reward_trainer, words
-from torch import nn
+from reward_helpers import PROMPTS, Seen, reward_trainer, words
 from transformers import TrainerCallback
 
-from hf_zo.completions import Answer, compared, score
-from hf_zo.reward_functions import RewardFunctions
-from zo_core import LossError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
+from zo_core import QueryError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags.*")
-
-
-class Seen:
-    """Keeps what it is called with."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, **given: Any) -> list[float]:
-        self.calls.append(given)
-        return words(**given)
 
 
 # What the trainer does
@@ -135,6 +120,21 @@ def test_adapters_are_trained_alone(tmp_path: Path, tokenizer: Any) -> None:
     assert all("lora_" in name for name in moved)
 
 
+def test_adapters_begin_the_same_in_every_process(tmp_path: Path, tokenizer: Any) -> None:
+    peft = LoraConfig(task_type="CAUSAL_LM", r=2)
+    own = {"peft_config": peft, "zo_eps": 0.5, "zo_num_probes": 2, "max_completion_length": 3, "max_steps": 4}
+    torch.manual_seed(1)  # a process comes to the trainer with whatever it has drawn before
+    whole = reward_trainer(tmp_path / "whole", tokenizer, **own)
+    whole.train()
+    torch.manual_seed(2)
+    with pytest.raises(KeyboardInterrupt):
+        reward_trainer(tmp_path / "cut", tokenizer, callbacks=[Kill()], **own).train()
+    torch.manual_seed(3)
+    cut = reward_trainer(tmp_path / "cut", tokenizer, **own)
+    cut.train(resume_from_checkpoint=True)
+    assert not differing(weights(whole.model), weights(cut.model))
+
+
 def test_streamed_weights_move_as_resident_ones(tmp_path: Path, tokenizer: Any) -> None:
     here = reward_trainer(tmp_path / "here", tokenizer)
     away = reward_trainer(tmp_path / "away", tokenizer, zo_offload="cpu")
@@ -181,6 +181,66 @@ def test_logs_have_the_rewards_of_the_population_and_evaluations_those_of_the_mo
     assert metrics["eval_loss"] == -metrics["eval_reward"]
 
 
+def test_logs_begin_anew_with_each_run_and_keep_one_sum_of_each_number(tmp_path: Path, tokenizer: Any) -> None:
+    more = 0.0
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [more + share for share in words(completions)]
+
+    own = {"zo_num_probes": 2, "max_completion_length": 3}
+    trainer = reward_trainer(tmp_path, tokenizer, reward, max_steps=5, logging_steps=3, **own)
+    trainer.train()
+    more = 100.0
+    trainer.train()
+    assert logged(trainer, "reward") == pytest.approx([-loss for loss in logged(trainer, "loss")])
+    assert logged(trainer, "reward")[-1] > 100
+    total, count = trainer._zo_sums["reward"]  # of steps 4 and 5, which no log has
+    assert count == 2
+    assert total == pytest.approx(sum(-step.loss for step in SeedLog.read(tmp_path / "out" / "seedlog.zo").steps[3:]))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["new process", "same process"])
+def test_completions_of_repeated_steps_stay_as_they_were_logged(same: bool, tmp_path: Path, tokenizer: Any) -> None:
+    def written() -> dict[str, str]:
+        return {path.name: path.read_text() for path in (tmp_path / "out" / "completions").iterdir()}
+
+    own = {"max_steps": 4, "log_completions": True, "zo_num_probes": 2, "max_completion_length": 3}
+    trainer = reward_trainer(tmp_path, tokenizer, callbacks=[Kill()], **own)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    before = written()
+    assert sorted(before) == ["completions_00001.jsonl", "completions_00002.jsonl"]
+    if same:
+        trainer.remove_callback(Kill)
+    else:
+        trainer = reward_trainer(tmp_path, tokenizer, **own)
+    trainer.train(resume_from_checkpoint=True)
+    after = written()
+    assert sorted(after) == [*sorted(before), "completions_00004.jsonl"]
+    assert before.items() <= after.items()
+    assert all(json.loads(line)["step"] == 4 for line in after["completions_00004.jsonl"].splitlines())
+
+
+@pytest.mark.parametrize(("failing", "kept"), [(3, [2, 3]), (5, [1, 3])])  # the first step asks three times, not twice
+def test_a_step_that_is_skipped_has_no_completions(
+    failing: int, kept: list[int], tmp_path: Path, tokenizer: Any
+) -> None:
+    calls: list[Any] = []
+
+    def judge(completions: list[str], **_: Any) -> list[float]:
+        calls.append(completions)
+        if len(calls) == failing:
+            raise QueryError("no judge")
+        return words(completions)
+
+    own = {"log_completions": True, "zo_num_probes": 2, "max_completion_length": 3}
+    trainer = reward_trainer(tmp_path, tokenizer, judge, max_steps=3, **own)
+    trainer.train()
+    names = sorted(path.name for path in (tmp_path / "out" / "completions").iterdir())
+    assert names == [f"completions_{step:05d}.jsonl" for step in kept]
+    assert [line["step"] for line in trainer.state.log_history if "reward" in line] == kept
+
+
 def test_an_evaluation_of_no_rows_reports_no_rewards(tmp_path: Path, tokenizer: Any) -> None:
     metrics = reward_trainer(tmp_path, tokenizer).evaluate(eval_dataset=[])
     assert not [name for name in metrics if "reward" in name or "completions" in name]
@@ -192,200 +252,3 @@ def test_an_evaluation_weighs_a_smaller_last_batch_by_its_rows(tmp_path: Path, t
 
     trainer = reward_trainer(tmp_path, tokenizer, mine, eval_dataset=PROMPTS[:5], per_device_eval_batch_size=4)
     assert trainer.evaluate()["eval_reward"] == 2.0
-
-
-# How reward functions are called
-
-
-def test_functions_get_columns_by_name_and_the_state_of_the_trainer(tmp_path: Path, tokenizer: Any) -> None:
-    seen = Seen()
-    trainer = reward_trainer(tmp_path, tokenizer, seen, max_steps=1)
-    trainer.train()
-    call = seen.calls[0]
-    documented = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
-    assert set(call) == {*documented, "wanted"}
-    assert call["trainer_state"] is trainer.state
-    by_prompt = {row["prompt"]: row["wanted"] for row in PROMPTS}
-    assert call["wanted"] == [by_prompt[prompt] for prompt in call["prompts"]]
-    decoded = tokenizer.batch_decode(call["completion_ids"], skip_special_tokens=True)
-    assert call["completions"] == decoded
-
-
-def test_conversations_are_completed_by_messages(tmp_path: Path, tokenizer: Any) -> None:
-    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
-    tokenizer.chat_template = template
-    seen: list[Any] = []
-
-    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        seen.append((prompts, completions))
-        return words([messages[0]["content"] for messages in completions])
-
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS]
-    try:
-        trainer = reward_trainer(tmp_path, tokenizer, reward, train_dataset=rows, max_steps=1)
-        trainer.train()
-        plain = trainer.completer(tiny("llama", tied=False), ["w1 w9"], 1, 42, 0)
-        talked = trainer.completer(tiny("llama", tied=False), [[{"role": "user", "content": "w1"}]], 1, 42, 0)
-    finally:
-        tokenizer.chat_template = None
-    prompts, completions = seen[0]
-    assert all(prompt in [row["prompt"] for row in rows] for prompt in prompts)
-    assert all(messages[0]["role"] == "assistant" and len(messages) == 1 for messages in completions)
-    assert plain[0].ids == talked[0].ids
-
-
-def test_what_a_function_does_to_a_conversation_stays_its_own() -> None:
-    def spoil(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        for prompt, completion in zip(prompts, completions, strict=True):
-            prompt += completion
-            completion.clear()
-        return [float(len(prompt)) for prompt in prompts]
-
-    prompt = [{"role": "user", "content": "w1"}]
-    given = {"prompts": [prompt, prompt], "completions": [[{"role": "assistant", "content": str(i)}] for i in range(2)]}
-    assert RewardFunctions([spoil, spoil])(given) == [[2.0, 2.0], [2.0, 2.0]]
-    assert len(prompt) == 1
-
-
-def columns(*completions: str) -> dict[str, list[Any]]:
-    count = len(completions)
-    return {"prompts": ["p"] * count, "completions": list(completions), "completion_ids": [[0]] * count}
-
-
-def test_asynchronous_functions_run_at_the_same_time_and_in_one_loop() -> None:
-    loops, both = set(), None
-
-    async def meet(completions: list[str], **_: Any) -> list[float]:
-        nonlocal both
-        both = both or asyncio.Barrier(2)
-        await asyncio.wait_for(both.wait(), 10)
-        loops.add(asyncio.get_running_loop())
-        return [1.0] * len(completions)
-
-    functions = RewardFunctions([meet, len_of, meet])
-    for _ in range(2):
-        assert functions(columns("a", "bc")) == [[1.0, 1.0], [1.0, 2.0], [1.0, 1.0]]
-    assert len(loops) == 1
-    assert functions.names == ["meet_1", "len_of", "meet_2"]
-
-
-def len_of(completions: list[str], **_: Any) -> list[int]:
-    return [len(text) for text in completions]
-
-
-def test_none_leaves_a_function_out_for_that_completion() -> None:
-    def first(completions: list[str], **_: Any) -> list[float | None]:
-        return [3.0, None, None]
-
-    def second(completions: list[str], **_: Any) -> torch.Tensor:
-        return torch.tensor([1.0, 5.0, 7.0])
-
-    functions = RewardFunctions([first, second], [2.0, 0.5])
-    rewards = functions(columns("a", "b", "c"))
-    assert [functions.total(row) for row in zip(*rewards, strict=True)] == [6.5, 2.5, 3.5]
-    assert RewardFunctions(first).total([None]) is None
-
-
-def test_a_member_without_a_reward_is_neither_better_nor_worse_for_it() -> None:
-    def answer(total: float | None) -> Answer:
-        return Answer("p", ["c"], [[1]], [True], [[total]], [total])
-
-    # The second prompt is an easy one: leaving it out of a mean would punish the member that has none for it.
-    members = [[answer(0.0), answer(1.0)], [answer(0.0), answer(1.0)], [answer(0.0), answer(None)]]
-    assert compared(members) == [0.5, 0.5, 0.5]
-    assert [score(member) for member in members] == [0.5, 0.5, 0.0]
-    assert score([answer(None)]) == 0.0
-
-
-def test_scores_are_compared_by_prompt_where_rewards_are_missing(tmp_path: Path, tokenizer: Any) -> None:
-    calls = iter(range(100))
-
-    def reward(prompts: list[str], **_: Any) -> list[float | None]:
-        member = next(calls)
-        easy = [float(prompt == PROMPTS[0]["prompt"]) for prompt in prompts]
-        return [None if value and member == 3 else value for value in easy]
-
-    start = weights(tiny("llama", tied=False))
-    trainer = reward_trainer(tmp_path, tokenizer, reward, train_dataset=PROMPTS[:4], max_steps=1)
-    trainer.train()
-    assert logged(trainer, "zo_skipped_steps") == [1.0]  # all agree wherever they have a reward
-    assert not differing(start, weights(trainer.model))
-
-
-def test_a_classifier_is_a_reward_model() -> None:
-    class Tokens:
-        pad_token, eos_token, pad_token_id = "<pad>", "</s>", 0
-
-        def __call__(self, texts: list[str], **_: Any) -> Any:
-            return Inputs(lengths=torch.tensor([len(text) for text in texts]))
-
-    class Inputs(dict[str, Any]):
-        def to(self, device: Any) -> Inputs:
-            return self
-
-    class Classifier(nn.Module):
-        class config:
-            name_or_path, pad_token_id = "someone/judge", None
-
-        device = torch.device("cpu")
-
-        def forward(self, lengths: torch.Tensor) -> Any:
-            return type("Output", (), {"logits": lengths[:, None].float()})
-
-    functions = RewardFunctions(Classifier(), tokenizers=Tokens())
-    assert functions.names == ["judge"]
-    assert functions(columns("a", "bcd")) == [[2.0, 4.0]]
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("bad", "said"),
-    [
-        (lambda good: good[:-1], "'judge' returned 3 rewards for 4 completions"),
-        (lambda good: good[0], "'judge' returned a float"),
-        (lambda good: [*good[:-1], float("nan")], "'judge' returned nan for completion 3"),
-        (lambda good: [*good[:-1], float("inf")], "'judge' returned inf for completion 3"),
-        (lambda good: [*good[:-1], "high"], "'judge' returned 'high' for completion 3"),
-    ],
-)
-def test_a_wrong_result_of_any_member_names_the_function_and_moves_nothing(
-    tmp_path: Path, tokenizer: Any, bad: Any, said: str
-) -> None:
-    calls = []
-
-    def judge(completions: list[str], **_: Any) -> Any:
-        calls.append(completions)
-        good = words(completions)
-        return bad(good) if len(calls) == 4 else good
-
-    trainer = reward_trainer(tmp_path, tokenizer, judge)
-    start = weights(trainer.model)
-    with pytest.raises(LossError, match=said):
-        trainer.train()
-    assert not differing(start, weights(trainer.model))
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_an_exception_of_any_member_names_the_function_and_moves_nothing(
-    tmp_path: Path, tokenizer: Any, asynchronous: bool
-) -> None:
-    calls: list[Any] = []
-
-    def judge(completions: list[str], **_: Any) -> list[float]:
-        calls.append(completions)
-        if len(calls) == 4:
-            raise ZeroDivisionError("no judge")
-        return words(completions)
-
-    async def later(**given: Any) -> list[float]:
-        return judge(**given)
-
-    trainer = reward_trainer(tmp_path, tokenizer, later if asynchronous else judge)
-    start = weights(trainer.model)
-    with pytest.raises(ZeroDivisionError, match="no judge") as raised:
-        trainer.train()
-    assert f"The reward function {'later' if asynchronous else 'judge'!r} raised this" in raised.value.__notes__[0]
-    assert not differing(start, weights(trainer.model))
-    trainer.train()  # the next run is not disturbed
