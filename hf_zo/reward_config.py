@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -123,8 +123,16 @@ class ZORewardConfig(ZOTrainingArguments):
             problems += self._generation_problems()
         if self.remove_unused_columns:
             problems.append("remove_unused_columns=True would keep columns from the reward functions; leave it out")
+        accelerated: Any = self.accelerator_config
+        if accelerated.dispatch_batches:
+            problems.append(
+                "accelerator_config: dispatch_batches=True would split batches as tensors, and prompts are texts; "
+                "leave it out"
+            )
         if problems:
             raise ConfigError(problems)
+        # Left out, it would be True for the stream of an iterable data set.
+        self.accelerator_config = replace(accelerated, dispatch_batches=False)
 
     @property
     def _sampled(self) -> bool:

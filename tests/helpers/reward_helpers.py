@@ -7,11 +7,19 @@ from typing import Any
 
 from hf_helpers import arguments
 from models import tiny
+from torch.utils.data import IterableDataset
 from trl_helpers import sentence
 
 from hf_zo import ZORewardConfig, ZORewardTrainer
 
 PROMPTS = [{"prompt": sentence(index, 2 + index % 3), "wanted": f"w{index}"} for index in range(8)]
+
+
+class Stream(IterableDataset[Any]):
+    """The rows of `PROMPTS`, in order."""
+
+    def __iter__(self) -> Any:
+        return iter(PROMPTS)
 
 
 def words(completions: list[str], **_: Any) -> list[float]:

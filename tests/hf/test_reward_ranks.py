@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import tiny
 from processes import Raised, together
-from reward_helpers import reward_trainer
+from reward_helpers import PROMPTS, Stream, reward_trainer
 from torch.utils.data import SequentialSampler
 
 from hf_zo import ZORewardTrainer
@@ -64,10 +64,12 @@ def test_members_of_one_population_in_two_processes(tmp_path: Path, tokenizer: A
     assert equal(model.state_dict(), alone["state"])
 
 
-def test_prompts_of_one_batch_in_two_processes(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("rows", [PROMPTS, Stream()], ids=["list", "stream"])
+def test_prompts_of_one_batch_in_two_processes(rows: Any, tmp_path: Path, tokenizer: Any) -> None:
     """The score of a member is the mean over the prompts of both, as it is over two micro-batches of one process."""
-    first, second = in_two(tmp_path, tokenizer, zo_ranks="data", per_device_train_batch_size=2)
-    own = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    given = {"zo_ranks": "data", "per_device_train_batch_size": 2, "train_dataset": rows, "max_steps": 2}
+    first, second = in_two(tmp_path, tokenizer, **given)
+    own = {"train_dataset": rows, "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     alone = train(tmp_path / "alone", tokenizer, **own)
     assert equal(first["state"], second["state"])
     assert equal(first["state"], alone["state"])

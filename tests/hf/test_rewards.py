@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from hf_helpers import differing, logged, weights
 from models import tiny
 from peft import LoraConfig
-from reward_helpers import PROMPTS, Seen, reward_trainer, words
+from reward_helpers import PROMPTS, Seen, Stream, reward_trainer, words
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
+from hf_zo import ZORewardTrainer
 from zo_core import QueryError, Rademacher, SeedLog, ZeroOrder, ZOConfig, derive_seed, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags.*")
@@ -133,6 +136,26 @@ def test_adapters_begin_the_same_in_every_process(tmp_path: Path, tokenizer: Any
     cut = reward_trainer(tmp_path / "cut", tokenizer, **own)
     cut.train(resume_from_checkpoint=True)
     assert not differing(weights(whole.model), weights(cut.model))
+
+
+class Ordered(ZORewardTrainer):
+    """Takes the rows of a data set in order, as those of a stream come."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def test_rows_of_a_stream_are_trained_on_and_evaluated_as_those_of_a_list(tmp_path: Path, tokenizer: Any) -> None:
+    own = {"max_steps": 2, "zo_num_probes": 2, "max_completion_length": 3, "per_device_eval_batch_size": 3}
+    rows = reward_trainer(tmp_path / "rows", tokenizer, cls=Ordered, **own)
+    rows.train()
+    for stream in (Stream(), Dataset.from_list(PROMPTS).to_iterable_dataset()):
+        given = {"train_dataset": stream, "eval_dataset": stream, **own}
+        streamed = reward_trainer(tmp_path / "stream", tokenizer, **given)
+        streamed.train()
+        assert not differing(weights(rows.model), weights(streamed.model))
+        wanted = rows.evaluate(PROMPTS)["eval_reward"]
+        assert streamed.evaluate()["eval_reward"] == rows.evaluate(stream)["eval_reward"] == wanted
 
 
 def test_streamed_weights_move_as_resident_ones(tmp_path: Path, tokenizer: Any) -> None:
