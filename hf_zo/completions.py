@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zo_core import derive_seed
+from zo_core import ConfigError, derive_seed
 
 from .reward_config import ZORewardConfig
 
@@ -75,6 +75,14 @@ class Completer:
         found = self.tokenizer(
             texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
         )
+        lengths = found["attention_mask"].sum(1).tolist()
+        if not all(lengths):
+            raise ConfigError(
+                [
+                    f"the prompt {prompts[lengths.index(0)]!r} has no tokens; write at least one, for example "
+                    f"{self.tokenizer.bos_token or self.tokenizer.eos_token!r}"
+                ]
+            )
         return {name: found[name].to(device) for name in ("input_ids", "attention_mask")}
 
     def __call__(self, model: nn.Module, prompts: Sequence[Any], times: int, seed: int, step: int) -> list[Answer]:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -20,9 +21,6 @@ from zo_core import ConfigError, LossError
 
 #: One reward function's rewards of several completions; None where it does not apply.
 Rewards = list[float | None]
-
-#: Columns of the data set that reward functions get under names of their own.
-NAMED = ("prompt", "completion", "completion_ids")
 
 
 class RewardFunctions:
@@ -117,8 +115,9 @@ class RewardFunctions:
     def _await(self, waiting: list[Awaitable[Any]], names: list[str]) -> list[Any]:
         """Runs coroutines in the one loop that all calls share: clients that a function keeps belong to their loop."""
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()  # a thread of its own, as a notebook has a loop that runs already
-            threading.Thread(target=self._loop.run_forever, name="reward-functions", daemon=True).start()
+            self._loop = loop = asyncio.new_event_loop()  # a thread of its own, as a notebook's loop runs already
+            threading.Thread(target=_run, args=(loop,), name="reward-functions", daemon=True).start()
+            weakref.finalize(self, loop.call_soon_threadsafe, loop.stop)
 
         async def named(one: Awaitable[Any], name: str) -> Any:
             try:
@@ -199,8 +198,18 @@ def _noted(error: Exception, name: str) -> Exception:
     return error
 
 
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
 def _checked(name: str, rewards: Any, count: int) -> Rewards:
     if isinstance(rewards, Tensor) or type(rewards).__module__ == "numpy":
+        if rewards.ndim > 1:
+            raise LossError(
+                f"the reward function {name!r} returned an array of the shape {list(rewards.shape)}; return one of the "
+                f"shape [{count}], with one number for each completion"
+            )
         rewards = rewards.tolist()
     if not isinstance(rewards, (list, tuple)):
         raise LossError(

@@ -22,7 +22,8 @@ from .grpo_names import refused
 from .loss_calls import LossCall
 from .mixin import ZOTrainerMixin
 from .reward_config import ZORewardConfig
-from .reward_functions import NAMED, RewardFunctions, shared_of
+from .reward_functions import RewardFunctions, shared_of
+from .reward_rows import NAMED, check_batch, check_first
 
 logger = logging.getLogger("hf_zo")
 
@@ -48,6 +49,7 @@ class Scoring(Trainer):
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]], times: int, step: int) -> list[Answer]:
         """Completes the prompts of some rows ``times`` times each, and has the completions rewarded."""
+        check_batch(rows)
         inner = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         answers = self.completer(inner, [row["prompt"] for row in rows], times, self.args.seed, step)
         columns = {
@@ -133,7 +135,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             conversational prompts the completions are conversations, too. A sequence classifier, or the name of one,
             is a reward model.
         args: a `ZORewardConfig`; None makes one.
-        train_dataset: rows with a column ``prompt`` of texts or conversations.
+        train_dataset: rows with a column ``prompt`` of texts or conversations: a list, a data set or a stream.
         eval_dataset: rows of the same kind, whose rewards evaluations report.
         processing_class: the tokenizer; None loads that of the model's name.
         reward_processing_classes: the tokenizers of reward models.
@@ -178,7 +180,7 @@ class ZORewardTrainer(ZOTrainerMixin, Scoring):
             raise ConfigError([f"args is a {type(args).__name__}; pass a ZORewardConfig, which has the same names"])
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         for each in (train_dataset, *evaluated):
-            _check_rows(each)
+            check_first(each)
         init: Any = {**(args.model_init_kwargs or {})}  # type: ignore[dict-item]
         template: Any = args.chat_template_kwargs
         if init and not _named(model, reward_funcs):
@@ -328,14 +330,3 @@ def _rows(rows: list[Any]) -> Any:
 def _nothing() -> dict[str, list[Any]]:
     """What is collected while closures run. `auto_lr.unnoticed` restores it after trial runs, by its name in TRL."""
     return {"answers": [], "own": [], "evaluated": []}
-
-
-def _check_rows(rows: Any) -> None:
-    """Raises `ConfigError` if rows have no prompts; those of a stream are seen when they come."""
-    if rows is None or not hasattr(rows, "__len__") or not len(rows):
-        return
-    row = rows[0]
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), (str, list)):
-        raise ConfigError(
-            [f"a row of the data set is {row!r:.200}; it needs a column 'prompt' with a text or a conversation"]
-        )

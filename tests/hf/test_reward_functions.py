@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,23 @@ def test_asynchronous_functions_run_at_the_same_time_and_in_one_loop() -> None:
     assert functions.names == ["meet_1", "len_of", "meet_2"]
 
 
+def test_the_loop_of_asynchronous_functions_ends_with_them() -> None:
+    loops = []
+
+    async def judge(completions: list[str], **_: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [1.0] * len(completions)
+
+    before = threading.enumerate()
+    functions = RewardFunctions(judge)
+    functions(columns("a"))
+    (thread,) = set(threading.enumerate()) - set(before)
+    del functions
+    thread.join(10)
+    assert not thread.is_alive()
+    assert loops[0].is_closed()
+
+
 def len_of(completions: list[str], **_: Any) -> list[int]:
     return [len(text) for text in completions]
 
@@ -173,6 +191,7 @@ def test_a_classifier_is_a_reward_model() -> None:
         (lambda good: good[0], "'judge' returned a float"),
         (lambda good: [*good[:-1], float("nan")], "'judge' returned nan for completion 3"),
         (lambda good: [*good[:-1], float("inf")], "'judge' returned inf for completion 3"),
+        (lambda good: torch.tensor(good)[:, None], r"'judge' returned an array of the shape \[4, 1\]; .* shape \[4\]"),
         (lambda good: [*good[:-1], "high"], "'judge' returned 'high' for completion 3"),
     ],
 )

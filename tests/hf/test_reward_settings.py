@@ -37,6 +37,33 @@ def test_all_problems_with_the_arguments_are_listed(tmp_path: Path, tokenizer: A
         ZORewardTrainer(tiny("llama"), words, ZOConfig())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="model_init_kwargs is for a model given by its name"):
         reward_trainer(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match="accelerator_config: dispatch_batches=True would split"):
+        reward_trainer(tmp_path, tokenizer, accelerator_config={"dispatch_batches": True})
+
+
+TALK = {"prompt": [{"role": "user", "content": "w1"}]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "w1"}, {"text": "w1"}], "{'text': 'w1'}; it needs a column 'prompt'"),
+        ([{"prompt": []}], r"{'prompt': \[\]}; it needs a column 'prompt' with a text or a conversation"),
+        ([{"prompt": "w1", "answer": 1}, {"prompt": "w2"}], r"{'prompt': 'w2'}; .* the columns \['prompt', 'answer'\]"),
+        ([{"prompt": "w1"}, {"prompt": "w2", "answer": 1}], r"'answer': 1}; .* the columns \['prompt'\]"),
+        ([{"prompt": "w1"}, TALK], r"\[{'role'.*; another of its batch has the prompt 'w1'"),
+        ([{"prompt": "w1"}, {"prompt": ""}], "the prompt '' has no tokens; write at least one, for example '<s>'"),
+        *(
+            ([{"prompt": "w1", name: 3}], f"reward functions get something else as {name!r}; rename this column")
+            for name in ("prompts", "completions", "trainer_state", "log_metric", "log_extra")
+        ),
+    ],
+)
+def test_rows_that_cannot_work_are_named_when_they_come(
+    rows: list[dict[str, Any]], said: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        reward_trainer(tmp_path, tokenizer).predict(rows)
 
 
 GREEDY = r"num_generations=3 with temperature=0 .* write temperature=1.0, or num_generations=1"
