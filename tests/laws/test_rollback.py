@@ -322,6 +322,21 @@ def test_a_run_does_not_go_back_before_its_log(tmp_path: Path) -> None:
     assert same_bits(weights(again), weights(model))
 
 
+def test_an_engine_that_replayed_goes_on_at_the_rate_that_the_brake_had_left(tmp_path: Path) -> None:
+    """Also with a log that began after the brake had acted: its first steps have half of the rate that is set."""
+    model = tiny("mlp")
+    zo, records, _ = train(None, model, "mlp", range(30))
+    assert list(rollbacks(records)) == [26]
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    train(tmp_path / "log", model, "mlp", range(30, 35), zo=zo)
+    other = tiny("mlp")
+    other.load_state_dict(base)
+    replayed = ZeroOrder(other, lr=LR, brake="rollback")
+    replay(replayed, tmp_path / "log")
+    assert same_bits(weights(other), weights(model))
+    assert replayed.optimizer.factor == zo.optimizer.factor == 0.5
+
+
 def test_a_replay_can_start_at_a_checkpoint_and_go_back_before_it(tmp_path: Path) -> None:
     _, _, seen = train(tmp_path / "log", tiny("mlp"), "mlp")
     model = tiny("mlp")

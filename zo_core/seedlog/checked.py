@@ -59,6 +59,7 @@ def check_header(header: dict[str, Any]) -> None:
     _demand(counted, "base.frozen", frozen, "a number of tensors and a digest")
     _demand(_is_text(base.get("digest")), "base.digest", base.get("digest"), "a digest")
     check_settings(header["settings"], len(base["slots"]))
+    _demand(_is_number(header.get("factor", 1.0)), "factor", header.get("factor"), "a number")
     state = header.get("normaliser")
     if state is not None:
         known = _is_text(state.get("name")) and _is_number(state.get("mean_square")) and _is_count(state.get("count"))

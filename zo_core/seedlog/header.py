@@ -54,7 +54,13 @@ def check_continued(engine: ZeroOrder, log: SeedLog) -> None:
     check_run(engine, log, engine.step_count)
     if engine.step_count == log.first_step:
         take_normaliser(engine, log.header.get("normaliser"))
+        take_factor(engine, log)
     engine.at(engine.step_count, logged.seed)
+
+
+def take_factor(engine: ZeroOrder, log: SeedLog) -> None:
+    """Continues with what the brake multiplied learning rates by when the log began."""
+    engine.optimizer.factor = log.header.get("factor", engine.optimizer.factor)
 
 
 def _varies(log: SeedLog) -> bool:
@@ -143,6 +149,7 @@ def make_header(engine: ZeroOrder) -> dict[str, Any]:
         "scores": engine.scored,
         "dropout": engine.config.dropout,
         "normaliser": None if engine.normaliser is None else engine.normaliser.saved(),
+        **({} if engine.optimizer.factor == 1.0 else {"factor": engine.optimizer.factor}),
         "windows": bool(engine.updaters.windows.of),  # of low rank; compiled models have none with any noise
         "limits": limits,
         "notes": notes,

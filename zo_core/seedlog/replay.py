@@ -32,7 +32,7 @@ from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
 from ..undoing import undo
 from ..updates import State
 from .format import LoggedStep
-from .header import check_run
+from .header import check_run, take_factor
 from .log import SeedLog
 
 Advance = Callable[[int], None]
@@ -78,6 +78,8 @@ def replay(
         raise StateError("the engine has rule state from other steps, which a replay would use; make a new engine")
     if start == log.first_step:
         engine.optimizer.thresholds.clear()  # the thresholds of this run come from the weights at its start
+    if start == log.first_step:
+        take_factor(engine, log)
     steps = [entry for entry in log.steps if start <= entry.step < end]
     before = [entry for entry in log.steps if entry.step < start]
     if not log.header.get("windows", True):
