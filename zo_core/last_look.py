@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FunctionType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from .ambient import ambient
 from .brake import Alarm
 from .directions import Directions
 from .errors import QueryError
+from .free_variables import FreeVariables, bound
 from .modes import set_rng_state
 from .running import Running
 from .second_round import FAILED, Start
@@ -65,12 +67,14 @@ class Call:
 
     Attributes:
         closures: they return the losses.
+        variables: what they read from around them, one for each.
         scaled: for each of them, how the caller scales its loss; None for not at all.
         random: state of the generators before them.
         run: calls a function as they were called: under autocast, for example.
     """
 
     closures: Sequence[Callable[[], Any]]
+    variables: Sequence[FreeVariables]
     scaled: Sequence[Callable[[Tensor], Tensor]] | None
     random: dict[str, Any]
     run: Callable[[Callable[[], Any]], Any]
@@ -108,11 +112,30 @@ class LastLook:
         random: dict[str, Any],
     ) -> None:
         """Keeps micro-batches of a step that are about to be measured, if it is one of the first."""
-        if plan.step < self.count and self.room >= 0:
+        if plan.step < self.count and self.room >= 0 and self._unchanged():
             if plan is not self._plan:  # what was measured for an earlier one has been discarded
                 self._plan, self._calls = plan, []
             self.room -= sum(map(held_bytes, closures))
-            self._calls.append(Call(list(closures), scaled, random, ambient()))
+            variables = list(map(FreeVariables, closures))
+            self._calls.append(Call(list(closures), variables, scaled, random, ambient()))
+
+    def _unchanged(self) -> bool:
+        """Whether all kept closures would measure what they have measured; else they are released, and a line says so.
+
+        In a loop that changes what they read this is known in the second step, and no batches wait for the last one.
+        """
+        kept = [variables for _, calls in self.kept for call in calls for variables in call.variables]
+        names = sorted({name for variables in kept for name in variables.changed()})
+        if not names:
+            return True
+        logger.warning(
+            "the last look at the first steps is left out: %s changed after closures that read it were measured; "
+            "write zo.step(%s), which keeps what it was measured with",
+            " and ".join(names),
+            bound(names),
+        )
+        self.kept, self.room = [], -1
+        return False
 
     def measured(self, plan: StepPlan) -> None:
         """Takes the losses of a step that is about to be applied, on every process."""
@@ -132,8 +155,9 @@ class LastLook:
 
     def _compared(self, engine: Looking) -> Worse | None:
         """What is wrong; None if the weights are better than those of the beginning, or if nobody knows."""
+        unchanged = self._unchanged()
         kept, self.kept = self.kept, []
-        ready = len(kept) >= LEAST and engine.slots is self.slots
+        ready = unchanged and len(kept) >= LEAST and engine.slots is self.slots
         if not all(engine.exchange.everywhere(ready)):
             return None
         end, current = Start(engine.oracle), engine.directions.plan
@@ -191,9 +215,11 @@ def compared(found: Sequence[tuple[float, float]]) -> Worse | None:
 
 
 def held_bytes(closure: Any) -> int:
-    """Bytes of the tensors in the arguments of a `partial`, or in the attributes of the object of a method."""
+    """Bytes of the tensors in the arguments of a `partial`, the defaults of a function, or the object of a method."""
     if isinstance(closure, partial):
         return _bytes((closure.args, closure.keywords))
+    if isinstance(closure, FunctionType):
+        return _bytes(closure.__defaults__ or ())
     return _bytes(vars(closure.__self__)) if inspect.ismethod(closure) else 0
 
 

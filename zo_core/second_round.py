@@ -1,7 +1,8 @@
 """The second round of a step: losses at multiples of the step that the first round suggests.
 
 The learning rate of a step and the scale of its losses are known when it is applied, and the closures of its
-micro-batches are gone by then. So closures are kept until then, with what they started from.
+micro-batches are gone by then. So closures are kept until then, with what they started from, and with what their free
+variables held.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from .ambient import ambient
 from .directions import Directions
-from .errors import QueryError
+from .errors import LossError, QueryError
 from .exchange import Exchange
 from .forward_state import ForwardState
+from .free_variables import FreeVariables, bound
 from .modes import modes, rng_state, set_modes, set_rng_state
 from .optimizer import number
 from .probing import ResidentOracle
@@ -79,12 +81,14 @@ class MicroBatch:
         scaled: scales the loss as that of the first round was scaled before it was added.
         start: what its first probe started from.
         run: calls a function as it was called in the first round: under autocast, for example.
+        variables: what the closure read from around it when it had been measured.
     """
 
     closure: Callable[[], Any]
     scaled: Scaled
     start: Start
     run: Callable[[Callable[[], Any]], Any]
+    variables: FreeVariables
 
 
 class SecondRound:
@@ -122,8 +126,8 @@ class SecondRound:
         found: list[list[Tensor]] = []
         for part in parts:
             start, run = Start(oracle, self.kept[-1].start if self.kept else None), ambient()
-            self.kept += [MicroBatch(closure, scale, start, run) for closure, scale in part]
             found += measure([closure for closure, _ in part])
+            self.kept += [MicroBatch(closure, scale, start, run, FreeVariables(closure)) for closure, scale in part]
         if len(parts) < len(pairs) and not _changes_nothing(oracle):  # they have begun to
             start.put()
             del self.kept[-len(pairs) :]
@@ -134,6 +138,9 @@ class SecondRound:
         """Measures the second round, unless that has been done or the first one suggests no step.
 
         The state of generators and model is the same afterwards as before.
+
+        Raises:
+            LossError: a closure reads a variable that holds something else than in the first round.
         """
         if plan.tried is not None:
             return
@@ -143,6 +150,7 @@ class SecondRound:
         estimate, probes, _ = probes_from(*how, plan.seeds, plan.own, engine.exchange.populations)
         if estimate.skip is not None:
             return
+        self._check_variables()
         normaliser = copy.copy(engine.normaliser)  # it sees the step when that is applied
         if normaliser is not None:
             normaliser.see(plan.step, probes, losses, engine.eps)
@@ -164,6 +172,15 @@ class SecondRound:
         *plan.tried, failed = engine.exchange.average(own)  # all of them measure all of it
         if failed and not plan.failed:
             plan.failed = f"{FAILED} in another process"
+
+    def _check_variables(self) -> None:
+        for index, each in enumerate(self.kept, 1):
+            if names := each.variables.changed():
+                raise LossError(
+                    f"the closure of micro-batch {index} of {len(self.kept)} would now measure something else: "
+                    f"{' and '.join(names)} changed after it was measured, and the second round of the step calls it "
+                    f"once more; write zo.measure({bound(names)}), which keeps what it was measured with"
+                )
 
     def _losses(self, engine: Trying, points: Sequence[Point]) -> list[list[Tensor]]:
         oracle = engine.oracle

@@ -210,6 +210,7 @@ PLAIN = {
     "_layout": 1000,
     "step_struct": 1000,
     "_name": 300,
+    "_names": 4000,
     "_compiled": 1 << 17,
     "_malloc_trim": 300,
     "_class_of": 4000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 import torch
 from models import closure, tiny
 from test_second_round import INPUTS, LR, PLACE, PLACES, Noisy, engine, finished
-from torch import Tensor
+from torch import Tensor, nn
 from traces import same_bits, weights
 
 from zo_core import (
     ConfigError,
+    LossError,
     Momentum,
     Rademacher,
     SeedLog,
@@ -23,8 +25,92 @@ from zo_core import (
     ZeroOrder,
     ZOConfig,
     replay,
+    retrying,
 )
 from zo_core.noise import Alternatives, Direction, stacked_values
+
+# Variables that a loop changes
+
+BATCH = INPUTS[0]
+
+
+class Method:
+    def __init__(self, loss: Callable[[], Tensor]):
+        self.loss, self.calls = loss, 0
+
+    def measure(self) -> Tensor:
+        self.calls += 1
+        return self.loss()
+
+
+class Global:
+    def __call__(self) -> Tensor:
+        return MODEL(BATCH).sum()  # type: ignore[no-any-return]
+
+
+MODEL = nn.Linear(8, 2)
+
+#: Closures that read a variable, given a model and a function that reads it.
+LATE: dict[str, Callable[[Callable[[], Tensor]], Callable[[], Any]]] = {
+    "itself": lambda read: read,
+    "partial": lambda read: partial(read),
+    "wrapped": lambda read: retrying(read),
+    "argument": lambda read: partial(lambda loss: loss(), read),
+    "global": lambda read: lambda: MODEL(BATCH).sum(),
+    "inner": lambda read: lambda: torch.stack([MODEL(BATCH).sum() for _ in range(1)]).sum(),
+    "object": lambda read: Global(),
+    "method": lambda read: Global().__call__,
+}
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+def test_a_closure_that_reads_what_its_loop_has_changed_is_an_error(
+    late: Callable[[Callable[[], Tensor]], Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = nn.Linear(8, 2), nn.Linear(8, 2)
+    other.load_state_dict(model.state_dict())
+    monkeypatch.setitem(globals(), "MODEL", model)
+    zo, expected = engine(model), engine(other)
+    before = weights(model)
+    for x in INPUTS:
+        monkeypatch.setitem(globals(), "BATCH", x)
+        zo.measure(late(lambda: model(x).sum()))  # noqa: B023
+    name = r"(x|BATCH)"
+    with pytest.raises(
+        LossError, match=rf"1 of 3 .*{name} changed .*; write zo.measure\(lambda {name}={name}: \.\.\.\)"
+    ):
+        zo.optimizer.step()
+    assert same_bits(weights(model), before)
+    assert zo.second is not None
+    assert not zo.second.kept
+    for x in INPUTS:
+        zo.measure(lambda x=x: model(x).sum())
+        expected.measure(lambda x=x: other(x).sum())
+    assert zo.optimizer.step().probes == expected.optimizer.step().probes
+    assert same_bits(weights(model), weights(other))
+
+
+def test_closures_that_change_their_own_variables_and_one_closure_for_each_step_are_none() -> None:
+    model, other = Noisy(), Noisy()
+    zo, expected, calls, scale = engine(model), engine(other), 0, 1000.0
+    for x in INPUTS:
+
+        def loss(x: Tensor = x) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return scale * model(x)  # type: ignore[no-any-return]  # noqa: B023
+
+        zo.measure(loss)
+        scale = float("1e3")
+        expected.measure(lambda x=x: 1000.0 * other(x))
+    assert zo.optimizer.step().as_dict() == expected.optimizer.step().as_dict()
+    assert calls == 3 * 5 + 1
+    for x in INPUTS:
+        method = Method(lambda: model(x))  # noqa: B023
+        assert zo.step(method.measure).as_dict() == expected.step(partial(other, x)).as_dict()
+        assert method.calls == 5
+    assert same_bits(weights(model), weights(other))
+
 
 # Everywhere the same
 

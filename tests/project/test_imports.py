@@ -34,6 +34,7 @@ RANKS = {
     "whole": 0,
     "writers": 0,
     "forward_state": 1,
+    "free_variables": 0,
     "noise": 1,
     "exchange": 1,
     "ambient": 1,
