@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zo_core import ESTIMATORS, NOISES, ElementNoise, Estimator, Fzoo, Noise, Point, Spsa, ZeroOrder, derive_seed
-from zo_core.estimators.fzoo import MIN_SIGMA
+from zo_core.estimators.base import ROUNDING
 
 #: Distributions of independent elements; the other noises say where one of these is applied.
 ELEMENTS = [noise for noise in map(NOISES.resolve, NOISES) if isinstance(noise, ElementNoise)]
@@ -171,19 +171,36 @@ def test_an_fzoo_step_is_the_formula_of_the_paper() -> None:
     assert (model.x.detach() - expected).abs().max().item() <= n * 2.0**-23 * reach
 
 
-@given(losses=st.lists(st.integers(-1000, 1000), min_size=4, max_size=8, unique=True), power=st.integers(-8, 8))
+@given(losses=st.lists(st.integers(-1000, 1000), min_size=4, max_size=8, unique=True), power=st.integers(-60, 60))
 def test_the_scale_of_the_loss_and_eps_cancel_in_fzoo(losses: list[int], power: int) -> None:
     plain = Fzoo().estimate([float(loss) for loss in losses], 1e-2)
+    assert plain.skip is None
     scaled = Fzoo().estimate([loss * 2.0**power for loss in losses], 1e-4)
-    assert scaled.coefficients == plain.coefficients
+    assert (scaled.coefficients, scaled.skip) == (plain.coefficients, None)
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 1.0, 2.0**30])
+@pytest.mark.parametrize("lr", [None, 1e-3])
+def test_a_small_loss_is_learnt_by_fzoo_as_a_large_one(scale: float, lr: float | None) -> None:
+    """Times a power of two, which changes no rounding, every weight has the same bits."""
+    found = []
+    for factor in (1.0, scale):
+        model = Weights(torch.linspace(-1, 1, 10))
+        zo = ZeroOrder(model, estimator="fzoo", lr=lr)
+        for _ in range(4):
+            record = zo.step(lambda factor=factor, x=model.x: factor * (x - 0.3).pow(4).sum())
+            assert record.skipped is None
+        found.append(model.x.detach())
+    assert torch.equal(*found)
 
 
 def test_fzoo_skips_a_step_whose_losses_agree() -> None:
-    eps = MIN_SIGMA / 4
-    near = Fzoo().estimate((1.0, 1.0, 1.0 + eps), 1e-2)
-    assert near.skip is not None
-    assert "agree" in near.skip
-    assert Fzoo().estimate((1.0, 1.0, 1.0 + 4 * MIN_SIGMA), 1e-2).skip is None
+    for scale in (1.0, 1e-9, 1e9):
+        near = Fzoo().estimate((scale, scale, scale * (1.0 + ROUNDING / 4)), 1e-2)
+        assert near.skip is not None
+        assert "agree" in near.skip
+        assert Fzoo().estimate((scale, scale, scale * (1.0 + 4 * ROUNDING)), 1e-2).skip is None
+    assert Fzoo().estimate((1.0, 0.0, 0.0), 1e-2).skip is not None
 
     model = Weights(torch.ones(3))
     zo = ZeroOrder(model, estimator="fzoo")

@@ -9,6 +9,9 @@ from typing import ClassVar
 from ..records import Point
 from ..registry import Registry
 
+#: Losses that differ by less than this fraction of themselves are equal: a sum in another order differs by as much.
+ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -78,6 +81,16 @@ class Estimator:
             losses: those of the second round, one for each of `multiples`; infinite where a loss was not finite.
         """
         raise NotImplementedError
+
+
+def rounding(losses: Sequence[float]) -> float:
+    """The largest difference that is one of rounding."""
+    return ROUNDING * max(map(abs, losses))
+
+
+def agree(losses: Sequence[float]) -> bool:
+    """Whether losses differ by no more than rounding, whatever their scale."""
+    return max(losses) - min(losses) <= rounding(losses)
 
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator", Estimator)

@@ -9,11 +9,9 @@ from itertools import pairwise
 from typing import ClassVar
 
 from ..records import Point
-from .base import ESTIMATORS, Estimate, Estimator
+from .base import ESTIMATORS, Estimate, Estimator, agree, rounding
 
 SHAPINGS = ("center", "zscore", "ranks")
-#: Losses that differ by less than this fraction of themselves are equal: a sum in another order differs by as much.
-ROUNDING = 1e-12
 
 
 @ESTIMATORS.register
@@ -72,7 +70,7 @@ class Es(Estimator):
 
     def estimate(self, losses: Sequence[float], eps: float) -> Estimate:
         grads = _half_differences(losses, eps) if self.antithetic else ()
-        if max(losses) - min(losses) <= _rounding(losses):
+        if agree(losses):
             count = len(losses) // (2 if self.antithetic else 1)
             return Estimate(grads, (0.0,) * count, f"all {len(losses)} scores of the population agree")
         if self.antithetic:
@@ -96,14 +94,10 @@ def _half_differences(values: Sequence[float], eps: float) -> tuple[float, ...]:
     return tuple((plus - minus) / (2.0 * eps) for plus, minus in zip(values[::2], values[1::2], strict=True))
 
 
-def _rounding(losses: Sequence[float]) -> float:
-    return ROUNDING * max(map(abs, losses))
-
-
 def _ranks(losses: Sequence[float]) -> list[float]:
     """The rank of each loss, from 0; equal ones have the mean of their ranks."""
     order = sorted(range(len(losses)), key=losses.__getitem__)
-    same = _rounding(losses)
+    same = rounding(losses)
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(order), 1) if losses[b] - losses[a] > same), len(order)]
     ranks = [0.0] * len(losses)
     for start, stop in pairwise(starts):

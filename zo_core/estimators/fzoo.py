@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..records import Point
-from .base import ESTIMATORS, Estimate, Estimator
-
-#: Below this standard deviation the losses do not distinguish the directions.
-MIN_SIGMA = 1e-8
+from .base import ESTIMATORS, Estimate, Estimator, agree
 
 
 @ESTIMATORS.register
@@ -23,6 +20,9 @@ class Fzoo(Estimator):
     forwards. Sigma over eps is how steep the loss is, and says nothing of its curvature, on which the best length
     depends. Normalised by the curvature, as without a learning rate, steps therefore follow the slopes
     ``(l_i - l_0) / eps``, without sigma, and the rate is a fraction of Newton's step.
+
+    A step is skipped if the losses of all directions agree up to rounding, which is relative to them. The paper's bound
+    is a sigma of 1e-8, at any scale, and would skip every step of a small loss.
     """
 
     name: ClassVar[str] = "fzoo"
@@ -42,6 +42,6 @@ class Fzoo(Estimator):
         baseline, *perturbed = losses
         sigma = statistics.stdev(perturbed)
         grads = tuple((loss - baseline) / eps for loss in perturbed)
-        if sigma < MIN_SIGMA:
+        if agree(perturbed):
             return Estimate(grads, (0.0,) * len(grads), f"the losses of all directions agree (sigma {sigma:.1e})")
         return Estimate(grads, tuple((loss - baseline) / sigma for loss in perturbed))
