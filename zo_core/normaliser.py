@@ -112,7 +112,8 @@ class Curvature(Normaliser):
     the losses on both sides along the first one are two more. The first `EVERY_STEP` steps measure it, then one in
     `INTERVAL`, so that a curvature that grows during training is followed. One sample may be close to 0 by chance, so
     the mean begins with a pseudo-sample that makes a first step of rate 1 as long as ``1 / PRIOR``, over all weights
-    together; after 16 samples it has a weight of 1/153.
+    together; after 16 samples it has a weight of 1/153. Steps before the first slope or curvature do not count: the
+    mean begins anew, with the pseudo-sample.
 
     The rate that multiplies the gradient is ``lr / sqrt(v)``, so weight decay is divided by the same root, as in SGD
     with that rate; but it is never more than ``lr * weight_decay``, since nearly flat losses have a root near 0.
@@ -144,12 +145,17 @@ class Curvature(Normaliser):
     def see(self, step: int, probes: tuple[Probe, ...], losses: Sequence[float], eps: float) -> None:
         if not self.counts(step):
             return
-        if not self.count:
-            self.mean_square = self.PRIOR**2 * self.size * _mean_square(probes)
+        if not self.mean_square:
+            self.count, self.mean_square = 0, self.PRIOR**2 * self.size * _mean_square(probes)
         *perturbed, centre = losses if self.two_sided else losses[-3:]
         pairs = zip(perturbed[::2], perturbed[1::2], strict=True)
         squares = [((plus + minus - 2.0 * centre) / (eps * eps)) ** 2 for plus, minus in pairs]
         self._enter(math.fsum(squares) / len(squares), max(2.0 / (self.count + 3), self.LEAST_GAIN))
+
+    def repeat(self, step: int, mean_square: float) -> None:
+        if not self.mean_square:
+            self.count = 0
+        super().repeat(step, mean_square)
 
 
 def normaliser_of(name: str | None, size: float, *, two_sided: bool = True) -> Normaliser | None:

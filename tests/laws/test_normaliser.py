@@ -14,7 +14,18 @@ import torch
 from models import closure, tiny
 from traces import same_bits, weights
 
-from zo_core import ConfigError, Point, SeedLog, SeedLogWriter, StateError, StepRecord, ZeroOrder, ZOOptimizer, replay
+from zo_core import (
+    ConfigError,
+    Point,
+    Probe,
+    SeedLog,
+    SeedLogWriter,
+    StateError,
+    StepRecord,
+    ZeroOrder,
+    ZOOptimizer,
+    replay,
+)
 from zo_core.defaults import NEWTON, default_lr
 from zo_core.normaliser import CURVATURE, Curvature
 from zo_core.seedlog.format import NORMALISED, VERSION
@@ -266,6 +277,25 @@ def test_skipped_steps_do_not_count(kind: str) -> None:
     zo.skip("no loss")
     assert zo.normaliser is not None
     assert zo.normaliser.saved() == before
+
+
+def test_the_prior_waits_for_the_first_slope() -> None:
+    """A flat step is one that was left out: what follows has the same bits, also repeated from a log."""
+    flat, skipped, again = (engine(normalise=CURVATURE, lr=0.25, eps=1e-3) for _ in range(3))
+    for _ in range(40):  # more than are measured in every step
+        flat.step(lambda: torch.tensor(1.0))
+        skipped.skip("flat")
+    records = run(flat, 44)
+    run(skipped, 44)
+    assert same_bits(weights(flat.model), weights(skipped.model))
+    assert flat.normaliser == skipped.normaliser
+    again.at(39)
+    again.repeat((Probe(again.noise.seed(0, 39, 0), 0.0),), 1.0, 0.0)
+    again.optimizer.step()
+    for record in records:
+        again.repeat(record.probes, record.loss, record.normaliser)
+        again.optimizer.step()
+    assert again.normaliser == flat.normaliser
 
 
 @pytest.mark.parametrize("kind", KINDS)
