@@ -610,12 +610,14 @@ class ZeroOrder(TrainedModel):
     def skip(self, reason: str) -> StepRecord:
         """Ends the step in progress without moving a weight; the next one has new directions.
 
+        It has no loss, so the brake learns nothing from it. Generators and the state of the model stay as they are.
+
         Args:
             reason: for the record and its listeners.
         """
         self.discard()
-        repeated(self, math.nan, None)
-        return self._done(math.nan, math.nan, (), skipped=reason)
+        repeated(self, None, None)
+        return self._done(math.nan, math.nan, (), skipped=reason, failed=True)
 
     def repeat(
         self,

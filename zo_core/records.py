@@ -97,7 +97,8 @@ class StepRecord(float):
         rollback: set if the brake reverted earlier updates at this step.
         scores: what the closures returned, with the estimator "es" and with ``maximize``; else, and where one
             was not finite, None.
-        failed: whether the step was skipped because a query failed (`QueryError`), which says nothing of the loss.
+        failed: whether the step was skipped without a loss, because a query failed (`QueryError`) or by
+            `ZeroOrder.skip`. That says nothing of the loss.
     """
 
     loss: float

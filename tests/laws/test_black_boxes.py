@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
@@ -17,7 +18,7 @@ from processes import together
 from torch import Tensor, nn
 
 from zo_core import ConfigError, ModelError, QueryError, SeedLog, ZeroOrder, retrying
-from zo_core.seedlog import SeedLogWriter
+from zo_core.seedlog import SeedLogWriter, replay
 
 # Several modules
 
@@ -175,7 +176,7 @@ def test_queries_that_fail_say_nothing_to_the_brake_of_a_run_or_of_one_that_repe
     assert zo.braking.brake.infinite == 0
     whole, parsed = path.read_bytes(), SeedLog.read(path).parsed
     assert [entry.failed for entry in parsed.steps] == [4 <= step < 10 for step in range(12)]
-    assert parsed.steps[5].why == "a query failed"
+    assert parsed.steps[5].why == "skipped without a loss"
     for cut in (12, 6):
         again = Around()
         other = ZeroOrder(again, lr=1e-3, brake="rollback")
@@ -192,6 +193,37 @@ def test_queries_that_fail_say_nothing_to_the_brake_of_a_run_or_of_one_that_repe
             assert not other.step(asking(again, cut, lambda step: False)).failed
         log.close()
         assert not SeedLog.read(path).steps[6].failed or cut == 12
+
+
+def test_steps_that_are_left_out_say_nothing_to_the_brake_of_a_run_or_of_one_that_repeats_it(tmp_path: Path) -> None:
+    model, path, out = Around(), tmp_path / "log", range(4, 8)
+    zo = ZeroOrder(model, lr=1e-3, brake="rollback")
+    log = SeedLogWriter.attach(zo, path)
+    for step in range(12):
+        if step not in out:
+            zo.step((lambda: plain(model) * math.nan) if step == 8 else asking(model, step, lambda step: False))
+        else:
+            before = zo.braking.brake.saved()
+            with log.watching():
+                zo.measure(asking(model, step, lambda step: False))
+            record = zo.skip("no data")
+            assert (record.skipped, record.failed) == ("no data", True)
+            assert zo.braking.brake.saved() == before
+    log.close()
+    assert zo.optimizer.factor == 1.0
+    entries = SeedLog.read(path).steps
+    assert [entry.rollback for entry in entries] == [None] * 12
+    assert [entry.failed for entry in entries] == [step in out for step in range(12)]
+    assert [entry.draws for entry in entries] == [step in out for step in range(12)]  # and so has to be measured again
+    resumed, replayed = (Around() for _ in range(2))
+    other = ZeroOrder(resumed, lr=1e-3, brake="rollback")
+    for entry in entries:
+        entry.repeat(other)
+        other.apply()
+    replay(replayed, path)
+    assert equal(state(model), state(resumed))
+    assert equal(state(model), state(replayed))
+    assert other.braking.saved() == zo.braking.saved()
 
 
 class Remembers(Around):

@@ -89,7 +89,7 @@ class LoggedStep:
         normaliser: state of the step normaliser after the step; None without one.
         rollback: what the brake reverted instead of an update in this step, which is then a skipped one; or None.
         scores: what the closures returned; None in a log without scores, and where one was not finite.
-        failed: whether the step was skipped because a query failed.
+        failed: whether the step was skipped without a loss: a query failed, or `ZeroOrder.skip` was called.
     """
 
     step: int
@@ -116,7 +116,7 @@ class LoggedStep:
         if self.rollback is not None:
             return f"went back to before step {self.rollback.to}"
         if self.failed:
-            return "a query failed"
+            return "skipped without a loss"
         return "skipped" if self.skipped else None
 
     @cached_property

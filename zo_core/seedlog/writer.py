@@ -52,6 +52,8 @@ class SeedLogWriter:
         self._logged = {entry.step: entry for entry in parsed.steps if entry.step >= engine.step_count}
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._drew = False
+        #: State of the generators before the first measurement of the step.
+        self._start: dict[str, Any] = {}
         engine.braking.logged_from = parsed.header["first_step"]
         engine.listeners.append(self._on_step)
         engine.followers.append(self._begin_again)
@@ -152,6 +154,7 @@ class SeedLogWriter:
     def watching(self) -> Iterator[None]:
         """A context for a measurement: records whether it draws from the global random generators."""
         before = rng_state()
+        self._start = self._start or before
         yield
         self._drew = self._drew or not same_rng(before, rng_state())
 
@@ -181,7 +184,8 @@ class SeedLogWriter:
                 "processes",
                 *(record.step, self.engine.num_probes, self.num_probes),
             )
-        drew = self._drew and not record.failed  # the generators of a step that failed went back
+        # The generators of a step whose query failed went back; those of one that was left out did not.
+        drew = self._drew and not (record.failed and same_rng(self._start, rng_state()))
         if drew != self.draws:
             changes["draws"] = drew
         if self.engine.merged:
@@ -194,7 +198,8 @@ class SeedLogWriter:
             changes["failed"] = True
         if changes:
             self.note(changes)
-        self.settings, self.rule, self.draws, self._drew = settings, rule, drew, False
+        self.settings, self.rule, self.draws = settings, rule, drew
+        self._drew, self._start = False, {}
         self.num_probes = self.engine.num_probes
         width = 1 + max(settings.columns)
         columns = [lrs[settings.columns.index(column)] for column in range(width)]
