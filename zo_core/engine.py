@@ -380,6 +380,7 @@ class ZeroOrder(TrainedModel):
 
         Raises:
             RanksError: another process has failed, or does not answer.
+            LossError: a closure of the second round reads a variable that has changed since it was measured.
             Exception: whatever a closure raises; the weights are untouched, and the step's measurements are discarded.
         """
         if self._plan is None:

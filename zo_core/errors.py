@@ -40,7 +40,7 @@ class ModelError(ZOError, ValueError):
 
 
 class LossError(ZOError, TypeError):
-    """The closure returned something that is not one number."""
+    """The closure returned something that is not one number, or would measure something else when called again."""
 
 
 class QueryError(ZOError, RuntimeError):
