@@ -153,8 +153,11 @@ class SecondRound:
         self._check_variables()
         normaliser = copy.copy(engine.normaliser)  # it sees the step when that is applied
         if normaliser is not None:
-            normaliser.see(plan.step, probes, losses, engine.eps)
-            probes = normaliser.apply(probes)
+            try:
+                normaliser.see(plan.step, probes, losses, engine.eps)
+                probes = normaliser.apply(probes)
+            except OverflowError:  # of a coefficient that float32 cannot hold: the step will be skipped
+                return
         factor, groups = engine.optimizer.factor, engine.optimizer.groups_of(engine.slots)
         rates = {slot: number(group, "lr", math.nan) * factor for slot, group in groups.items()}
         points = tuple(Point(plan.seeds[0], multiple) for multiple in engine.estimator.multiples)

@@ -91,11 +91,12 @@ def test_any_loss_can_be_written(loss: float, tmp_path: Path) -> None:
     assert math.isnan(entry.loss) == math.isnan(loss)
 
 
+@pytest.mark.parametrize("estimator", ["spsa", "conservative"])
 @pytest.mark.parametrize("normalise", [False, "curvature"])
-def test_a_step_that_a_log_could_not_have_is_skipped(normalise: bool | str, tmp_path: Path) -> None:
+def test_a_step_that_a_log_could_not_have_is_skipped(normalise: bool | str, estimator: str, tmp_path: Path) -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)  # with a rate of 0: the measured curvature is exactly 0
-    zo = ZeroOrder(model, lr=0.0, clip=math.inf, num_probes=4, normalise=normalise)
+    zo = ZeroOrder(model, lr=0.0, clip=math.inf, num_probes=4, normalise=normalise, estimator=estimator)
     log = SeedLogWriter.attach(zo, tmp_path / "log")
     records, states = [], []
     for slope in (1e-3, 8e38, 1e-3):  # coefficients of 2e38 are float32, and their sum is none
