@@ -16,10 +16,17 @@ from .auto_lr import length
 
 
 class LinearDecay(torch.optim.lr_scheduler.LambdaLR):
-    """Lowers the rate linearly, from what it is now to zero after some steps."""
+    """Lowers the rate linearly, from what it is now to zero at the end of the run.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int):
-        super().__init__(optimizer, lambda step: max(0.0, 1.0 - step / steps))
+    Args:
+        optimizer: that of the run.
+        end: the step of the trainer at which the run ends.
+        begin: the one at which the decay begins; a checkpoint has it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, end: int, begin: int = 0):
+        self.begin = begin
+        super().__init__(optimizer, lambda step: max(0.0, 1.0 - step / max(1, end - self.begin)))
 
 
 def decay(trainer: Trainer, optimizer: torch.optim.Optimizer) -> list[LRSchedulerConfig]:
@@ -34,14 +41,16 @@ def decay(trainer: Trainer, optimizer: torch.optim.Optimizer) -> list[LRSchedule
     """
     if not (isinstance(optimizer, ZOOptimizer) and optimizer.left):
         return []
-    steps = length(trainer)
-    if steps is None:
+    end = length(trainer)
+    # A trainer counts on in a second `fit`. A run that is resumed takes its beginning from the checkpoint.
+    begin = trainer.global_step if trainer.ckpt_path is None else 0
+    if end is None or end <= begin:
         return []
     rank_zero_info(
-        f"no learning rate and no scheduler were given: the rate decays linearly to zero over {steps} steps; "
+        f"no learning rate and no scheduler were given: the rate decays linearly to zero over {end - begin} steps; "
         "return a scheduler from configure_optimizers for another schedule"
     )
-    return [LRSchedulerConfig(LinearDecay(optimizer, steps), interval="step")]
+    return [LRSchedulerConfig(LinearDecay(optimizer, end, begin), interval="step")]
 
 
 def kept(schedulers: list[LRSchedulerConfig], checkpoint: Mapping[str, Any]) -> list[LRSchedulerConfig]:

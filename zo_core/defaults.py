@@ -77,7 +77,14 @@ def moving(slots: Iterable[Slot], share: float = 1.0) -> float:
 
 
 def said_default(slots: Iterable[Slot], lr: float, eps: float, normaliser: Normaliser | None) -> str:
-    """The line of log for a rate that was not given, with the eps that goes with it."""
+    """The line of log for a rate that was not given, with the eps that goes with it.
+
+    Args:
+        slots: what moves.
+        lr: the rate that schedules start from; that of the first step is 0 if they begin with a warm-up.
+        eps: the distance of the probes.
+        normaliser: that of the run.
+    """
     if isinstance(normaliser, Curvature):
         why = f"steps are normalised by the curvature that they measure, with a rate of {lr:.2g}"
     else:

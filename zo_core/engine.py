@@ -741,7 +741,7 @@ class ZeroOrder(TrainedModel):
         """
         if self._left and self.step_count == 0 and self._plan is None:
             self._left = False
-            logger.warning("%s", said_default(self.slots, self.lr, self.eps, self.normaliser))
+            logger.warning("%s", said_default(self.slots, base_rates(self.optimizer)[0], self.eps, self.normaliser))
         if not self.wants_lr:
             return
         check_replaceable(self.optimizer, schedulers)

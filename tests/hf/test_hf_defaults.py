@@ -66,12 +66,15 @@ def test_nothing_chosen_and_the_model_learns(steps: int, settings: dict[str, Any
     assert shown[-1] < shown[0] / 10
 
 
-def test_one_line_says_which_rate_was_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = ZOTrainer(model=classifier(), args=open_arguments(tmp_path, max_steps=2), train_dataset=words(64, 0))
-    trainer.train()
+@pytest.mark.parametrize("warmup_steps", [0, 1])
+def test_one_line_says_which_rate_was_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, warmup_steps: int
+) -> None:
+    args = open_arguments(tmp_path, max_steps=2, warmup_steps=warmup_steps)
+    ZOTrainer(model=classifier(), args=args, train_dataset=words(64, 0)).train()
     (line,) = [line for line in caplog.messages if "learning rate" in line]
     assert line.startswith("no learning rate was given: steps are normalised by the curvature that they measure")
-    assert "0.25" in line
+    assert "with a rate of 0.25," in line
 
 
 def test_without_arguments_a_trainer_makes_its_own() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import closure, tiny
+from models import batch, closure, tiny
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from traces import same_bits
+from transformers.pytorch_utils import Conv1D
 
-from zo_core import LowRank, ZeroOrder
+from zo_core import LowRank, StateError, ZeroOrder
 from zo_core.stand_ins import WITHOUT_VALUES, StandIn, ordinary, stand_in
 
 WINDOW = LowRank(refresh=3)
@@ -40,7 +41,11 @@ def step(zo: ZeroOrder, index: int) -> None:
 
 def true_weights(zo: ZeroOrder) -> dict[str, Tensor]:
     """The weights as a checkpoint has them: of a copy of the run, closed."""
-    return {name: value.clone() for name, value in zo.model.state_dict().items()}
+    return true_weights_of(zo.model)
+
+
+def true_weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def plainly(model: nn.Module) -> dict[str, Tensor]:
@@ -107,6 +112,179 @@ def test_what_is_written_counts_from_the_next_step_on(settings: dict[str, Any], 
     zo.close()
     if settings.get("rule") != "momentum":
         assert same_bits(plainly(zo.model), after)
+
+
+def descend(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for index in range(2):
+        closure("llama", model.eval(), index)().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def replace(model: nn.Module) -> None:
+    model.lm_head.weight.data = model.lm_head.weight.data.clone() * 0.5
+
+
+#: What users do with a trained model.
+WRITERS: dict[str, Callable[[nn.Module], object]] = {
+    "half": nn.Module.half,
+    "to bfloat16": lambda model: model.to(torch.bfloat16),
+    "double": nn.Module.double,
+    "another data": replace,
+    "in place": lambda model: torch.nn.init.constant_(model.lm_head.weight, 0.01),
+    "vector": lambda model: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(model.parameters()).detach() * 0.9, model.parameters()
+    ),
+    "backpropagation": descend,
+}
+
+
+def waiting(settings: dict[str, Any], tied: bool = True) -> tuple[ZeroOrder, nn.Module]:
+    """An engine inside of a window, and an ordinary model with its weights."""
+    zo = ZeroOrder(tiny("llama", tied=tied), lr=1e-3, **settings)
+    for index in range(5):
+        step(zo, index)
+    plain = tiny("llama", tied=tied)
+    plain.load_state_dict(true_weights(zo))
+    return zo, plain
+
+
+@pytest.mark.parametrize("settings", PLACES[:2], ids=str)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_model_that_is_written_inside_of_a_window_is_as_an_ordinary_one(
+    writer: str, settings: dict[str, Any]
+) -> None:
+    zo, plain = waiting(settings, tied=writer != "another data")
+    logits = []
+    for model in (zo.model, plain):
+        WRITERS[writer](model)
+        with torch.no_grad():
+            logits.append(model.eval()(**batch("llama")).logits)
+    assert logits[0].dtype == logits[1].dtype
+    assert torch.allclose(*logits, rtol=0.0, atol=1e-5)
+    exact = writer != "backpropagation"  # whose forward computes with the factors, which rounds other sums
+    for seen in (plainly, true_weights_of, lambda model: plainly(copy.deepcopy(model))):
+        ours, theirs = seen(zo.model), seen(plain)
+        assert same_bits(ours, theirs) if exact else all(torch.allclose(ours[n], theirs[n], atol=1e-5) for n in ours)
+    zo.close()
+    assert {p.dtype for p in zo.model.parameters()} == {p.dtype for p in plain.parameters()}
+
+
+@pytest.mark.parametrize("writer", ["half", "to bfloat16", "in place", "another data"])
+def test_a_forward_after_a_write_does_not_change_the_run(writer: str) -> None:
+    ends = []
+    for look in (False, True):
+        zo, plain = waiting(PLACES[1], tied=False)
+        for model in (zo.model, plain):
+            WRITERS[writer](model)
+        if look:
+            with torch.no_grad():
+                closure("llama", zo.model)()
+        records = []
+        for index in range(5, 9):
+            records.append(zo.step(closure("llama", zo.model, index)).as_dict())
+        assert {p.dtype for p in zo.model.parameters()} == {p.dtype for p in plain.parameters()}
+        zo.close()
+        ends.append((records, plainly(zo.model)))
+    assert ends[0][0] == ends[1][0]
+    assert same_bits(ends[0][1], ends[1][1])
+
+
+def test_an_engine_takes_over_a_model_that_was_converted_inside_of_a_window() -> None:
+    zo, plain = waiting(PLACES[0])
+    losses = []
+    for model in (zo.model, plain):
+        model.to(torch.bfloat16)
+        second = ZeroOrder(model, lr=1e-3, noise=WINDOW)
+        losses.append([second.step(closure("llama", model, index)).loss for index in range(5)])
+        second.close()
+    assert losses[0] == losses[1]
+    assert same_bits(plainly(zo.model), plainly(plain))
+    assert {p.dtype for p in zo.model.parameters()} == {torch.bfloat16}
+
+
+def test_another_memory_format_stays() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 1)), torch.randn(3, 4, 8, 8)
+    zo = ZeroOrder(model, lr=1e-2, noise=WINDOW)
+    for after in (False, True):
+        zo.step(lambda: model(x).square().mean())
+        model.to(memory_format=torch.channels_last)
+        model(x)
+        if after:
+            zo.close()
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Uses(nn.Module):
+    """Every way to use a matrix: those with a form for low rank, a convolution, and a product of its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.first, self.second = nn.Conv2d(4, 8, 3), Conv1D(16, 8 * 36), Conv1D(16, 16)
+        self.third, self.head = nn.Linear(16, 16), nn.Linear(16, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.conv(x)).flatten(1)
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(hidden))))) @ self.head.weight.t()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1.0])
+def test_gradients_are_those_of_an_ordinary_model(weight_decay: float) -> None:
+    """Also if parameters are read before the backward pass."""
+    trained, plain, x = Uses(), Uses(), torch.randn(5, 4, 8, 8)
+    zo = ZeroOrder(trained, lr=1e-2, seed=3, noise=WINDOW, weight_decay=weight_decay)
+    for _ in range(5):
+        zo.step(lambda: (trained(x) - 1).square().mean())
+    plain.load_state_dict(true_weights(zo))
+    for model in (trained, plain):
+        loss = (model(x) - 1).square().mean()
+        assert all(parameter.norm().isfinite() for parameter in model.parameters())
+        loss.backward()
+    for name, parameter in plain.named_parameters():
+        ours = trained.get_parameter(name).grad
+        assert ours is not None, name
+        assert torch.allclose(ours, parameter.grad, rtol=0.0, atol=1e-6), name
+
+
+def test_what_would_be_lost_while_the_model_computes_with_the_window_is_an_error() -> None:
+    zo, plain = waiting(PLACES[0])
+    with torch.no_grad(), zo.effective():
+        for write in (
+            zo.close,
+            zo.state_dict,
+            lambda: step(zo, 5),
+            lambda: zo.model.load_state_dict(plain.state_dict()),
+        ):
+            with pytest.raises(StateError, match=r"cannot be stepped, closed or saved, .* inside of zo.effective\(\)"):
+                write()
+    assert same_bits(plainly(zo.model), plainly(plain))
+    zo.close()
+    assert same_bits(plainly(zo.model), plainly(plain))
+
+
+def test_a_context_of_effective_weights_adds_the_updates_once() -> None:
+    """Also where a trainer's evaluation opens another one in it."""
+    zo, _ = waiting(PLACES[0])
+    loss = closure("llama", zo.model.eval())
+    with torch.no_grad():
+        expected = loss()
+        with zo.effective(), zo.effective():
+            assert torch.equal(loss(), expected)
+        assert torch.equal(loss(), expected)
+
+
+@pytest.mark.parametrize("settings", PLACES[3:], ids=str)
+def test_a_streamed_weight_that_is_written_counts_in_the_next_forward(settings: dict[str, Any]) -> None:
+    settings = {**settings, "noise": WINDOW}
+    zo, plain = waiting(settings)
+    with torch.no_grad():
+        for model in (zo.model, plain):
+            model.model.layers[0].mlp.up_proj.weight.mul_(-2.0)
+        assert abs(closure("llama", zo.model.eval())() - closure("llama", plain.eval())()) <= 1e-6
+    zo.close()
 
 
 @EVERYWHERE

@@ -102,6 +102,36 @@ def test_a_resumed_run_decays_as_the_uninterrupted_one_does(tmp_path: Path) -> N
     assert not differing(final, again)
 
 
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_a_second_fit_decays_over_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: str) -> None:
+    def longer(run: Any) -> None:
+        run.fit_loop.max_epochs = 3
+        if limit == "max_steps":
+            run.fit_loop.epoch_loop.max_steps = 12
+
+    def made(seen: Rates) -> Any:
+        saving = ModelCheckpoint(tmp_path, filename="at-{step}", save_top_k=-1, every_n_train_steps=2)
+        settings = {limit: 1 if limit == "max_epochs" else 4, "enable_checkpointing": True}
+        return trainer(tmp_path, "zo", callbacks=[seen, saving], **settings)
+
+    seen, module = Rates(), Wrapped("mlp", left)
+    run = made(seen)
+    run.fit(module, loader("mlp", 4))
+    assert seen.seen == [0.25 * (1.0 - step / 4) for step in range(4)]
+    longer(run)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        run.fit(module, loader("mlp", 4))
+    assert "decays linearly to zero over 8 steps" in caplog.text
+    second = [0.25 * (1.0 - step / 8) for step in range(8)]
+    assert seen.seen[4:] == second
+    again, rest = Wrapped("mlp", left), Rates()
+    resumed = made(rest)
+    longer(resumed)
+    resumed.fit(again, loader("mlp", 4), ckpt_path=tmp_path / "at-step=8.ckpt")
+    assert rest.seen == second[4:]
+    assert not differing(weights(module), weights(again))
+
+
 def test_a_run_from_before_the_decay_goes_on_without_it(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=4)
     settings = {"max_epochs": 1, "enable_checkpointing": True, "callbacks": [saving]}

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from ..noise import LowRankDirection
+from ..errors import StateError
+from ..noise import Direction, LowRankDirection
+from ..noise.low_rank import SIGNS
 from ..probing.function_mode import ProbeMode
 from ..probing.functional import FunctionalMode, Sight
 from ..probing.scratch import ScratchPool
@@ -24,6 +26,9 @@ from ..stand_ins import ordinary, same_bits, stand_in
 from ..targets import Slot
 from .places import Places
 from .window import Window
+
+#: What a parameter keeps if only its values change: dtype, device, shape and strides.
+Form = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
 
 class Windows:
@@ -47,8 +52,10 @@ class Windows:
         self.pool = ScratchPool()
         self.entered: list[list[Any]] = []
         self.inside = 0
-        #: What resident parameters pointed at before they were read.
-        self.read: dict[Slot, Tensor] = {}
+        #: Whether functions compute with W_eff now.
+        self.computing = False
+        #: What resident parameters pointed at before they were read, and the form of what they show instead.
+        self.read: dict[Slot, tuple[Tensor, Form]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A model is copied or pickled together with its hooks, hence with this object; its parameters were read for
@@ -104,7 +111,12 @@ class Windows:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """A context in which the parameters show what is in memory; outside of it, reading one gives W_eff."""
+        """A context in which the parameters show what is in memory; outside of it, reading one gives W_eff.
+
+        Raises:
+            StateError: a forward outside of a step, or `effective`, computes with W_eff.
+        """
+        self._check_idle()
         if not self.inside:
             self._settle_read()
         self.inside += 1
@@ -118,14 +130,29 @@ class Windows:
     @contextmanager
     def effective(self) -> Iterator[None]:
         """A context in which torch functions with a parameter as an argument compute with W_eff."""
-        known = [slot for slot, window in self.of.items() if window.factor is not None]
-        with self.hidden(), FunctionalMode(Sight(known, _values, self._waiting, self.pool), losses=False):
+        if self.computing:
             yield
+            return
+        with self.hidden():  # which drops the updates of parameters that were written
+            known = [slot for slot, window in self.of.items() if window.factor is not None]
+            self.computing = True
+            try:
+                with FunctionalMode(Differentiable(known, _values, self._waiting, self.pool), losses=False):
+                    yield
+            finally:
+                self.computing = False
 
-    def _waiting(self, slot: Slot) -> LowRankDirection:
-        waiting = self.of[slot].waiting()
-        assert waiting is not None
-        return waiting
+    def _waiting(self, slot: Slot) -> Direction:
+        waiting = self.of[slot].waiting()  # none if a streamed parameter was written, which its block finds out
+        return Direction(SIGNS, slot.key, ()) if waiting is None else waiting
+
+    def _check_idle(self) -> None:
+        """Raises `StateError` where functions on parameters get copies, so that what is written to these is lost."""
+        if self.computing:
+            raise StateError(
+                "an engine with pending low-rank updates cannot be stepped, closed or saved, and its model cannot be "
+                "loaded, inside of zo.effective() or of a forward; do it after that"
+            )
 
     def _show(self) -> None:
         """Makes stand-ins of the parameters with pending updates, and attaches the hooks that include these."""
@@ -145,19 +172,25 @@ class Windows:
         if waiting is None:
             return
         kept = slot.tensor.data
-        self.read[slot] = kept
         sum_ = waiting.add_to(kept, out=torch.empty_like(kept))
+        self.read[slot] = kept, _form(sum_)
         for tensor in slot.tensors:
             tensor.data = sum_
 
     def _settle_read(self) -> None:
-        """Points parameters that were read at the window's memory; one that was also written starts over from there."""
+        """Points parameters that were read at the window's memory; one that was also written starts over from there.
+
+        One that was converted, moved to another device or reshaped stays as it is, and starts over from that.
+        """
         with torch.no_grad(), torch.inference_mode(False):
             for slot in self.of:
                 for tensor in slot.tensors if self.places.home(slot) is None else ():
                     ordinary(tensor)
             read, self.read = self.read, {}
-            for slot, kept in read.items():
+            for slot, (kept, form) in read.items():
+                if any(_form(tensor.data) != form for tensor in slot.tensors):
+                    self.of[slot].forget()
+                    continue
                 now, waiting = slot.tensor.data, self.of[slot].waiting()
                 shown = None if waiting is None else waiting.add_to(kept, out=self.pool.take(kept))
                 if shown is None or not same_bits(now, shown):
@@ -226,6 +259,7 @@ class Windows:
         """Drops the pending updates of weights that are loaded, which are W_eff."""
         for name, slot in self._own(module):
             if prefix + name in state_dict:
+                self._check_idle()
                 self.of[slot].forget()
 
     def _own(self, module: nn.Module) -> list[tuple[str, Slot]]:
@@ -233,5 +267,41 @@ class Windows:
         return [(name, slot) for name, slot in own if slot is not None]
 
 
+def _form(tensor: Tensor) -> Form:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+class Differentiable(Sight):
+    """W_eff such that its gradients go to the parameters. Where no graph is recorded it is an ordinary `Sight`.
+
+    A graph holds the weights in memory, not the parameter, which points at W_eff when it is read before the backward.
+    """
+
+    def factors(self, slot: Slot, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+        found = super().factors(slot, dtype)
+        # The product with the weights in memory gives ``decay`` times their gradient, which is that of W_eff.
+        return None if found is not None and found[2] != 1.0 and _recorded(slot) else found
+
+    def copy(self, slot: Slot) -> Tensor:
+        copy = super().copy(slot)
+        return Through.apply(slot.tensor, copy) if _recorded(slot) else copy
+
+
+class Through(torch.autograd.Function):
+    """Values that a parameter stands for, whose gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _recorded(slot: Slot) -> bool:
+    return torch.is_grad_enabled() and slot.tensor.requires_grad
+
+
 def _values(slot: Slot) -> Tensor:
-    return slot.tensor  # the parameter itself, so that differentiating W_eff gives gradients
+    return torch.ops.aten.alias(slot.tensor) if _recorded(slot) else slot.tensor
