@@ -368,6 +368,28 @@ def test_weights_that_are_unfrozen_during_a_run_join() -> None:
     assert len(zo.slots) == 2
 
 
+def test_a_run_that_unfroze_named_weights_goes_on_in_an_engine_that_has_all_of_them() -> None:
+    """With a group of the AdamW for each weight decay, of which the unfrozen weight has the first."""
+
+    def engine(model: nn.Sequential) -> ZeroOrder:
+        groups = [{"params": model[:4].parameters(), "weight_decay": 0.5}, {"params": model[4:].parameters()}]
+        return ZeroOrder(model, optimizer=ZOOptimizer(groups, lr=1e-3), backprop=("[2-9]",), backprop_lr=1e-2)
+
+    model, resumed = make(nn.Linear(12, 12)), make(nn.Linear(12, 12))
+    model[2].requires_grad_(False)
+    zo = engine(model)
+    for index, batch in enumerate(batches(4)):
+        model[2].requires_grad_(index > 1)
+        zo.step(loss_of(model, batch))
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    again = engine(resumed)
+    again.load_state_dict(copy.deepcopy(zo.state_dict()))
+    for batch in batches(3):
+        zo.step(loss_of(model, batch))
+        again.step(loss_of(resumed, batch))
+    assert same(model, resumed)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_under_autocast_both_parts_see_the_current_weights(dtype: torch.dtype) -> None:
     """Autocast keeps casts of weights as long as its context lasts, here for the whole run."""
