@@ -242,7 +242,8 @@ class Backprop:
         """Why the step has to be skipped; None if its gradient is finite. Sets ``norm``."""
         self._fold()
         found = [gradient for gradient in self._total if gradient is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in found]
+        # In float32, or in the wider type that a gradient has; one that is narrower could overflow.
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in found]
         self.norm = math.hypot(*torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()) if norms else 0.0
         return None if math.isfinite(self.norm) else "the gradient of the weights under backprop is not finite"
 

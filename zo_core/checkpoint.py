@@ -68,6 +68,7 @@ class Run(Protocol):
     rule: UpdateRule
     own_probes: int
     seed: int
+    step_count: int
     merged: bool
     normaliser: Normaliser | None
     braking: Braking
@@ -201,6 +202,7 @@ def marked(
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
+        mark |= {"rule": rule} if (rule := _readable(engine.rule)) is not None else {}
         if engine.merged:
             mark["merged"] = True  # which the log records with the next step
         if engine.normaliser is not None:
@@ -230,6 +232,15 @@ def plain_state(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 def thresholds_of(state: Mapping[str, Any]) -> Any:
     """The thresholds of masks in a checkpoint, by slot; version 0.1 had no mark."""
     return state.get(MARK, {}).get("thresholds", state.get("thresholds", {}))
+
+
+def _readable(rule: UpdateRule) -> Any:
+    """A rule with its numbers, which a schedule changes, as plain values; None if they do not give the rule back."""
+    described = _plain(RULES.describe(rule))
+    try:
+        return described if RULES.resolve(described) == rule else None
+    except ValueError:
+        return None
 
 
 def keys_in(state: Any) -> Mapping[int, str]:
@@ -306,13 +317,15 @@ def check_settings(engine: Run, other: Mapping[str, Any], whose: str) -> None:
 
 
 def took_over(state: Mapping[str, Any], engine: Run) -> None:
-    """Adopts what a loaded state records and this run leaves open: the seed and the weight decay."""
+    """Adopts what a loaded state records: the rule's numbers, and what this run leaves open, seed and weight decay."""
     mark = state.get(MARK, {})
     given = engine.continuity.given
     given.update(
         {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
     )
-    engine.seed = mark.get("drawn", given["seed"])
+    engine.at(engine.step_count, mark.get("drawn", given["seed"]))
+    if mark.get("rule", rule := _readable(engine.rule)) != rule:
+        engine.rule = RULES.resolve(mark["rule"])
     engine.merged = mark.get("merged", False)
     if mark.get("settings") or (MARK not in state and "normalise" in engine.continuity.open):
         take_normaliser(engine, mark.get("normaliser"))  # whose rates the checkpoint has

@@ -20,6 +20,7 @@ from .checkpoint import (
     took_over,
     window_of,
 )
+from .config import is_distance
 from .defaults import NEWTON
 from .errors import ConfigError, StateError
 from .estimators import Spsa
@@ -305,7 +306,7 @@ def group_problems(group: dict[str, Any]) -> list[str]:
     """What is wrong with the hyperparameters of a group."""
     wanted: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         ("lr", lambda x: x >= 0, "of at least 0"),
-        ("eps", lambda x: x > 0, "above 0"),
+        ("eps", is_distance, "above 0 that float32 can hold"),
         ("weight_decay", lambda x: x >= 0, "of at least 0"),
     )
     problems = []

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from traces import same_bits, weights
 
-from zo_core import RULES, StateError, StepRecord, ZeroOrder, ZOOptimizer
+from zo_core import RULES, Momentum, StateError, StepRecord, ZeroOrder, ZOOptimizer
 
 LR = 1e-2
 OWN_RULES = [name for name in RULES if not RULES.resolve(name).wants_optimizer]
@@ -103,6 +103,22 @@ def test_an_optimizer_can_be_copied_and_pickled_without_its_engine(
     twin.param_groups[0]["lr"] = 0.5
     assert twin.state_dict()["param_groups"][0]["lr"] == 0.5
     assert zo.optimizer.param_groups[0]["lr"] == LR
+
+
+def test_the_numbers_of_a_rule_that_a_schedule_has_changed_go_on() -> None:
+    for settings in ({}, {"noise": "low_rank"}, {"offload": "cpu"}):
+        model, fresh = layers(), layers()
+        zo, again = (ZeroOrder(each, lr=LR, rule="momentum", **settings) for each in (model, fresh))
+        train(zo, 2)
+        zo.flush()
+        zo.rule = Momentum(0.2)
+        train(zo, 1)
+        assert goes_on_alike(zo, again)
+        assert again.rule == Momentum(0.2)
+        zo.rule = Momentum(0.9)
+        assert goes_on_alike(zo, again)
+        assert again.rule == Momentum(0.9)
+        zo.close(), again.close()
 
 
 # Which parameter a state belongs to
