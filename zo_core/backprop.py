@@ -64,6 +64,7 @@ class Backprop:
         self.max_norm: float | None = None
         self.norm = math.nan
         self._homes: list[int] = []
+        self._order: dict[int, int] = {}
         self._total: list[Tensor | None] = []
         self._fresh: list[tuple[list[Tensor | None], Scale]] = []
         self._told = self._shared = False
@@ -99,6 +100,7 @@ class Backprop:
                 next(iter(tied)),
             )
         names = {id(parameter): path for path, parameter in reversed(paths)}
+        self._order = {id(parameter): place for place, (_, parameter) in reversed([*enumerate(paths)])}
         self.weights = {names[id(slot.tensor)]: slot.tensor for slot in mine}  # type: ignore[misc]
         return _keyed(model, others)
 
@@ -120,6 +122,7 @@ class Backprop:
             index = home.get(id(weight))
             decay = self.weight_decay if index is None else float(groups[index].get("weight_decay") or 0.0)
             self._add(weight, 0 if index is None else index, decay)
+        self._sort()
 
     def _add(self, weight: Tensor, home: int, decay: float) -> None:
         if self.optimizer is None:
@@ -132,6 +135,16 @@ class Backprop:
                 return
         self.optimizer.add_param_group({"params": [weight], "weight_decay": decay})
         self._homes.append(home)
+
+    def _sort(self) -> None:
+        """Brings the AdamW into the order of a new one, by which a checkpoint goes: that of the model."""
+        assert self.optimizer is not None
+        groups, last = self.optimizer.param_groups, len(self._order)  # of weights that were replaced
+        for group in groups:
+            group["params"].sort(key=lambda weight: self._order.get(id(weight), last))
+        first = [self._order.get(id(group["params"][0]), last) for group in groups]
+        places = sorted(range(len(groups)), key=first.__getitem__)
+        self._homes, groups[:] = [self._homes[place] for place in places], [groups[place] for place in places]
 
     # A step
 
@@ -229,7 +242,8 @@ class Backprop:
         """Why the step has to be skipped; None if its gradient is finite. Sets ``norm``."""
         self._fold()
         found = [gradient for gradient in self._total if gradient is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in found]
+        # In float32, or in the wider type that a gradient has; one that is narrower could overflow.
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in found]
         self.norm = math.hypot(*torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()) if norms else 0.0
         return None if math.isfinite(self.norm) else "the gradient of the weights under backprop is not finite"
 

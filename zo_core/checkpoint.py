@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from .backprop import Backprop
 from .brake import Braking
@@ -21,7 +22,7 @@ from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, Noise, derive_seed
 from .normaliser import Curvature, Normaliser, normaliser_of
 from .rules import RULES, UpdateRule
-from .targets import TARGETS, Target
+from .targets import TARGETS, Slot, Target
 from .writers import OWN, is_own, written_by
 
 MARK = "zo"
@@ -60,11 +61,14 @@ class Run(Protocol):
     """The part of an engine that this module uses: the settings of its run, and its progress."""
 
     config: ZOConfig
+    model: nn.Module
+    slots: list[Slot]
     estimator: Estimator
     noise: Noise
     rule: UpdateRule
     own_probes: int
     seed: int
+    step_count: int
     merged: bool
     normaliser: Normaliser | None
     braking: Braking
@@ -183,6 +187,7 @@ def marked(
     windows: Mapping[int, Mapping[str, Any]],
     thresholds: Mapping[str, float],
     factor: float = 1.0,
+    keys: Mapping[int, str] | None = None,
 ) -> dict[str, Any]:
     """An optimizer state with our mark in it.
 
@@ -192,10 +197,12 @@ def marked(
         windows: pending low-rank updates, by the index of the parameter.
         thresholds: thresholds of masks, by slot.
         factor: what the brake multiplies learning rates by.
+        keys: names of the parameters, by index; see `zo_core.state_keys`.
     """
     mark: dict[str, Any] = {"version": VERSION, "settings": {}}
     if engine is not None:
         mark["settings"] = dict(engine.continuity.given)
+        mark |= {"rule": rule} if (rule := _readable(engine.rule)) is not None else {}
         if engine.merged:
             mark["merged"] = True  # which the log records with the next step
         if engine.normaliser is not None:
@@ -203,7 +210,8 @@ def marked(
         mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
         mark |= {"brake": kept} if (kept := engine.braking.saved()) else {}
         mark |= {} if engine.backprop is None else {"backprop": engine.backprop.saved()}
-    mark |= {name: held for name, held in (("windows", windows), ("thresholds", thresholds)) if held}
+    parts = ("windows", windows), ("thresholds", thresholds), ("keys", keys)
+    mark |= {name: part for name, part in parts if part}
     mark |= {"factor": factor} if factor != 1.0 else {}
     return {**state, MARK: mark}
 
@@ -224,6 +232,21 @@ def plain_state(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 def thresholds_of(state: Mapping[str, Any]) -> Any:
     """The thresholds of masks in a checkpoint, by slot; version 0.1 had no mark."""
     return state.get(MARK, {}).get("thresholds", state.get("thresholds", {}))
+
+
+def _readable(rule: UpdateRule) -> Any:
+    """A rule with its numbers, which a schedule changes, as plain values; None if they do not give the rule back."""
+    described = _plain(RULES.describe(rule))
+    try:
+        return described if RULES.resolve(described) == rule else None
+    except ValueError:
+        return None
+
+
+def keys_in(state: Any) -> Mapping[int, str]:
+    """The keys of the parameters in a checkpoint, by index; earlier versions kept none."""
+    known: Mapping[int, str] = state.get(MARK, {}).get("keys", {}) if isinstance(state, Mapping) else {}
+    return known
 
 
 def factor_of(state: Mapping[str, Any]) -> float:
@@ -294,13 +317,15 @@ def check_settings(engine: Run, other: Mapping[str, Any], whose: str) -> None:
 
 
 def took_over(state: Mapping[str, Any], engine: Run) -> None:
-    """Adopts what a loaded state records and this run leaves open: the seed and the weight decay."""
+    """Adopts what a loaded state records: the rule's numbers, and what this run leaves open, seed and weight decay."""
     mark = state.get(MARK, {})
     given = engine.continuity.given
     given.update(
         {name: mark["settings"][name] for name in ("seed", "weight_decay") if name in mark.get("settings", {})}
     )
-    engine.seed = mark.get("drawn", given["seed"])
+    engine.at(engine.step_count, mark.get("drawn", given["seed"]))
+    if mark.get("rule", rule := _readable(engine.rule)) != rule:
+        engine.rule = RULES.resolve(mark["rule"])
     engine.merged = mark.get("merged", False)
     if mark.get("settings") or (MARK not in state and "normalise" in engine.continuity.open):
         take_normaliser(engine, mark.get("normaliser"))  # whose rates the checkpoint has

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from .errors import ConfigError
 from .estimators import ESTIMATORS, Estimator
 from .noise import NOISES, LowRank, Noise
+from .noise.direction import FLOAT32_MAX
 from .normaliser import CURVATURE, GRADIENT
 from .registry import Registry, similar
 from .rules import RULES, Sgd, UpdateRule
@@ -47,12 +48,14 @@ class ZOConfig(Settings):
             self._component("rule", RULES, problems)
         if self.lr != AUTO:
             self._number("lr", problems, lambda x: x >= 0, "a number of at least 0, for example 1e-6, or 'auto'")
-        self._number("eps", problems, lambda x: x > 0, "a number above 0, for example 1e-3")
+        self._number("eps", problems, is_distance, "a number above 0 that float32 can hold, for example 1e-3")
         self._number("weight_decay", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
         if self.clip != math.inf:
             self._number("clip", problems, lambda x: x > 0, "a number above 0, or None for the target's default")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
-            problems.append(f"seed={self.seed!r} must be a whole number, or None for the trainer's seed")
+        if self.seed is not None and not is_seed(self.seed):
+            problems.append(
+                f"seed={self.seed!r} must be a whole number of at most 128 bits, or None for the trainer's seed"
+            )
         for name in ("maximize", "dropout", "stochastic_rounding", "stack_probes", "reuse"):
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r} must be True or False")
@@ -141,10 +144,12 @@ class ZOConfig(Settings):
 
     def _check_backprop(self, problems: list[str]) -> None:
         self._number("backprop_lr", problems, lambda x: x >= 0, "a number of at least 0", optional=False)
-        if isinstance(self.backprop, str) or not all(isinstance(name, str) and name for name in self.backprop or ()):
+        names = () if self.backprop is None else self.backprop
+        several = isinstance(names, Collection) and not isinstance(names, str)
+        if not several or not all(isinstance(name, str) and name for name in names):
             problems.append(f"backprop={self.backprop!r} must be several names, for example ['lm_head']")
             return
-        object.__setattr__(self, "backprop", tuple(self.backprop or ()) or None)  # a list in YAML and JSON
+        object.__setattr__(self, "backprop", tuple(names) or None)  # a list in YAML and JSON
         if self.backprop is None:
             return
         if self.brake == "rollback":
@@ -306,6 +311,16 @@ def check_rule(estimator: Estimator, rule: UpdateRule) -> None:
                 "without a torch optimizer, or estimator='spsa'"
             ]
         )
+
+
+def is_seed(value: object) -> bool:
+    """Whether a value can be the seed of a run; what a seed log takes is one."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 128
+
+
+def is_distance(value: float) -> bool:
+    """Whether a number can be the distance of probes from the weights, which is applied in float32."""
+    return 0 < value <= FLOAT32_MAX
 
 
 def has_triton() -> bool:

@@ -17,9 +17,9 @@ from .agreement import agree
 from .backprop import Backprop
 from .brake import Braking
 from .checkpoint import Continuity, check_checkpoint, resume_at
-from .config import AUTO, ZOConfig
+from .config import AUTO, ZOConfig, is_seed
 from .curves import Curves, memory_now
-from .defaults import NOISY, default_eps, default_lr, moving, said_default, scored_eps
+from .defaults import NEWTON, NOISY, default_eps, default_lr, moving, said_default, scored_eps
 from .directions import Directions
 from .errors import ConfigError, LossError, ModelError, QueryError, SearchError, StateError
 from .estimators import Estimate
@@ -30,6 +30,7 @@ from .forward_state import Carried
 from .gradient_check import GradientCheck, check_gradient
 from .last_look import LastLook, Worse
 from .learning_rate import LrSuggestion, Snapshot, advise, base_rates, check_replaceable, range_test, set_lr
+from .live import CHANGED_EPS
 from .modes import rng_state, set_rng_state
 from .normaliser import Curvature, normaliser_of
 from .optimizer import TorchOptimizerFace, ZOOptimizer, number, param_groups
@@ -45,6 +46,9 @@ from .undoing import braked, note, repeated
 from .updates import Places
 
 logger = logging.getLogger(__name__)
+
+#: How many steps a run can have: a seed log has 32 bits for the index of one, and one value has another meaning there.
+MOST = 2**32 - 1
 
 
 class ZeroOrder(TrainedModel):
@@ -143,9 +147,8 @@ class ZeroOrder(TrainedModel):
         if optimizer is None:
             lr = self._default_lr(slots, self._default_eps) if settings.lr is None else settings.lr
             optimizer = ZOOptimizer(param_groups(slots), lr, self._default_eps, self.config.weight_decay)
-        elif isinstance(optimizer, ZOOptimizer) and optimizer.left and "initial_lr" not in optimizer.param_groups[0]:
-            # Not under a scheduler, which has a rate of its own by now.
-            set_lr(optimizer, self._default_lr(slots, optimizer.param_groups[0]["eps"]))
+        elif isinstance(optimizer, ZOOptimizer) and optimizer.left:
+            self._set_default_lr(optimizer, slots)
         self.optimizer = optimizer if isinstance(optimizer, ZOOptimizer) else TorchOptimizerFace(optimizer)
         self.regroup: Callable[[list[Slot]], object] = self.optimizer.cover if made else list
         self.places = Places(self.optimizer)
@@ -257,7 +260,7 @@ class ZeroOrder(TrainedModel):
         try:
             self.optimizer.check_numbers()
             if self._plan is None:
-                self._plan = replace(self._planned(), random=random)
+                self._plan, self._planned_eps = replace(self._planned(), random=random), self._group_eps()
                 self.oracle.state.begin_step()
             plan = self._plan
             if self.look is not None:
@@ -301,6 +304,21 @@ class ZeroOrder(TrainedModel):
         apart = scored_eps(self.estimator, self.rule, known.normaliser, eps, self.config.maximize)
         return default_lr(slots, self.rule, known.normaliser, self.num_probes, self.noise.share, apart)
 
+    def _set_default_lr(self, optimizer: ZOOptimizer, slots: list[Slot]) -> None:
+        """Sets the rate that was left to us, unless a scheduler has taken another one for its own by now."""
+        group = optimizer.param_groups[0]
+        lr = self._default_lr(slots, group["eps"])
+        if "initial_lr" not in group:
+            set_lr(optimizer, lr)
+        elif group["initial_lr"] == NEWTON != lr and self.config.lr != AUTO:
+            raise ConfigError(
+                [
+                    f"the optimizer has no learning rate, but a scheduler already, which took {NEWTON:g} for one, "
+                    f"and the default here is {lr:.2g}; make the scheduler after the engine, or write a rate: "
+                    f"ZOOptimizer(..., lr={lr:.2g})"
+                ]
+            )
+
     @property
     def scored(self) -> bool:
         """Whether records have the scores that closures return."""
@@ -329,6 +347,8 @@ class ZeroOrder(TrainedModel):
 
     def _planned(self) -> StepPlan:
         """What the next step has to measure."""
+        if self.step_count >= MOST:
+            raise StateError(f"a run has at most {MOST} steps; make another engine, which begins a new one")
         follow_model(self)
         if not self._agreed:
             agree(self)
@@ -386,6 +406,8 @@ class ZeroOrder(TrainedModel):
         if self._plan is None:
             return
         try:
+            if self._group_eps() != self._planned_eps:
+                raise StateError(CHANGED_EPS)
             with self.curves.clock.timed("forwards"):
                 self._plan.gather(self.exchange)
                 if self.backprop is not None and not self._plan.failed:
@@ -599,14 +621,16 @@ class ZeroOrder(TrainedModel):
             seed: seed of the run that it belongs to; None keeps the current one.
 
         Raises:
-            StateError: ``step`` is no index of a step.
+            StateError: ``step`` is no index of a step, or ``seed`` no whole number.
         """
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise StateError(f"step={step!r} must be a whole number of at least 0: how many steps the run has done")
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MOST:
+            raise StateError(f"step={step!r} must be a whole number from 0 to {MOST}: how many steps the run has done")
+        if seed is not None and not is_seed(seed):
+            raise StateError(f"seed={seed!r} must be a whole number of at most 128 bits, or None for that of the run")
         self.discard()
         self.step_count = step
         if seed is not None:
-            self.seed = seed
+            object.__setattr__(self, "seed", seed)  # a setting, which users choose when they make the engine
 
     def skip(self, reason: str) -> StepRecord:
         """Ends the step in progress without moving a weight; the next one has new directions.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from .config import Resolved, ZOConfig, check_rule
+from .config import Resolved, ZOConfig
 from .errors import ConfigError, StateError
 from .optimizer import TorchOptimizerFace, ZOOptimizer, group_problems
 from .rules import UpdateRule
@@ -13,7 +13,8 @@ from .step import StepPlan
 from .updates import Updaters
 
 #: Settings that have no effect any more once the engine is made.
-FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule", "clip", "seed"}
+FIXED = frozenset(field.name for field in fields(ZOConfig)) - {"lr", "eps", "weight_decay", "rule"}
+CHANGED_EPS = "eps cannot change while a step is being measured; set it between two steps"
 
 
 class LiveSettings:
@@ -40,7 +41,11 @@ class LiveSettings:
             if not name.startswith("_") and not hasattr(self, name):
                 raise AttributeError(f"ZeroOrder has no attribute {name!r} that could be set")
             if name == "rule":
-                check_rule(self._settings.estimator, value)
+                if type(value) is not type(self.rule):
+                    raise AttributeError(
+                        f"rule={self.rule.name!r} is fixed once the engine is made, only its numbers may change; make "
+                        f"another one: ZeroOrder(model, zo.config.replace(rule={value!r}))"
+                    )
                 if value.anchored != self.rule.anchored:
                     raise AttributeError(
                         "decay_to is fixed once the engine is made, because the rule keeps the weights of the start; "
@@ -72,6 +77,11 @@ class LiveSettings:
             raise AttributeError("eps is fixed where a torch optimizer does the updates; make another engine")
         self._set_in_groups("eps", value)
 
+    def _group_eps(self) -> list[Any]:
+        """The eps of each group; none where a torch optimizer does the updates."""
+        own = not isinstance(self.optimizer, TorchOptimizerFace)
+        return [float(group["eps"]) for group in self.optimizer.param_groups] if own else []
+
     @property
     def weight_decay(self) -> float:
         """The weight decay of the first parameter group; setting it sets it in all groups."""
@@ -86,7 +96,7 @@ class LiveSettings:
         if problems:
             raise ConfigError(problems)
         if self._plan is not None and name == "eps":
-            raise StateError("eps cannot change while a step is being measured; set it between two steps")
+            raise StateError(CHANGED_EPS)
         for owner in (self.optimizer, getattr(self.optimizer, "inner", self.optimizer)):
             for group in owner.param_groups:
                 if name in group:

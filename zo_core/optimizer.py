@@ -9,10 +9,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import Run, check_state, factor_of, marked, plain_state, thresholds_of, took_over, window_of
+from .checkpoint import (
+    Run,
+    check_state,
+    factor_of,
+    keys_in,
+    marked,
+    plain_state,
+    thresholds_of,
+    took_over,
+    window_of,
+)
+from .config import is_distance
 from .defaults import NEWTON
 from .errors import ConfigError, StateError
 from .estimators import Spsa
+from .state_keys import in_order, keys_of
 from .targets import Slot, held
 from .updates import Places, Updaters
 from .writers import OWN, written_by
@@ -105,17 +117,21 @@ class ZOOptimizer(torch.optim.Optimizer):
         return {slot: next(by_tensor[id(t)] for t in slot.tensors if id(t) in by_tensor) for slot in slots}
 
     def cover(self, slots: Iterable[Slot], alike: Callable[[Slot, dict[str, Any]], bool] | None = None) -> None:
-        """Adds those of ``slots`` that no group holds yet.
+        """Adds those of ``slots`` that no group holds yet, each before the later ones, as in a new optimizer.
 
         Args:
             slots: a new one is added to the first group that is ``alike``, or else to the first group.
             alike: whether a slot belongs in a group; None compares the slot's own hyperparameters.
         """
+        slots = list(slots)
         held = {id(tensor) for group in self.param_groups for tensor in group["params"]}
-        for slot in slots:
+        place = {id(tensor): index for index, slot in enumerate(slots) for tensor in slot.tensors}
+        for index, slot in enumerate(slots):
             if not any(id(tensor) in held for tensor in slot.tensors):
                 fits = [group for group in self.param_groups if (alike or _has_values_of)(slot, group)]
-                (fits or self.param_groups)[0]["params"].append(slot.tensor)
+                params = (fits or self.param_groups)[0]["params"]
+                later = (at for at, tensor in enumerate(params) if place.get(id(tensor), -1) > index)
+                params.insert(next(later, len(params)), slot.tensor)
 
     def check_numbers(self) -> None:
         """Raises `ConfigError` if a hyperparameter is not a finite number, before anything moves."""
@@ -160,6 +176,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             ValueError: the state does not fit; nothing was loaded.
         """
         check_state(state_dict, self.engine, OWN, {key for group in self.param_groups for key in group})
+        state_dict = self._in_order(state_dict)
         self._check_state(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -171,6 +188,16 @@ class ZOOptimizer(torch.optim.Optimizer):
                     value = value.detach().to(tensor.device, copy=True)
                 self.state[tensor][name] = value
         self._load_extras(state_dict)
+
+    def _in_order(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state with the parameters in our order."""
+        if self.engine is None:
+            return state_dict
+        front = self.engine.continuity.front
+        return in_order(state_dict, keys_in(state_dict), self._keys(), self.param_groups, front.weights_alone)
+
+    def _keys(self) -> list[str]:
+        return [] if self.engine is None else keys_of(self.engine.model, self.engine.slots, self.param_groups)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         problems = [problem for group in state_dict["param_groups"] for problem in group_problems(group)]
@@ -225,7 +252,8 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _marked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         waiting = {} if self.engine is None else self.engine.updaters.saved()
         windows = {index: waiting[id(t)] for index, t in self._indexed(state_dict) if id(t) in waiting}
-        return marked(state_dict, self.engine, windows, dict(self.thresholds), self.factor)
+        keys = dict(zip(_indices(state_dict), self._keys(), strict=False))
+        return marked(state_dict, self.engine, windows, dict(self.thresholds), self.factor, keys)
 
     def take_thresholds(self, known: dict[str, float], before: Iterable[Slot], now: Iterable[Slot]) -> None:
         """Adopts the thresholds of another engine over the same tensors, whose slots may have had other keys."""
@@ -278,7 +306,7 @@ def group_problems(group: dict[str, Any]) -> list[str]:
     """What is wrong with the hyperparameters of a group."""
     wanted: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         ("lr", lambda x: x >= 0, "of at least 0"),
-        ("eps", lambda x: x > 0, "above 0"),
+        ("eps", is_distance, "above 0 that float32 can hold"),
         ("weight_decay", lambda x: x >= 0, "of at least 0"),
     )
     problems = []
@@ -354,6 +382,7 @@ class TorchOptimizerFace(ZOOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for the torch optimizer; a state that it wrote in a run with backpropagation is also accepted."""
         check_state(state_dict, self.engine, written_by({"param_groups": self.param_groups, "state": self.state}))
+        state_dict = self._in_order(state_dict)
         self.inner.load_state_dict(state_dict)
         self._share()
         self._load_extras(state_dict)

@@ -71,6 +71,37 @@ def test_named_weights_move_as_under_torch_alone(max_norm: float | None) -> None
     assert same(model, plain)
 
 
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_of_64_bits_move_as_under_torch_alone(dtype: torch.dtype) -> None:
+    """Also beside a head of 32 bits, clipped by the norm of both."""
+    model = make(nn.Sequential(Cast(dtype), nn.Linear(12, 3))).double()
+    model[4].to(dtype)
+    plain = copy.deepcopy(model)
+    zo = ZeroOrder(model, lr=0.0, backprop=("2", "4"), backprop_lr=1e-2)
+    assert zo.backprop is not None
+    zo.backprop.bound(0.05)
+    learning = [*plain[2].parameters(), *plain[4].parameters()]
+    adamw = torch.optim.AdamW(learning, lr=1e-2, weight_decay=0.0)
+    for inputs, labels in batches(3):
+        batch = inputs.double(), labels
+        zo.step(loss_of(model, batch))
+        adamw.zero_grad()
+        loss_of(plain, batch)().backward()
+        norm = nn.utils.clip_grad_norm_(learning, 0.05)
+        adamw.step()
+        assert zo.backprop.norm == pytest.approx(norm.item(), rel=1e-6)
+    assert same(model, plain)
+
+
 def test_gradients_of_micro_batches_are_added() -> None:
     model, plain = make(), make()
     zo = ZeroOrder(model, lr=0.0, backprop=("2", "4"))
@@ -366,6 +397,28 @@ def test_weights_that_are_unfrozen_during_a_run_join() -> None:
     zo.step(loss_of(model, second))
     assert not torch.equal(model[2].weight, before)
     assert len(zo.slots) == 2
+
+
+def test_a_run_that_unfroze_named_weights_goes_on_in_an_engine_that_has_all_of_them() -> None:
+    """With a group of the AdamW for each weight decay, of which the unfrozen weight has the first."""
+
+    def engine(model: nn.Sequential) -> ZeroOrder:
+        groups = [{"params": model[:4].parameters(), "weight_decay": 0.5}, {"params": model[4:].parameters()}]
+        return ZeroOrder(model, optimizer=ZOOptimizer(groups, lr=1e-3), backprop=("[2-9]",), backprop_lr=1e-2)
+
+    model, resumed = make(nn.Linear(12, 12)), make(nn.Linear(12, 12))
+    model[2].requires_grad_(False)
+    zo = engine(model)
+    for index, batch in enumerate(batches(4)):
+        model[2].requires_grad_(index > 1)
+        zo.step(loss_of(model, batch))
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    again = engine(resumed)
+    again.load_state_dict(copy.deepcopy(zo.state_dict()))
+    for batch in batches(3):
+        zo.step(loss_of(model, batch))
+        again.step(loss_of(resumed, batch))
+    assert same(model, resumed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import closure, tiny
@@ -93,3 +95,20 @@ def test_schedulers_move_the_groups_of_either_kind_of_optimizer() -> None:
             lrs.append(zo.step(closure("mlp", model)).lr)
             schedule.step()
         assert lrs == [first, first / 2, first / 4]
+
+
+@pytest.mark.parametrize("settings", [{"rule": "sign"}, {"normalise": "gradient"}, {"estimator": "es"}], ids=str)
+def test_a_scheduler_from_before_the_engine_must_not_keep_a_rate_that_was_left_open(settings: dict[str, Any]) -> None:
+    """It took the placeholder, 0.25, which is the default of steps that are normalised by the curvature alone."""
+    alone = ZeroOrder(tiny("mlp"), **settings)
+    optimizer = ZOOptimizer((model := tiny("mlp")).parameters())
+    LambdaLR(optimizer, lambda step: 1 - step / 100)
+    words = rf"which took 0\.25 .* the default here is {alone.lr:.2g}; make the scheduler after .*lr={alone.lr:.2g}"
+    with pytest.raises(ConfigError, match=words):
+        ZeroOrder(model, optimizer=optimizer, **settings)
+    assert ZeroOrder(model, optimizer=optimizer).lr == 0.25
+    ZeroOrder(model, optimizer=optimizer, lr="auto", **settings)  # which replaces it
+    after = ZOOptimizer(model.parameters())
+    assert ZeroOrder(model, optimizer=after, **settings).lr == alone.lr
+    LambdaLR(after, lambda step: 1 - step / 100)
+    assert ZeroOrder(model, optimizer=after, **settings).lr == alone.lr  # another engine goes on with it

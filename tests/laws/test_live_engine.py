@@ -17,12 +17,16 @@ from zo_core import (
     ModelError,
     Momentum,
     SeedLogWriter,
+    Sgd,
+    Sign,
     StateError,
+    UpdateRule,
     ZeroOrder,
     ZOConfig,
     ZOOptimizer,
     replay,
 )
+from zo_core.rules import Torch
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -191,7 +195,7 @@ def test_the_projected_gradient_is_in_the_units_of_the_eps_that_is_set() -> None
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["num_probes", "estimator", "noise", "target", "dropout", "offload", "backend"])
+@pytest.mark.parametrize("name", ["num_probes", "estimator", "noise", "target", "dropout", "offload", "clip", "seed"])
 def test_what_is_fixed_says_so(name: str) -> None:
     zo = ZeroOrder(tiny("mlp"))
     with pytest.raises(AttributeError, match=rf"{name} is fixed once the engine is made; make another one"):
@@ -208,7 +212,48 @@ def test_misspelt_and_impossible_settings_are_errors() -> None:
         zo.eps = 0
     with pytest.raises(AttributeError, match="must be a rule itself"):
         zo.rule = "momentum"
-    zo.rule = Momentum(0.5)
+    with pytest.raises(ConfigError, match=r"eps=1e\+39 must be a number above 0 that float32 can hold"):
+        zo.eps = 1e39
     zo.measure(closure("mlp", zo.model))
     with pytest.raises(StateError, match="between two steps"):
         zo.eps = 1e-2
+
+
+@pytest.mark.parametrize("rule", [Momentum(0.5), Sign(), Torch()], ids=repr)
+def test_the_kind_of_a_rule_is_fixed_since_no_log_could_follow(rule: UpdateRule) -> None:
+    zo = ZeroOrder(tiny("mlp"), rule="sgd")
+    with pytest.raises(AttributeError, match=rf"rule='sgd' is fixed .*replace\(rule={rule.name.title()}"):
+        zo.rule = rule
+    assert zo.rule == Sgd()
+
+
+def test_an_eps_that_changes_in_a_group_during_a_step_is_an_error_and_not_another_estimate() -> None:
+    model, other = tiny("mlp"), tiny("mlp")
+    zo, fresh = ZeroOrder(model, lr=1e-2), ZeroOrder(other, lr=1e-2, eps=1e-1)
+    zo.measure(closure("mlp", model))
+    zo.optimizer.param_groups[0]["eps"] = 1e-1
+    with pytest.raises(StateError, match="eps cannot change while a step is being measured"):
+        zo.optimizer.step()
+    assert zo.step(closure("mlp", model)).as_dict() == fresh.step(closure("mlp", other)).as_dict()
+    assert same_bits(weights(model), weights(other))
+
+
+def test_a_run_is_at_a_step_and_has_a_seed_that_its_log_can_hold(tmp_path: Path) -> None:
+    zo = ZeroOrder(tiny("mlp"), lr=1e-2)
+    for step in (-1, 1.5, 2**32):
+        with pytest.raises(StateError, match="must be a whole number from 0 to 4294967295"):
+            zo.at(step)  # type: ignore[arg-type]
+    for seed in (1.5, True, 2**128, -(2**200)):
+        with pytest.raises(StateError, match=r"seed=.* must be a whole number of at most 128 bits"):
+            zo.at(0, seed)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"seed=.* must be a whole number of at most 128 bits"):
+            ZOConfig(seed=seed)  # type: ignore[arg-type]
+    zo.at(2**32 - 2, 1 - 2**128)
+    log = SeedLogWriter.attach(zo, tmp_path / "log")
+    zo.step(closure("mlp", zo.model))
+    with pytest.raises(StateError, match="a run has at most 4294967295 steps"):
+        zo.step(closure("mlp", zo.model))
+    log.close()
+    again = tiny("mlp")
+    assert replay(again, tmp_path / "log", progress=False) == 2**32 - 1
+    assert same_bits(weights(again), weights(zo.model))

@@ -187,7 +187,7 @@ def test_whatever_changes_in_mid_run_is_in_the_log(tmp_path: Path) -> None:
     zo.optimizer.param_groups[2]["lr"] = 0.5  # leaves the column it shared
     go()
     zo.optimizer.param_groups[0]["weight_decay"] = 0.9
-    zo.seed = 99
+    zo.at(zo.step_count, seed=99)
     go()
     zo.optimizer.param_groups[1]["eps"] = 7e-3
     go()

@@ -57,6 +57,7 @@ RANKS = {
     "summary": 6,
     "first_steps": 6,
     "checkpoint": 7,
+    "state_keys": 3,
     "optimizer": 8,
     "directions": 9,
     "placement": 9,
