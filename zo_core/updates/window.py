@@ -24,7 +24,7 @@ from ..noise.low_rank import SIGNS, basis
 from ..noise.reverting import take_back
 from ..rules import RuleMove, UpdateRule
 from ..targets import Slot
-from .base import AtOnce, Updater, backwards, copies
+from .base import Updater, backwards, copies
 from .places import Places, State
 
 #: Prefix of the names of the rule's state in a checkpoint, next to the factor.
@@ -66,10 +66,6 @@ class Window(Updater):
         self.exported: weakref.ref[Tensor] | None = None
 
     def update(self, rule: UpdateRule, direction: Direction, lr: float, weight_decay: float) -> None:
-        if not rule.linear:  # a schedule may have replaced a linear rule by this one
-            self.settle()
-            AtOnce(self.slot, self.places).update(rule, direction, lr, weight_decay)
-            return
         bases = tuple(basis(seed) for seed, _ in direction.terms)
         factor = self.factor
         if factor is None or self.bases != bases:
@@ -83,9 +79,6 @@ class Window(Updater):
     def undo(self, moves: Callable[[], Sequence[RuleMove]]) -> None:
         def work(theta: Tensor, state: State) -> None:
             for part in backwards(moves()):
-                if not part[-1][0].linear:
-                    part[-1][0].undo(theta, state, part)
-                    continue
                 again = Repeated(self.slot, self.noise, self.places, stochastic=self.stochastic)
                 for sum_ in reversed(again.sums(part)):
                     take_back(theta, sum_, float32(sum_.decay))
