@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy --save
     python -m benchmarks.accuracy --directions 8 --rows 1024 --distances 0.25 0.5 --search-seeds 100 101 --save
+    python -m benchmarks.accuracy --directions 8 --rows 1024 --at 0.17 0.25 --seeds 3 4 5 6 7 8 9 10 11 --save
 
 Logistic regression (650 weights) that has learnt scikit-learn's digits by backpropagation is trained, forward only, on
 digits at half the contrast, with noise and moved by one pixel. Some see only how many of 256 or 1,024 digits are right,
@@ -138,6 +139,7 @@ def main() -> None:
     columns = ["objective", "rows", "forwards", "rate", "eps", "before", *by_seed, "mean"]
     title = f"Accuracy on held-out digits, trained on accuracy or on the loss, {args.directions} directions a step"
     name = "accuracy" if args.directions == DIRECTIONS else f"accuracy-{args.directions}-directions"
+    name += "-at" if args.at else ""
     save(name, title, columns, rows, torch.device("cpu"), write=args.save)
 
 
