@@ -406,6 +406,7 @@ class ZeroOrder(TrainedModel):
         if self._plan is None:
             return
         try:
+            self.optimizer.check_numbers()
             if self._group_eps() != self._planned_eps:
                 raise StateError(CHANGED_EPS)
             with self.curves.clock.timed("forwards"):

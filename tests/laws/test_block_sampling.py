@@ -206,7 +206,7 @@ def test_blocks_that_are_not_drawn_are_not_written_to_disk(
 @pytest.mark.parametrize("estimator", ["spsa", "fzoo"])
 def test_a_step_that_draws_nothing_moves_nothing(estimator: str) -> None:
     model = tiny("mlp")
-    zo = engine(model, Sampled(0.2), estimator=estimator, num_probes=2, rule="momentum", weight_decay=0.5, lr=1.0)
+    zo = engine(model, Sampled(0.2), estimator=estimator, num_probes=2, rule="momentum", weight_decay=0.5, lr=0.1)
     zo.step_count = step = seed_with(zo, some=False)
     with left_as_found(model):
         record = zo.step(closure("mlp", model))
