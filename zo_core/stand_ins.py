@@ -26,10 +26,10 @@ METADATA = {
     )
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
 
-#: Functions that need no values: metadata, and functions that replace or ignore the values.
+#: Functions that need no values: metadata, and functions that ignore the values.
 WITHOUT_VALUES = (
     METADATA
-    | {getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")}
+    | {getattr(Tensor, name).__set__ for name in ("grad", "requires_grad")}
     | {
         getattr(Tensor, name).__get__
         for name in dir(Tensor)

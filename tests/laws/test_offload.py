@@ -51,6 +51,47 @@ class WideFirst(nn.Module):
         return hidden.square().mean()
 
 
+class Tied(nn.Module):
+    """A layer that uses one weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.b(self.a(x)))
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "sampled"])
+@pytest.mark.parametrize("penalty", ["before", "after", None])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(6, 6), Tied])
+def test_weights_that_do_not_move_are_the_same_outside_of_their_layer(layer: Any, penalty: Any, noise: str) -> None:
+    """With a penalty on all weights, and a model that is called twice: some points move nothing, or few layers."""
+
+    def trained(tier: str | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(layer() for _ in range(5)))
+        x = torch.randn(4, 6)
+        zo = ZeroOrder(model, offload=tier, blocks=None if tier is None else [str(i) for i in range(5)], noise=noise)
+
+        def loss() -> Tensor:
+            total = torch.zeros(())
+            for now in ("before", "forward", "after"):
+                if now == penalty:
+                    total = total + 1e-2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
+                elif now == "forward":
+                    total = total + model(x).square().mean() + model(1 - x).square().mean()
+            return total
+
+        losses = [torch.tensor(float(zo.step(loss))) for _ in range(4)]
+        zo.close()
+        return [*losses, *(p.detach().clone() for p in model.parameters())]
+
+    for mine, theirs in zip(trained("cpu"), trained(None), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
 def test_streamed_equals_resident_on_any_number_of_threads(threads: tuple[int, int]) -> None:
     torch.manual_seed(0)

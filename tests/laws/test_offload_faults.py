@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload_helpers import make
+from offload_helpers import deep, make
 from torch import Tensor
 from transformers import AlbertConfig, AlbertForMaskedLM
 
@@ -80,3 +80,30 @@ def test_a_damaged_block_file_is_a_clear_error(damage: str, tmp_path: Path) -> N
         victim.write_bytes(victim.read_bytes()[:-100])
     with pytest.raises(StateError, match=r"missing or damaged"):
         zo.step(lambda: model(**inputs).loss)
+
+
+@pytest.mark.parametrize("error", [StateError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("tier", ["cpu", "disk"])
+def test_a_block_that_could_not_be_fetched_is_fetched_again(
+    tier: str, number: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = deep()
+    zo = ZeroOrder(model, lr=1e-3, offload=tier)
+    assert zo.streaming is not None
+    read, calls = zo.streaming.store.read, []
+
+    def failing(*args: Any) -> None:
+        calls.append(None)
+        if len(calls) == number:
+            raise error("cannot be read now")
+        read(*args)
+
+    with torch.no_grad():
+        wanted = model(**inputs).loss
+        monkeypatch.setattr(zo.streaming.store, "read", failing)
+        with pytest.raises(error):
+            model(**inputs)
+        assert torch.equal(model(**inputs).loss, wanted)
+        assert torch.equal(model(**inputs).loss, wanted)
+    zo.close()

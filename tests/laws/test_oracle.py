@@ -117,6 +117,12 @@ def test_the_closure_runs_once_per_point() -> None:
     assert len(calls) == len(POINTS)
 
 
+def test_a_closure_may_return_the_same_tensor_each_time() -> None:
+    model = tiny("mlp")
+    loss, kept = closure("mlp", model), torch.zeros((), dtype=torch.float64)
+    assert measure(model, lambda: kept.copy_(loss().detach())) == measure(model, loss)
+
+
 def test_at_most_the_layers_in_use_and_the_tied_ones_have_copies() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     alive = []

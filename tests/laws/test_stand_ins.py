@@ -114,6 +114,23 @@ def test_what_is_written_counts_from_the_next_step_on(settings: dict[str, Any], 
         assert same_bits(plainly(zo.model), after)
 
 
+@EVERYWHERE
+def test_data_that_is_put_in_the_place_of_what_nobody_has_read_counts(settings: dict[str, Any]) -> None:
+    """As a swap back from averaged weights does."""
+    zo = engine(**settings)
+    for index in range(2):
+        step(zo, index)
+    weight = zo.model.get_parameter("model.layers.1.mlp.up_proj.weight")
+    assert isinstance(weight, StandIn)
+    wanted = torch.full(weight.shape, 0.5)  # which reads nothing of it
+    weight.data = wanted.clone()
+    assert torch.equal(weight, wanted)
+    zo.lr = 0.0
+    step(zo, 2)
+    zo.close()
+    assert torch.equal(weight, wanted) or settings.get("rule") == "momentum"
+
+
 def descend(model: nn.Module) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for index in range(2):

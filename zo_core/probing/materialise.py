@@ -48,6 +48,7 @@ class Materialised:
         used: whether any probe so far has used a slot.
         running: what the running probe sees; None while none runs, or all wait.
         around: runs what adds or removes hooks on the model's modules.
+        stays: whether the memory of a slot keeps its values for as long as a probe may see them.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Materialised:
         self.running: ProbeView | None = None
         self._thread = 0
         self.around: Callable[[Callable[[], None]], None] = lambda change: change()
+        self.stays: Callable[[Slot], bool] = lambda slot: True
         self._handles: list[Any] = []
         self._careful = False
         self._hooked = self._modules_to_hook()

@@ -250,7 +250,7 @@ def as_scalar(value: Any) -> Tensor:
                 f"the closure returned a tensor of shape {list(value.shape)} and dtype {value.dtype}; "
                 "return one real number, for example loss.mean()"
             )
-        return float64(value.detach()).reshape(())
+        return float64(value.detach()).reshape(()).clone()  # the closure may return the same tensor again
     if value is None:
         raise LossError("the closure returned None; end it with `return loss`")
     try:

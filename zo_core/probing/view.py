@@ -155,7 +155,7 @@ class ProbeView:
             self.look.upcast = True
 
     def materialise(self, slot: Slot) -> None:
-        """Points the slot at a perturbed copy, or at its own memory if this probe does not move it."""
+        """Points the slot at a perturbed copy, or if this probe does not move it at its own memory, if that stays."""
         self.given = True
         self.taken.add(slot)
         with torch.DisableTorchFunction():
@@ -166,6 +166,8 @@ class ProbeView:
             if self.owner.moves(self.point) and not (direction := self.owner.direction(slot, self.point)).still:
                 scratch = slot.room(original, self.owner.pool.take)
                 direction.add_to(original, out=scratch)
+            elif not self.owner.stays(slot):
+                scratch = self.owner.pool.take(original).copy_(original)
             self.present[slot] = scratch
             for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
                 self.absent.pop(id(tensor))

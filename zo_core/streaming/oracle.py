@@ -84,6 +84,7 @@ class LockstepOracle:
         # Probes take turns at the end of a block, and a layer is copied at once for one probe.
         closed = [m for m in repeated if m in blocks or blocks.isdisjoint(m.modules())]
         self.realisation = realisation(model, slots, direction, closed)
+        self.realisation.stays = self._stays
         self.lockstep = Lockstep(self._leave, self._enter)
         self.home = {slot: where for slot in slots if (where := streaming.home(slot.tensors)) is not None}
         self.resident = [slot for slot in slots if slot not in self.home]
@@ -295,6 +296,12 @@ class LockstepOracle:
         if self.opened is not None and self.opened[0] is block:
             return self.opened[1][name]
         return self.streaming.values(block)[name]
+
+    def _stays(self, slot: Slot) -> bool:
+        """Outside of its block's forward, a streamed slot has memory that the next block takes over."""
+        home = self.home.get(slot)
+        # What several modules hold is given to a probe once, and kept until its end.
+        return home is None or (self.opened is not None and self.opened[0] is home[0] and len(slot.modules) == 1)
 
     def _open(self, block: Block) -> None:
         with torch.DisableTorchFunction():

@@ -411,7 +411,7 @@ def _fill(descriptor: int, tensor: Tensor, offset: int) -> None:
         if count == 0:
             raise ValueError("the file ends too early")
         done += count
-    if size:
+    if size and hasattr(os, "posix_fadvise"):  # not on macOS
         os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
     if host is not tensor:
         tensor.copy_(host)

@@ -303,7 +303,8 @@ class Streaming:
             self._start_fetch(block)
         self.loaded.move_to_end(block)
         if block in self.fetching:
-            self.copies.let_wait(self.fetching.pop(block))
+            with self._or_not_loaded(block):
+                self.copies.let_wait(self.fetching.pop(block))
         tensors = self.loaded[block][1]
         if self.previous is not block:
             if self.previous is not None:
@@ -465,7 +466,19 @@ class Streaming:
         nbytes = block.nbytes
         self.bytes_read += nbytes
         read = partial(self.store.read, block.name, tensors)
-        self.fetching[block] = self.copies.fetch(read, after, here=self.store.returns_soon(nbytes))
+        with self._or_not_loaded(block):
+            self.fetching[block] = self.copies.fetch(read, after, here=self.store.returns_soon(nbytes))
+
+    @contextmanager
+    def _or_not_loaded(self, block: Block) -> Iterator[None]:
+        """A context that fetches a block; if that fails, its slot is free again."""
+        try:
+            yield
+        except BaseException as error:
+            arena = self.loaded.pop(block)[0]
+            if isinstance(error, Exception):  # else the fetch was interrupted, and may still write there
+                self.arenas.append(arena)
+            raise
 
     def _moments(self, block: Block) -> list[Moment]:
         """The moments at which the copies in progress for a block are done."""
@@ -473,9 +486,11 @@ class Streaming:
 
     def _finish(self, block: Block) -> None:
         """Waits for the copies in progress for a block."""
-        for futures in (self.fetching, self.writing):
-            if block in futures:
-                self.copies.wait(futures.pop(block))
+        if block in self.fetching:
+            with self._or_not_loaded(block):
+                self.copies.wait(self.fetching.pop(block))
+        if block in self.writing:
+            self.copies.wait(self.writing.pop(block))
 
     def _after_write(self, block: Block) -> None:
         """Orders what follows after the write of a block in progress, which reads the block's slot."""
@@ -590,7 +605,7 @@ class Streaming:
         for block in self.blocks:
             self.settle(block)
             self.point(block, {name: tensor.to(device) for name, tensor in self.store.whole(block.name).items()})
-            del self.attached[id(block.module)]
+            self.attached.pop(id(block.module), None)  # a call before this one may have failed half-way
         self.store.leave()
         self.copies.close()
         for handle in self.handles:
