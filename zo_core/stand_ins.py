@@ -49,6 +49,8 @@ WITHOUT_VALUES = (
 #: Functions that return the tensor itself if it already has the requested type and place.
 MOVES = frozenset({Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.contiguous})
 
+SET_DATA = getattr(Tensor, "data").__set__  # noqa: B009
+
 Bring = Callable[[], object]
 
 
@@ -64,6 +66,8 @@ class StandIn:
             with torch.DisableTorchFunctionSubclass():
                 if func(*args, **kwargs) is args[0]:
                     return args[0]
+        if func == SET_DATA and args[0] is args[1]:
+            return None  # as `nn.Module.to` does where nothing is to be moved
         if func not in WITHOUT_VALUES:
             _bring(args)
             _bring(kwargs.values())

@@ -32,6 +32,9 @@ class Owner(Protocol):
     @property
     def direction(self) -> Callable[[Slot, Point], Direction]: ...
 
+    @property
+    def stays(self) -> Callable[[Slot], bool]: ...
+
 
 class Frame:
     """The forward of a module that is running.
