@@ -256,6 +256,8 @@ def own_losses(model: nn.Module, batch: Batch) -> Tensor:
     if isinstance(batch.get("labels"), Tensor) and bool((batch["labels"] == -100).all()):
         raise ModelError("no label of this batch counts: all are -100; leave out such examples")
     logits, labels, loss = getattr(outputs, "logits", None), batch.get("labels"), getattr(outputs, "loss", None)
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        labels = None  # of a regression
     if logits is not None and labels is not None and loss is not None and logits.ndim == labels.ndim + 1:
         for shift in (True, False) if labels.ndim == 2 else (False,):
             scores, targets = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)

@@ -87,6 +87,11 @@ def _problems(engine: ZeroOrder) -> list[str]:
         return [f"its noise is {noise!r}; train with noise=LowRank(refresh=None), in one window"]
     if not engine.updaters.windows.of:
         return [f"rule={engine.rule.name!r} and compiled models write into the base; use the rule 'sgd' or 'momentum'"]
+    if engine.written:
+        return [
+            "some of its updates are in the base weights: a rollback, a second run, other trainable weights or close() "
+            "has merged them; save the model instead"
+        ]
     return []
 
 

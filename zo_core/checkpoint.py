@@ -70,6 +70,7 @@ class Run(Protocol):
     seed: int
     step_count: int
     merged: bool
+    written: bool
     normaliser: Normaliser | None
     braking: Braking
     backprop: Backprop | None
@@ -205,6 +206,8 @@ def marked(
         mark |= {"rule": rule} if (rule := _readable(engine.rule)) is not None else {}
         if engine.merged:
             mark["merged"] = True  # which the log records with the next step
+        if engine.written:
+            mark["written"] = True
         if engine.normaliser is not None:
             mark["normaliser"] = engine.normaliser.saved()
         mark["drawn"] = engine.seed  # seed of the directions; it differs from the given one in a second run
@@ -326,7 +329,7 @@ def took_over(state: Mapping[str, Any], engine: Run) -> None:
     engine.at(engine.step_count, mark.get("drawn", given["seed"]))
     if mark.get("rule", rule := _readable(engine.rule)) != rule:
         engine.rule = RULES.resolve(mark["rule"])
-    engine.merged = mark.get("merged", False)
+    engine.merged, engine.written = mark.get("merged", False), mark.get("written", False)
     if mark.get("settings") or (MARK not in state and "normalise" in engine.continuity.open):
         take_normaliser(engine, mark.get("normaliser"))  # whose rates the checkpoint has
     engine.braking.load(mark.get("brake", {}))

@@ -41,8 +41,9 @@ def follow_model(engine: Running) -> None:
     kept = {tensor: dict(state) for tensor, state in engine.optimizer.state.items()}
     slots = engine.choose()
     engine.regroup(slots)
-    old_slots = engine.slots
+    old_slots, written = engine.slots, engine.written
     engine.take(slots)
+    engine.written = written
     engine.optimizer.take_thresholds(dict(engine.optimizer.thresholds), old_slots, engine.slots)
     engine.optimizer.state.update(kept)
     engine.store_state()

@@ -195,6 +195,15 @@ class TrainedModel(LiveSettings):
             self.oracle = self._resident()
         self._forget()
 
+    @property
+    def written(self) -> bool:
+        """Whether low-rank updates were merged into weights that moved: these are then not what the run began with."""
+        return self.updaters.windows.written
+
+    @written.setter
+    def written(self, value: bool) -> None:
+        self.updaters.windows.written = value
+
     def effective(self) -> AbstractContextManager[None]:
         """A context in which weights include the updates that are pending until the end of a low-rank window.
 

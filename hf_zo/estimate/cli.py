@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config,
             rates,
             args.lora_rank,
-            tuple(args.lora_targets.split(",")),
+            tuple(name.strip() for name in args.lora_targets.split(",")),
         )
         rows = estimate(model, work)
         count = sum(p.numel() for p in model.parameters())

@@ -82,7 +82,7 @@ def with_lora(model: nn.Module, rank: int, targets: Collection[str] = LORA_TARGE
     """Returns a copy with adapters on the layers with these names; only the adapters move.
 
     Raises:
-        ConfigError: no layer has one of these names.
+        ConfigError: a name is that of no layer. Of the default names one is enough.
     """
     model = copy.deepcopy(model).requires_grad_(False)
     for module in model.modules():
@@ -93,10 +93,12 @@ def with_lora(model: nn.Module, rank: int, targets: Collection[str] = LORA_TARGE
         for name, m in model.named_modules()
         if isinstance(m, (nn.Linear, Int4Linear)) and name.rpartition(".")[2] in targets
     ]
-    if not names:
+    found = {name.rpartition(".")[2] for name in names}
+    missing = [target for target in targets if target not in found]
+    if not names or (missing and targets != LORA_TARGETS):
         linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Int4Linear))}
         known = ", ".join(sorted(linear)) or "none"
-        raise ConfigError([f"lora_targets={','.join(targets)} are not in the model; its linear layers are: {known}"])
+        raise ConfigError([f"lora_targets={','.join(missing)} are not in the model; its linear layers are: {known}"])
     for name in names:
         base = model.get_submodule(name)
         shape = base.shape if isinstance(base, Int4Linear) else _linear(model, name).weight.shape

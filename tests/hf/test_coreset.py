@@ -26,10 +26,10 @@ class CoresetTrainer(CoresetTrainerMixin, Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def classifier() -> nn.Module:
+def classifier(labels: int = 3) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-    return BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **sizes))
+    return BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=labels, **sizes))
 
 
 def llama_rows(count: int = 6) -> dict[str, Tensor]:
@@ -167,3 +167,5 @@ def test_what_cannot_be_chosen_from_is_an_error() -> None:
 
     with pytest.raises(ModelError, match="losses=function"):
         Coreset().gradients(Squared(), llama_rows())
+    with pytest.raises(ModelError, match="losses=function"):  # a regression
+        Coreset().gradients(classifier(labels=1), {**batch("bert"), "labels": torch.tensor([0.5, 2.0])})

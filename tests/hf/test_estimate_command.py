@@ -88,6 +88,7 @@ def test_a_skeleton_has_no_values_and_keeps_ties(folder: Path) -> None:
         (["FOLDER", "--estimator", "adam"], "estimator='adam' is not known"),
         (["FOLDER", "--blocks", "layers"], "blocks='layers' is not a module"),
         (["FOLDER", "--lora-targets", "nothing"], "its linear layers are"),
+        (["FOLDER", "--lora-targets", "q_proj, vproj"], "lora_targets=vproj are not in the model"),
     ],
 )
 def test_errors_say_what_to_write(

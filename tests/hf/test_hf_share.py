@@ -8,13 +8,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from hf_helpers import adapted, differing, seedlog_trainer, weights
+from hf_helpers import adapted, differing, seedlog_trainer, texts, weights
 from models import tiny
 from peft import LoraConfig
 from torch import nn
 
 from hf_zo import load_zo_adapter, save_zo_adapter
-from zo_core import SeedLog, StateError
+from zo_core import LowRank, SeedLog, StateError, ZOConfig
 
 LOG = "seedlog.zo"
 
@@ -37,6 +37,26 @@ def test_a_shared_fine_tune_is_loaded_bit_for_bit(tmp_path: Path, monkeypatch: p
     assert differing(weights(loaded), weights(trainer.model)) == []
     start = load_zo_adapter(tiny("llama"), folder, until=0)
     assert differing(weights(start), weights(tiny("llama"))) == []
+
+
+@pytest.mark.parametrize("refresh", [3, None])
+@pytest.mark.parametrize("end", ["pending", "closed", "best"])
+def test_low_rank_updates_are_shared_whether_or_not_they_are_pending(
+    end: str, refresh: int | None, tmp_path: Path
+) -> None:
+    best = {
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True,
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "eval_dataset": texts(4),
+    }  # fmt: skip
+    config = ZOConfig(noise=LowRank(refresh=refresh))
+    trainer = seedlog_trainer(tmp_path, zo_config=config, **(best if end == "best" else {}))
+    trainer.train()
+    if end == "best":
+        assert trainer.state.best_global_step < trainer.state.global_step
+    if end == "closed":
+        trainer.zo.close()
+    folder = save_zo_adapter(trainer, tmp_path / "shared")
+    assert differing(weights(load_zo_adapter(tiny("llama"), folder)), weights(trainer.model)) == []
 
 
 def test_adapters_are_shared_with_the_same_start(tmp_path: Path) -> None:

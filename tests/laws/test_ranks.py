@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import closure, tiny
 from processes import together
 from rank_runs import State, accumulate, both, equal, loss, model_of, state
@@ -123,6 +124,26 @@ def test_the_log_of_rank_0_replays_on_one_process(tmp_path: Path) -> None:
     replay(model, tmp_path / "seedlog.zo")
     assert equal(first, second)
     assert equal(first, state(model))
+
+
+def test_one_of_several_processes_can_replay(tmp_path: Path) -> None:
+    zo = ZeroOrder(model_of(), lr=1e-2, num_probes=2)
+    log = SeedLogWriter.attach(zo, tmp_path / "seedlog.zo")
+    for step in range(STEPS):
+        zo.step(lambda step=step: loss(zo.model, 0, step))  # type: ignore[misc]
+    log.close()
+
+    def work(rank: int) -> State:
+        model = model_of()
+        if rank == 0:
+            with pytest.MonkeyPatch.context() as patched:  # as under nccl, where a group over gloo is made by all
+                patched.setattr(dist, "get_backend_config", lambda: "cuda:nccl")
+                replay(model, tmp_path / "seedlog.zo")
+        return state(model)
+
+    first, second = together(work, tmp_path, timeout=10)
+    assert equal(first, state(zo.model))
+    assert equal(second, state(model_of()))
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

@@ -67,6 +67,15 @@ def test_replay_writes_the_trained_weights(prefix: str, run: Any, tmp_path: Path
     assert same_bits(load_file(out), {prefix + name: value for name, value in run[1][2].items()})
 
 
+def test_tensors_that_did_not_move_are_kept_whatever_their_names(run: Any, tmp_path: Path) -> None:
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    packed = {"q.weight": torch.arange(3, dtype=torch.uint8), "q.weight.absmax": torch.ones(3)}  # as 4-bit ones are
+    save_file(run[1][0] | packed, base)
+    assert command.main(["verify", str(run[0]), "--base", str(base)]) == 0
+    assert command.main(["replay", str(run[0]), "--base", str(base), "--out", str(out)]) == 0
+    assert same_bits(load_file(out), run[1][-1] | packed)
+
+
 def test_a_base_that_is_none_is_a_clear_error(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base.safetensors"
     arguments = ["replay", str(run[0]), "--base", str(base), "--out", str(tmp_path / "out")]

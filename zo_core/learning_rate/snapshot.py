@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 #: Attributes of an engine that steps change, besides its step count. What is new in an engine and changed by steps
 #: belongs here; values are copied.
-CHANGED_BY_STEPS = ("merged", "normaliser", "curves")
+CHANGED_BY_STEPS = ("merged", "written", "normaliser", "curves")
 #: Attributes that a test of the engine sets for its own steps.
 SET_BY_TESTS = ("listeners", "first_steps", "look")
 

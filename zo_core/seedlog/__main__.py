@@ -83,7 +83,8 @@ def _verify(options: argparse.Namespace) -> int:
     if log.corrupt is not None:
         raise StateError(log.corrupt)
     if options.base is not None:
-        check_run(engine_for(_model(options.base, log), log), log, log.first_step, frozen=False)
+        model, _ = _model(options.base, log)
+        check_run(engine_for(model, log), log, log.first_step, frozen=False)
         print(f"{options.base} is the model that the run started from")
     torn = f"; {log.torn} bytes of an unfinished record at the end are left out" if log.torn else ""
     print(f"{log.path} is whole: steps {log.first_step} to {log.next_step - 1}, every checksum right{torn}")
@@ -92,9 +93,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     log = SeedLog.read(options.log)
-    model = _model(options.base, log)
+    model, others = _model(options.base, log)
     step = replay(model, log, options.until, frozen=False)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in (others | model.state_dict()).items()}
     with replacing(options.out) as fresh:
         save_file(tensors, fresh, metadata={"format": "pt"})
     print(f"{options.out} has the weights at step {step}")
@@ -182,8 +183,11 @@ def _draw(log: SeedLog, path: Path) -> None:
     print(f"{path} has the curves")
 
 
-def _model(base: Path, log: SeedLog) -> nn.Module:
-    """A module that only holds the tensors of safetensors files; those that the run moved are parameters."""
+def _model(base: Path, log: SeedLog) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A module with those tensors of safetensors files that the run moved, and all others by name.
+
+    The others may have names that no module allows: "q.weight.absmax" next to "q.weight", in 4-bit checkpoints.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(base.glob("*.safetensors")) if base.is_dir() else [base]:
         try:
@@ -199,12 +203,12 @@ def _model(base: Path, log: SeedLog) -> nn.Module:
             f"{', '.join(log.header['prefix'] + key for key in keys[:3])} …"
         )
     model = nn.Module()
-    for name, tensor in tensors.items():
-        _register(model, name, tensor, moves=name in moved)
-    return model
+    for name in [name for name in tensors if name in moved]:
+        _register(model, name, tensors.pop(name))
+    return model, tensors
 
 
-def _register(model: nn.Module, name: str, tensor: torch.Tensor, *, moves: bool) -> None:
+def _register(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     *path, last = name.split(".")
     module = model
     for part in path:
@@ -213,10 +217,7 @@ def _register(model: nn.Module, name: str, tensor: torch.Tensor, *, moves: bool)
             child = nn.Module()
             module.add_module(part, child)
         module = child
-    if moves:
-        module.register_parameter(last, nn.Parameter(tensor))
-    else:
-        module.register_buffer(last, tensor)
+    module.register_parameter(last, nn.Parameter(tensor))
 
 
 if __name__ == "__main__":

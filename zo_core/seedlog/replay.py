@@ -28,7 +28,7 @@ from ..noise.hashing import BATCH_WORDS
 from ..optimizer import ZOOptimizer
 from ..progress import Bar
 from ..rules import RULES, RuleMove, UpdateRule
-from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable
+from ..targets import TARGETS, WRAPPERS, Slot, Target, Trainable, group_of
 from ..undoing import undo
 from ..updates import State
 from .format import LoggedStep
@@ -165,6 +165,8 @@ def engine_for(model: nn.Module, log: SeedLog) -> ZeroOrder:
         stochastic_rounding=header["stochastic_rounding"],
         normalise=(header.get("normaliser") or {"name": False})["name"],
     )
+    if not group_of(model):
+        config = config.replace(ranks=None)  # one process may replay while the others do something else
     target = TARGETS.resolve(header["target"])
     with _trainable(model, target, header):
         held = [slot.tensor for slot in target.slots(model) if slot.key in header["base"]["slots"]]

@@ -45,6 +45,7 @@ class Window(Updater):
         bases: the bases of the window.
         decay: factor by which the weights have shrunk in this window.
         moved: whether W_eff may differ from the weights in memory.
+        written: whether pending updates were ever merged into the weights.
         state: the rule's state for A.
         exported: weak reference to the copy of W_eff in a state dict, while that is in use.
     """
@@ -54,6 +55,7 @@ class Window(Updater):
     def __init__(self, slot: Slot, noise: LowRank, places: Places, *, stochastic: bool):
         self.slot, self.noise, self.places, self.stochastic = slot, noise, places, stochastic
         self.shape = slot.tensor.shape
+        self.written = False
         self.forget()
 
     def forget(self) -> None:
@@ -124,6 +126,7 @@ class Window(Updater):
         def work(theta: Tensor, state: State) -> None:
             waiting.add_to(theta)
 
+        self.written = True
         self.places.move(self.slot, work)
 
     def settle(self) -> bool:

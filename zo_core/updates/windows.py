@@ -77,6 +77,16 @@ class Windows:
         """The pending updates, to be added to the weights in memory; None if there are none."""
         return None if slot not in self.of else self.of[slot].waiting()
 
+    @property
+    def written(self) -> bool:
+        """Whether pending updates were ever merged into the weights: these are then not what the run began with."""
+        return any(window.written for window in self.of.values())
+
+    @written.setter
+    def written(self, value: bool) -> None:
+        for window in self.of.values():
+            window.written = value
+
     def settle(self) -> bool:
         """Merges all pending updates into the weights, and removes the hooks: for the end of training.
 
