@@ -124,9 +124,15 @@ def _same_weights(engine: Running, exchange: Ranks) -> None:
 
 
 def _resident(engine: Running) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Resident tensors by name, and by which part of the tensor a process holds."""
+    """Resident tensors by name, and by which part of the tensor a process holds.
+
+    Those that move need not be parameters: the scales of bitsandbytes are none.
+    """
     hidden = {id(tensor) for block in _blocks(engine) for held in block.holders.values() for tensor in held}
-    for name, tensor, part in parts_of((*engine.model.named_parameters(), *engine.model.named_buffers())):
+    found = parts_of((*engine.model.named_parameters(), *engine.model.named_buffers()))
+    known = {id(tensor) for _, tensor, _ in found}
+    found += [(slot.key, slot.tensor, slot.part) for slot in engine.slots if id(slot.tensor) not in known]
+    for name, tensor, part in found:
         if id(tensor) not in hidden and tensor.device.type != "meta":
             yield (name, "" if part is None else f"{part.begin} {part.size}"), tensor.detach()
 
