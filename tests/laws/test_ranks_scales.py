@@ -9,6 +9,7 @@ from typing import Any
 import int4_models
 import pytest
 import torch
+import torchao_models
 from rank_runs import both
 from torch import Tensor, nn
 
@@ -19,12 +20,17 @@ def of_bitsandbytes(model: nn.Module) -> list[Tensor]:
     return [layer.weight.quant_state.absmax for layer in int4_models.layers(model)]
 
 
+def of_torchao(model: nn.Module) -> list[Tensor]:
+    return [weight.scale for weight in torchao_models.quantised(model)]
+
+
 LIBRARIES: list[tuple[Any, Callable[[nn.Module], list[Tensor]]]] = [
     (int4_models, of_bitsandbytes),
+    (torchao_models, of_torchao),
 ]
 
 
-@pytest.mark.parametrize(("library", "scales_of"), LIBRARIES, ids=["bitsandbytes"])
+@pytest.mark.parametrize(("library", "scales_of"), LIBRARIES, ids=["bitsandbytes", "torchao"])
 def test_all_processes_begin_with_the_scales_of_rank_0(
     tmp_path: Path, library: Any, scales_of: Callable[[nn.Module], list[Tensor]]
 ) -> None:
