@@ -16,7 +16,7 @@ from .exchange import Alone
 from .ranks import Ranks, world_size
 from .running import Running
 from .streaming import share
-from .targets import parts_of
+from .targets import parts_of, plain_tensors
 from .version import __version__
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,16 @@ def _same_weights(engine: Running, exchange: Ranks) -> None:
 
 
 def _resident(engine: Running) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Resident tensors by name, and by which part of the tensor a process holds."""
+    """Resident tensors by name, and by which part of the tensor a process holds.
+
+    Those that move need not be parameters: the scales of bitsandbytes are none.
+    """
     hidden = {id(tensor) for block in _blocks(engine) for held in block.holders.values() for tensor in held}
-    for name, tensor, part in parts_of((*engine.model.named_parameters(), *engine.model.named_buffers())):
+    named = parts_of((*engine.model.named_parameters(), *engine.model.named_buffers()))
+    found = [(*plain, part) for name, tensor, part in named for plain in plain_tensors(name, tensor)]
+    known = {id(tensor) for _, tensor, _ in found}
+    found += [(slot.key, slot.tensor, slot.part) for slot in engine.slots if id(slot.tensor) not in known]
+    for name, tensor, part in found:
         if id(tensor) not in hidden and tensor.device.type != "meta":
             yield (name, "" if part is None else f"{part.begin} {part.size}"), tensor.detach()
 

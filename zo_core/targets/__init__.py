@@ -10,6 +10,7 @@ from .base import (
     check_tensor,
     memory_of,
     plain_parameters,
+    plain_tensors,
     shapes_of,
     slot_keys,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "move_scales",
     "parts_of",
     "plain_parameters",
+    "plain_tensors",
     "shapes_of",
     "slot_keys",
 ]

@@ -199,8 +199,13 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
 def plain_parameters(module: nn.Module, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The plain tensors that hold the parameters' values, by name: themselves, or the parts of tensor subclasses."""
     for name, parameter in module.named_parameters(recurse=recurse):
-        if is_traceable_wrapper_subclass(parameter):
-            inner = ((part, getattr(parameter, part)) for part in parameter.__tensor_flatten__()[0])
-            yield from ((f"{name}.{part}", value) for part, value in inner if isinstance(value, Tensor))
-        else:
-            yield name, parameter
+        yield from plain_tensors(name, parameter)
+
+
+def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """As `plain_parameters`, for one tensor of this name."""
+    if is_traceable_wrapper_subclass(tensor):
+        inner = ((part, getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+        yield from ((f"{name}.{part}", value) for part, value in inner if isinstance(value, Tensor))
+    else:
+        yield name, tensor
