@@ -65,9 +65,11 @@ class Directions:
 
     def multipliers(self, slots: list[Slot]) -> list[float]:
         """What multiplies the coefficients of a step: learning rates, weight decays, and ratios of eps."""
-        groups, factor = self.optimizer.param_groups, self.optimizer.factor
-        rates = [number(group, "lr", 0.0) * factor for group in groups]
-        return [*rates, *map(_decay, groups), *set(self.ratios(slots).values())]
+        return [*self.rates(), *map(_decay, self.optimizer.param_groups), *set(self.ratios(slots).values())]
+
+    def rates(self) -> list[float]:
+        """The learning rate of each group, as it is applied in a step."""
+        return [number(group, "lr", 0.0) * self.optimizer.factor for group in self.optimizer.param_groups]
 
     def decays(self) -> list[float]:
         """The weight decay of each group, as it is applied in a step."""
@@ -78,8 +80,7 @@ class Directions:
         """The largest share of its weights that weight decay takes from a slot in a step with so many directions."""
         if isinstance(self.optimizer, TorchOptimizerFace):
             return 0.0  # its own affair
-        rates = (number(group, "lr", 0.0) * self.optimizer.factor for group in self.optimizer.param_groups)
-        return max(map(operator.mul, rates, self.decays())) / self.noise.share_in(directions)
+        return max(map(operator.mul, self.rates(), self.decays())) / self.noise.share_in(directions)
 
     def unit(self, slot: Slot, seed: int) -> Direction:
         """The direction ``z(seed)`` of a slot, in the units of the step's eps."""

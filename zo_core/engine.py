@@ -575,7 +575,7 @@ class ZeroOrder(TrainedModel):
         )
         note(self, probes)
         self.curves.add(record.step, loss, projected_grad, record.lr, skipped, partial(memory_now, self._device))
-        self.exchange.done(self.step_count, probes)
+        self.exchange.done(self.step_count, probes, [*self.directions.rates(), *self.directions.decays()])
         if self.backprop is not None:
             self.backprop.discard()
         self._forget()

@@ -70,8 +70,14 @@ class Exchange(Protocol):
         """Tells the other processes that this one cannot measure the step; they raise `RanksError`."""
         ...
 
-    def done(self, step: int, probes: Sequence[Probe]) -> None:
-        """Takes note of what a step has applied, to be compared with the other processes at the next one."""
+    def done(self, step: int, probes: Sequence[Probe], rates: Sequence[float]) -> None:
+        """Takes note of what a step has applied, to be compared with the other processes at the next one.
+
+        Args:
+            step: its index.
+            probes: what it has applied; empty if it was skipped.
+            rates: the learning rates and weight decays of all groups.
+        """
         ...
 
 
@@ -105,7 +111,7 @@ class Alone:
     def fail(self, error: BaseException) -> None:
         """Nobody else is there."""
 
-    def done(self, step: int, probes: Sequence[Probe]) -> None:
+    def done(self, step: int, probes: Sequence[Probe], rates: Sequence[float]) -> None:
         """Nobody else is there."""
 
 

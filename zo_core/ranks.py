@@ -151,9 +151,11 @@ class Ranks:
         except RanksError as lost:
             logger.warning("the other processes could not be told of this error: %s", lost)
 
-    def done(self, step: int, probes: Sequence[Probe]) -> None:
-        applied = repr([(probe.seed, probe.coefficient) for probe in probes]).encode()
-        self._digest = int.from_bytes(blake2b(applied, digest_size=8).digest(), "little", signed=True)
+    def done(self, step: int, probes: Sequence[Probe], rates: Sequence[float]) -> None:
+        # Six digits: cosines of schedules may differ in their last bits between machines. Skipped steps use no rate.
+        applied = [(probe.seed, probe.coefficient) for probe in probes], [f"{rate:g}" for rate in rates if probes]
+        found = blake2b(repr(applied).encode(), digest_size=8).digest()
+        self._digest = int.from_bytes(found, "little", signed=True)
         self._step = step + 1
 
     def everywhere(self, own: Any) -> list[Any]:
@@ -219,7 +221,8 @@ class Ranks:
             if header[2] != headers[0][2]:
                 raise RanksError(
                     f"rank {rank} and rank 0 applied different updates in the step before this one, so their weights "
-                    "differ; continue from the last checkpoint"
+                    "differ; continue from the last checkpoint, and set the same learning rates and weight decay in "
+                    "all processes (a scheduler that follows a loss needs the same loss in all of them)"
                 )
 
     def _headers(self, kind: int, number: int) -> list[list[int]]:

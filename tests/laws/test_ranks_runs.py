@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from models import closure, tiny
 from rank_runs import State, both, equal, loss, model_of, state
 from torch import nn
 
-from zo_core import ConfigError, RanksError, ZeroOrder
+from zo_core import ConfigError, RanksError, ZeroOrder, ZOOptimizer
 from zo_core.brake.state import History
 from zo_core.curves import Curves
 from zo_core.seedlog import SeedLogWriter
@@ -105,6 +106,45 @@ def test_lengths_of_runs_have_to_agree(tmp_path: Path) -> None:
     for found in both(tmp_path, work):
         assert found.kind is ConfigError
         assert "steps of the run=11 on rank 1, and steps of the run=12 on rank 0" in found.text
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "second group"])
+def test_rates_that_part_are_an_error_one_step_later(tmp_path: Path, name: str) -> None:
+    def work(rank: int) -> tuple[list[int], str]:
+        model = model_of()
+        found: list[int] = []
+        groups: list[dict[str, Any]] = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+        zo = ZeroOrder(model, optimizer=ZOOptimizer(groups, lr=1e-2, weight_decay=0.1))
+        zo.listeners.append(lambda record: found.append(record.step))
+        for step in range(5):
+            if step == 2 and rank:
+                which = zo.optimizer.param_groups[1 if name == "second group" else 0]
+                which["weight_decay" if name == "weight_decay" else "lr"] *= 2
+            try:
+                zo.step(lambda step=step: loss(model, rank, step))  # type: ignore[misc]
+            except RanksError as error:
+                return found, str(error)
+        return found, "nothing"
+
+    for steps, said in both(tmp_path, work):
+        assert steps == [0, 1, 2]
+        assert "rank 1 and rank 0 applied different updates in the step before this one" in said
+        assert "set the same learning rates and weight decay in all" in said
+
+
+def test_rates_of_a_skipped_step_may_differ_and_last_bits_may(tmp_path: Path) -> None:
+    def work(rank: int) -> State:
+        model = model_of()
+        zo = ZeroOrder(model, lr=1e-2)
+        for step in range(4):
+            if step and rank:
+                zo.lr = 2e-2 if step == 1 else math.nextafter(1e-2, 1.0)
+            zo.step(lambda step=step: loss(model, rank, step) * (float("nan") if step == 1 else 1.0))  # type: ignore[misc]
+        return state(model)
+
+    first, second = both(tmp_path, work)
+    assert equal(first, second)
+    assert not equal(first, state(model_of()))
 
 
 # Optimizers, readers, memory
