@@ -68,7 +68,8 @@ class StandIn:
                     return args[0]
         if func == SET_DATA and args[0] is args[1]:
             return None  # as `nn.Module.to` does where nothing is to be moved
-        if func not in WITHOUT_VALUES:
+        # What is empty has no values to keep, as what bitsandbytes makes of 4-bit weights that are elsewhere.
+        if func not in WITHOUT_VALUES and not (func == SET_DATA and not args[1].numel()):
             _bring(args)
             _bring(kwargs.values())
         with torch.DisableTorchFunctionSubclass():
