@@ -170,7 +170,7 @@ class ProbeView:
                 scratch = slot.room(original, self.owner.pool.take)
                 direction.add_to(original, out=scratch)
             elif not self.owner.stays(slot):
-                scratch = self.owner.pool.take(original).copy_(original)
+                scratch = slot.room(original, self.owner.pool.take).copy_(original)
             self.present[slot] = scratch
             for tensor, shown in zip(slot.tensors, slot.seen(scratch), strict=True):
                 self.absent.pop(id(tensor))
