@@ -13,7 +13,6 @@ from .brake import SHRUNK, SHRUNK_16, Alarm, Done
 from .directions import Directions
 from .errors import StateError
 from .normaliser import Curvature
-from .optimizer import number
 from .records import Probe, Rollback
 from .rules import RuleMove
 from .running import Running
@@ -175,13 +174,12 @@ def note(engine: Reverting, probes: tuple[Probe, ...]) -> None:
     history, step = engine.braking.history, engine.step_count
     if not probes:
         return
-    groups, factor = engine.optimizer.param_groups, engine.optimizer.factor
-    lrs = tuple(number(group, "lr", 0.0) * factor for group in groups)
+    lrs = tuple(engine.directions.rates())
     engine.braking.trust.paid(_cost(engine, probes, min(lrs)))
     if not engine.rule.undoable:
         history.forget(step + 1)
         return
-    eps = tuple(engine.directions.relative_eps(group) for group in groups)
+    eps = tuple(engine.directions.relative_eps(group) for group in engine.optimizer.param_groups)
     weight_decay = tuple(engine.directions.decays())
     narrow = any(weight_decay) and any(slot.tensor.element_size() < 4 for slot in engine.slots)
     done = Done(step, probes, lrs, eps, weight_decay, engine.rule, engine.braking.normaliser)

@@ -102,9 +102,8 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], *, until: int | N
     if until is None and config["trained_weights"] is not None:
         found = fingerprint(engine)["digest"]
         if found != config["trained_weights"] and engine.updaters.settle():
-            found = fingerprint(engine)[
-                "digest"
-            ]  # of weights that were saved and loaded, or closed, nothing is pending
+            # Nothing is pending in weights that were saved and loaded again, or whose engine was closed.
+            found = fingerprint(engine)["digest"]
         if found != config["trained_weights"]:
             raise StateError(
                 f"the replayed weights are not those that were shared in {folder}: fingerprint {found} here, "

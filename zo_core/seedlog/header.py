@@ -183,7 +183,7 @@ def current(engine: ZeroOrder, columns: Iterable[int] | None = None) -> tuple[Se
     index = {id(group): i for i, group in enumerate(groups)}
     group_of = tuple(index[id(of[slot])] for slot in engine.slots)
     relative = {index[id(group)]: engine.directions.relative_eps(group) for group in of.values()}
-    lrs = tuple(number(group, "lr", 0.0) * engine.optimizer.factor for group in groups)
+    lrs = tuple(engine.directions.rates())
     kept = None if columns is None else tuple(columns)
     if kept is None or not _fit(kept, lrs):
         distinct = list(dict.fromkeys(lrs))
