@@ -105,34 +105,6 @@ def test_the_formula_of_the_curvature() -> None:
     assert zo.normaliser.count == Curvature.EVERY_STEP + (60 - Curvature.EVERY_STEP + 7) // 8
 
 
-@pytest.mark.parametrize("loss", [1.0, 1e-9])
-def test_weight_decay_has_the_rate_of_the_gradient(loss: float) -> None:
-    """``(1 - lr wd / sqrt(v)) theta``, as in SGD with the rate ``lr / sqrt(v)``, and with a small v ``lr wd``."""
-    decayed, zo = (engine(normalise=CURVATURE, lr=0.25, weight_decay=decay) for decay in (0.1, 0.0))
-    for index in range(3):
-        before = weights(decayed.model)
-        zo.model.load_state_dict(decayed.model.state_dict())
-        for each in (decayed, zo):
-            each.step(lambda each=each, index=index: closure("mlp", each.model, index)() * loss)
-        assert zo.normaliser == decayed.normaliser
-        root = math.sqrt(zo.normaliser.mean_square)
-        assert (root > 1.0) == (loss == 1.0)
-        for name, weight in weights(decayed.model).items():
-            wanted = weights(zo.model)[name].double() - 0.025 / max(root, 1.0) * before[name].double()
-            # Two results of one rounding, and the factor of the decay, which is a float32 close to 1.
-            assert (weight.double() - wanted).abs().max() <= 2**-22 * before[name].abs().max()
-
-
-def test_a_step_whose_weight_decay_leaves_nothing_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
-    zo = engine(normalise="gradient", lr=3.0, weight_decay=0.5, brake=None)
-    before, state = weights(zo.model), zo.normaliser.saved()
-    record = zo.step(closure("mlp", zo.model, 0))
-    assert record.skipped == "weight decay would take away 1.5 times the weights; lower weight_decay or lr"
-    assert record.skipped in caplog.text
-    assert same_bits(weights(zo.model), before)
-    assert zo.normaliser.saved() == state
-
-
 def test_where_one_side_is_measured_the_curvature_measures_both_along_the_first_direction() -> None:
     state: dict[str, Any] = {"mean_square": 2.0, "count": 5}
     one, two = Curvature(two_sided=False, **state), Curvature(**state)

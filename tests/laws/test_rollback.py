@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from zo_core import NOISES, RULES, SeedLog, SeedLogWriter, StateError, ZeroOrder
 from zo_core.noise import Passes
 from zo_core.noise.direction import Scaling
 from zo_core.noise.hashing import BATCH_WORDS
-from zo_core.records import Probe, Rollback, StepRecord
+from zo_core.records import Rollback, StepRecord
 
 STEPS = 60
 #: Steps whose losses are far above all others; the brake goes back at the third one of each three.
@@ -181,34 +180,6 @@ def test_momentum_is_undone_with_the_momentum_of_its_time() -> None:
     left, moved_by = largest_difference(weights(model), before), largest_difference(moved, before)
     assert left < torch.finfo(torch.float32).eps * moved_by
     assert not any(state["momentum"].any() for state in zo.optimizer.state.values())
-
-
-@pytest.mark.parametrize(
-    "rule", ["sgd", {"name": "momentum", "beta": 0.0}, {"name": "sgd", "decay_to": "start"}], ids=str
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_weight_decay_has_taken_comes_back_or_is_not_asked_for(dtype: torch.dtype, rule: Any) -> None:
-    """Each step leaves 97.5%: after 1,000 of them, going back would divide rounding errors by 1e-11."""
-    steps = 300 if dtype == torch.float32 else 60
-    model = tiny("mlp", dtype=dtype)
-    zo = ZeroOrder(model, lr=0.1, weight_decay=0.25, brake="rollback", rule=rule, noise="gaussian")
-    seen = []
-    for step in range(steps):
-        seen.append(weights(model))
-        zo.repeat((Probe(zo.noise.seed(0, step, 0), 0.01 * (-1) ** step),), 1.0)
-        zo.optimizer.step()
-    history, share = zo.braking.history, 1 / 256 if dtype == torch.float32 else 1 / 2
-    kept = len(history.packed)
-    assert kept == steps - history.floor == math.floor(math.log(share) / math.log(0.975))
-    zo.repeat((), 1.0, rollback=Rollback(history.floor, 0.5))
-    zo.optimizer.step()
-    largest = max(float(weight.abs().max()) for weight in seen[history.floor].values())
-    # A rounding at each step, of numbers no larger than these, which going back has divided by what was left.
-    bound = kept / share * torch.finfo(dtype).eps * largest
-    assert largest_difference(weights(model), seen[history.floor]) <= bound
-    zo.repeat((), 1.0, rollback=Rollback(history.floor - 1, 0.25))
-    with pytest.raises(StateError, match="the updates are known from step"):
-        zo.optimizer.step()
 
 
 def test_groups_go_back_at_their_own_rates(tmp_path: Path) -> None:
